@@ -1,0 +1,1 @@
+"""The wire: one interface, one file an engine."""

