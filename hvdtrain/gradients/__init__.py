@@ -1,0 +1,1 @@
+"""From backprop to update."""

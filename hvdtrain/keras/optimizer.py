@@ -1,0 +1,143 @@
+"""`DistributedOptimizer`: the one place where a reduced gradient enters Keras."""
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from hvdtrain import runtime
+from hvdtrain.collectives.base import Op
+from hvdtrain.gradients.reducer import GradientReducer, ReduceOptions
+from hvdtrain.gradients.verification import Policy, Verification
+from hvdtrain.keras import saving, seams
+
+# Optimizers are made in the same order on all ranks, so their numbers tell them apart alike everywhere.
+_numbers = itertools.count()
+
+
+def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
+    optimizer: keras.optimizers.Optimizer,
+    name: str | None = None,
+    *,
+    sparse_as_dense: bool = False,
+    op: Op | int | str = Op.AVERAGE,
+) -> keras.optimizers.Optimizer:
+    """Makes an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
+
+    N ranks with batch b then learn what one process learns with batch N*b. The mean is taken before
+    clipping, weight decay and the update, and with `gradient_accumulation_steps=k` once every k steps.
+    The first applied step is verified (see HVDTRAIN_VERIFY): all ranks hold the same weights, and what is
+    applied is the mean.
+
+    The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html).
+
+    Args:
+        optimizer: Any `keras.optimizers.Optimizer`. It is copied, with its state if it has been built; the
+            copy has a class of the same name, so a saved model loads without hvdtrain. Of a
+            `LossScaleOptimizer` the inner optimizer is made distributed, and whether a gradient is finite
+            is decided for all ranks together.
+        name: Names the operations on the wire; by default made from the class.
+        sparse_as_dense: Sends gradients of embeddings as dense tensors. By default their rows are gathered
+            from all ranks, which is cheaper while batches touch few rows.
+        op: `hvd.Average` (default) or `hvd.Sum`.
+
+    Returns:
+        An optimizer for `model.compile`, or for `apply_gradients` and `apply` in a loop of your own.
+
+    Raises:
+        ValueError: If `hvd.init()` was not called, or `optimizer` is distributed already, or `op` is
+            another reduction.
+        TypeError: If `optimizer` is not a Keras optimizer.
+    """
+    engine = runtime.engine()
+    _check(optimizer, Op.of(op))
+    seams.install()
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = DistributedOptimizer(optimizer.inner_optimizer, name, sparse_as_dense=sparse_as_dense, op=op)
+        return _copied(optimizer, type(optimizer), inner_optimizer=inner)
+    base = type(optimizer)
+    options = ReduceOptions(
+        name or f"Distributed{base.__name__}.{next(_numbers)}", Op.of(op), sparse_as_dense
+    )
+    verification = Verification(engine, options.op, Policy.from_environment())
+    # In a world of one there is nothing to reduce, and the step stays exactly what Keras made it.
+    reducer = GradientReducer(engine, options, verification) if engine.size > 1 else None
+    distributed = type(base.__name__, (_Distributed, base), {"_hvdtrain_reducer": reducer})
+    saving.save_as(distributed, base)
+    return _copied(optimizer, distributed)
+
+
+def is_distributed(optimizer: Any) -> bool:
+    """Tells whether an optimizer, or the one inside a `LossScaleOptimizer`, averages over the ranks."""
+    return isinstance(getattr(optimizer, "inner_optimizer", optimizer), _Distributed)
+
+
+class _Distributed:
+    """Reduces exactly the gradients that are about to be applied. Mixed into the user's own class."""
+
+    _hvdtrain_reducer: GradientReducer | None = None
+    _hvdtrain_variables: Sequence[Any] = ()
+
+    def _filter_empty_gradients(self, grads: Any, trainable_variables: Any) -> tuple[Any, Any]:
+        grads, variables = super()._filter_empty_gradients(grads, trainable_variables)  # type: ignore[misc]
+        overwritten = [each.path for each in variables if getattr(each, "overwrite_with_gradient", False)]
+        if overwritten:
+            raise NotImplementedError(
+                f"{overwritten[0]} is a float8 scale, which Keras overwrites on each rank with a value of its "
+                "own. hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
+            )
+        # Not tracked by Keras: these belong to the model, not to the optimizer.
+        object.__setattr__(self, "_hvdtrain_variables", tuple(variables))
+        return grads, variables
+
+    def _clip_gradients(self, grads: Sequence[Any]) -> Any:
+        # Keras calls this once for each update, after its gradient accumulation and before clipping.
+        if self._hvdtrain_reducer is not None:
+            local = {id(each) for each in getattr(self, "_accumulated_gradients", ())}
+            state = [each for each in self.variables if id(each) not in local]  # type: ignore[attr-defined]
+            grads = self._hvdtrain_reducer(grads, self._hvdtrain_variables, state)
+        return super()._clip_gradients(grads)  # type: ignore[misc]
+
+
+def _check(optimizer: Any, op: Op) -> None:
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "DistributedOptimizer takes an instance of keras.optimizers.Optimizer, such as "
+            f"keras.optimizers.Adam(1e-3). Received: {optimizer!r} of type {type(optimizer).__name__}."
+        )
+    if is_distributed(optimizer):
+        raise ValueError(
+            "This optimizer is distributed already. Wrapping it twice would average twice; pass the plain one."
+        )
+    if op not in (Op.AVERAGE, Op.SUM):
+        raise ValueError(f"Gradients are combined by hvd.Average or hvd.Sum. Received: op={op.name.lower()}.")
+
+
+def _copied(optimizer: Any, kind: type, **changes: Any) -> Any:
+    """Makes an optimizer of another class with the configuration and the state of this one."""
+    config = _configuration(optimizer)
+    try:
+        copy = kind(**{**config, **changes}) if changes else kind.from_config(config)  # type: ignore[attr-defined]
+    except TypeError as error:
+        raise TypeError(
+            f"{type(optimizer).__name__} cannot be copied from its own get_config(): {error}. Make its "
+            "get_config() return every argument that its __init__ takes."
+        ) from error
+    if optimizer.built:
+        copy.build(optimizer._trainable_variables)
+    for target, source in zip(copy.variables, optimizer.variables, strict=True):
+        target.assign(source)
+    return copy
+
+
+def _configuration(optimizer: Any) -> dict[str, Any]:
+    """Returns the optimizer's configuration with the schedule itself, which need not be serializable."""
+    rate = getattr(optimizer, "_learning_rate", None)
+    if not callable(rate) or isinstance(rate, keras.Variable):
+        return optimizer.get_config()
+    object.__setattr__(optimizer, "_learning_rate", 0.0)
+    try:
+        return {**optimizer.get_config(), "learning_rate": rate}
+    finally:
+        object.__setattr__(optimizer, "_learning_rate", rate)

@@ -1,0 +1,61 @@
+"""The two places where Keras decides for one process what concerns all ranks, and what is put there."""
+
+import functools
+from typing import Any
+
+import keras
+
+from hvdtrain import runtime
+from hvdtrain.collectives import tensors
+
+_installed = False
+
+
+def install() -> None:
+    """Puts both changes into Keras; they touch only models with a distributed optimizer. Once is enough.
+
+    - `LossScaleOptimizer.check_finite` looks at one rank's gradients and skips the update if one is not
+      finite. If some ranks skipped and others waited for their gradients, the job would hang.
+    - `Model.compile` turns XLA on where there is a GPU, but no collective can run inside XLA.
+    """
+    global _installed
+    if _installed:
+        return
+    _installed = True
+    scaler = keras.optimizers.LossScaleOptimizer
+    scaler.check_finite = _finite_everywhere(scaler.check_finite)
+    # Where it is defined, because a loaded model compiles itself only if its class did not override it.
+    trainer = next(each for each in keras.Model.__mro__ if "compile" in vars(each))
+    trainer.compile = _compiled_without_xla(trainer.compile)
+
+
+def _finite_everywhere(check_finite: Any) -> Any:
+    @functools.wraps(check_finite)
+    def decide(self: Any, grads: Any) -> Any:
+        finite = check_finite(self, grads)
+        if not _needs_all_ranks(self):
+            return finite
+        return tensors.all_true(runtime.engine(), finite)
+
+    return decide
+
+
+def _compiled_without_xla(compile_model: Any) -> Any:
+    @functools.wraps(compile_model)
+    def compile_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = compile_model(self, *args, **kwargs)
+        if _needs_all_ranks(self.optimizer) and self.jit_compile:
+            self.jit_compile = False
+            runtime.engine().say(
+                "jit_compile is turned off for this model, because gradients cannot leave an XLA program to be "
+                "averaged over the ranks."
+            )
+        return result
+
+    return compile_and_check
+
+
+def _needs_all_ranks(optimizer: Any) -> bool:
+    from hvdtrain.keras.optimizer import is_distributed
+
+    return is_distributed(optimizer) and runtime.is_initialized() and runtime.engine().size > 1

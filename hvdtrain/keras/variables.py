@@ -1,0 +1,31 @@
+"""Variables that must be the same everywhere, made so."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvdtrain import runtime
+from hvdtrain.collectives.base import Call
+from hvdtrain.gradients.verification import variable_name
+
+
+def broadcast_variables(variables: Sequence[Any], root_rank: int = 0) -> None:
+    """Gives the variables of all ranks the values of one; for training loops of your own.
+
+    Args:
+        variables: Keras or TensorFlow variables, the same list on all ranks: `model.weights`,
+            `optimizer.variables`.
+        root_rank: The rank whose values all take.
+
+    Raises:
+        ValueError: If there is no such rank, or `hvd.init()` was not called.
+        MismatchError: On every rank, if the ranks hold other variables, shapes or dtypes.
+    """
+    engine = runtime.engine()
+    described = tuple(f"{variable_name(each)}: {each.dtype} {tuple(each.shape)}" for each in variables)
+    engine.agree(Call("broadcast of variables", described))
+    for variable in variables:
+        value = engine.broadcast(np.asarray(variable.numpy()), root_rank)
+        if engine.rank != root_rank:
+            variable.assign(value)

@@ -1,0 +1,149 @@
+"""The one mutable global: which engine is in use, and the proof that its world is the one launched."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from hvdtrain import topology
+from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.single import SingleEngine
+
+CHOICES = ("auto", "horovod", "mpi", "single")
+
+_engine: Engine | None = None
+
+
+def init() -> Engine:
+    """Joins this process to the world it was launched in. Calling it again changes nothing.
+
+    `HVDTRAIN_ENGINE` chooses the engine: `auto` (default) takes Horovod where it is built for exactly this
+    TensorFlow and MPI, else mpi, and `single` in a process that no launcher started.
+
+    Returns:
+        The engine in use.
+
+    Raises:
+        RuntimeError: On every rank, if the launcher started another number of processes than MPI sees: each
+            would train alone and believe it is all there is.
+        ValueError: If HVDTRAIN_ENGINE is not one of its four values.
+    """
+    global _engine
+    if _engine is None:
+        choice = os.environ.get("HVDTRAIN_ENGINE", "auto").lower() or "auto"
+        if choice not in CHOICES:
+            raise ValueError(f"HVDTRAIN_ENGINE must be one of {', '.join(CHOICES)}. Received: {choice!r}.")
+        place = topology.detect()
+        engine = _open(choice, place)
+        _check_world(engine, place)
+        _install_last_words(engine)
+        _engine = engine
+    return _engine
+
+
+def shutdown() -> None:
+    """Leaves the world; what needs it raises afterwards, until `init()` is called again."""
+    global _engine
+    if _engine is not None:
+        engine, _engine = _engine, None
+        engine.shutdown()
+
+
+def is_initialized() -> bool:
+    """Tells whether `init()` was called."""
+    return _engine is not None
+
+
+def engine() -> Engine:
+    """Returns the engine in use.
+
+    Raises:
+        ValueError: If `init()` was not called.
+    """
+    if _engine is None:
+        raise ValueError(
+            "hvdtrain has not been initialized; call hvd.init() first, before you build the model. "
+            "(import hvdtrain.keras as hvd; hvd.init())"
+        )
+    return _engine
+
+
+def _open(choice: str, place: topology.Place | None) -> Engine:
+    if choice == "single" or (choice == "auto" and (place is None or place.size == 1)):
+        return SingleEngine()
+    if choice == "mpi" or (choice == "auto" and not _horovod_serves(place)):
+        return _mpi_engine()
+    try:
+        from hvdtrain.collectives.horovod import HorovodEngine
+
+        return HorovodEngine()
+    except ImportError as error:
+        raise RuntimeError(
+            f"HVDTRAIN_ENGINE=horovod, but Horovod cannot be loaded: {error}. Build it for this TensorFlow "
+            "and MPI with: hvdtrain build-horovod. Or use HVDTRAIN_ENGINE=mpi, which needs no build."
+        ) from error
+
+
+def _mpi_engine() -> Engine:
+    from hvdtrain.collectives.mpi import MpiEngine
+
+    return MpiEngine()
+
+
+def _horovod_serves(place: topology.Place | None) -> bool:
+    """Decides for `auto`, and says on rank 0 why a Horovod that is there is not taken."""
+    from hvdtrain.collectives import horovod, mpi
+
+    if os.environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow":
+        return False
+    try:
+        import tensorflow as tf
+    except ImportError:
+        return False
+    reason = horovod.reason_not_to_use(tf.__version__, mpi.library_name(mpi.load_mpi()))
+    if reason and "not built" not in reason and place is not None and place.rank == 0:
+        print(f"hvdtrain: engine mpi, because {reason}.", file=sys.stderr, flush=True)
+    return reason is None
+
+
+def _check_world(engine: Engine, place: topology.Place | None) -> None:
+    if place is None or place.size is None or place.size == engine.size:
+        return
+    raise RuntimeError(
+        f"Rank {place.rank}: {place.launcher} started {place.size} processes, but the {engine.name} engine "
+        f"({engine.library}) sees a world of {engine.size}. Each process would train a model of its own.\n"
+        f"{_cure(engine, place)} `hvdtrain doctor` shows which MPI is where."
+    )
+
+
+def _cure(engine: Engine, place: topology.Place) -> str:
+    """Says what to type, by the launcher and the MPI that do not fit each other."""
+    if engine.name == "single":
+        return "HVDTRAIN_ENGINE=single is for one process: unset it, or start the script without a launcher."
+    if place.launcher == "Slurm":
+        pmi = "pmi2" if "MPICH" in engine.library or "Intel" in engine.library else "pmix"
+        return (
+            f"srun's PMI is not the one of this MPI: type `srun --mpi={pmi} ...` (`srun --mpi=list` shows what "
+            "this cluster has), or start with mpirun inside the allocation."
+        )
+    if place.launcher == "horovodrun over Gloo":
+        return "hvdtrain works over MPI: type `horovodrun --mpi ...` or `hvdtrain run ...`."
+    return (
+        f"The launcher belongs to {place.launcher}, the library that mpi4py loads to another MPI: type "
+        "`hvdtrain run -np N script.py`, or call the mpirun that lies beside that library."
+    )
+
+
+def _install_last_words(engine: Engine) -> None:
+    """Makes an uncaught error in one rank end all: the others would wait for it for ever."""
+    previous: Callable = sys.excepthook
+
+    def end_all(kind, value, traceback) -> None:
+        previous(kind, value, traceback)
+        if engine.last_error is not None and value is not engine.last_error:
+            print(f"\nhvdtrain: {engine.last_error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if engine.size > 1 and not issubclass(kind, SystemExit):
+            engine.abort(1)
+
+    sys.excepthook = end_all

@@ -1,0 +1,317 @@
+"""N ranks with batch b learn what one process learns with batch N*b; every rank to the bit the same."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from twins import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    assert_identical,
+    assert_same,
+    data,
+    dense_model,
+    fit,
+    flat,
+    gradients,
+    mine,
+    twins,
+)
+
+import hvdtrain.keras as hvd
+
+pytestmark = pytest.mark.ranks
+
+optimizers = keras.optimizers
+OPTIMIZERS = {
+    "SGD": lambda: optimizers.SGD(0.05, momentum=0.9, nesterov=True),
+    "Adam": lambda: optimizers.Adam(0.01),
+    "AdamW": lambda: optimizers.AdamW(0.01, weight_decay=0.01),
+    "RMSprop": lambda: optimizers.RMSprop(0.01, centered=True, momentum=0.5),
+    "Adagrad": lambda: optimizers.Adagrad(0.05),
+    "Lion": lambda: optimizers.Lion(0.003),
+}
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    """Keras casts a model's input to its default float: in float32 the twins would part by rounding."""
+    keras.backend.set_floatx("float64")
+    yield
+    keras.backend.set_floatx("float32")
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_twenty_steps_in_float64(name):
+    assert_same(*twins(dense_model, OPTIMIZERS[name]), rtol=1e-10)
+
+
+def test_twenty_steps_of_sgd_in_float32():
+    keras.backend.set_floatx("float32")
+    assert_same(*twins(lambda: dense_model("float32"), OPTIMIZERS["SGD"], dtype="float32"), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(clipnorm=0.01),
+        dict(global_clipnorm=0.02),
+        dict(clipvalue=0.003),
+        dict(weight_decay=0.05),
+        dict(use_ema=True, ema_momentum=0.8, ema_overwrite_frequency=3),
+        dict(loss_scale_factor=8.0),
+    ],
+    ids=lambda options: next(iter(options)),
+)
+def test_options_of_the_optimizer_see_the_mean_gradient(options):
+    assert_same(*twins(dense_model, lambda: optimizers.SGD(0.1, **options), steps=6), rtol=1e-10)
+
+
+def test_constraints():
+    def make():
+        return dense_model(kernel_constraint=keras.constraints.MaxNorm(0.7))
+
+    assert_same(*twins(make, lambda: optimizers.SGD(0.5), steps=6), rtol=1e-10)
+
+
+def test_a_schedule_counts_the_same_steps():
+    def schedule():
+        return optimizers.schedules.ExponentialDecay(0.1, 3, 0.5, staircase=True)
+
+    assert_same(*twins(dense_model, lambda: optimizers.SGD(schedule()), steps=8), rtol=1e-10)
+
+
+@pytest.mark.parametrize("run", ["eager", "steps_per_execution", "train_on_batch"])
+def test_ways_of_running_a_step(run):
+    options = {"eager": {"run_eagerly": True}, "steps_per_execution": {"steps_per_execution": 3}}.get(run, {})
+    x, y = data(6)
+    distributed, single = dense_model(), dense_model()
+    distributed.compile(hvd.DistributedOptimizer(optimizers.Adam(0.01)), "mse", **options)
+    single.compile(optimizers.Adam(0.01), "mse")
+    if run == "train_on_batch":
+        for step in range(6):
+            distributed.train_on_batch(mine(x)[step], mine(y)[step])
+    else:
+        fit(distributed, mine(x), mine(y), BATCH)
+    fit(single, x, y, BATCH * hvd.size())
+    assert_same(distributed, single, rtol=1e-10)
+
+
+class Custom(keras.Model):
+    """A subclassed model with a train_step of its own, a shared layer, and a variable nobody uses."""
+
+    def __init__(self):
+        super().__init__()
+        init = keras.initializers.GlorotUniform(seed=3)
+        self.shared = keras.layers.Dense(FEATURES, "tanh", kernel_initializer=init, dtype="float64")
+        self.head = keras.layers.Dense(CLASSES, kernel_initializer=init, dtype="float64")
+        self.unused = self.add_weight(shape=(2,), name="unused", dtype="float64", initializer="ones")
+
+    def call(self, x):
+        return self.head(self.shared(self.shared(x)))
+
+    def train_step(self, batch):
+        x, y = batch
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(tf.square(self(x) - y))
+        self.optimizer.apply_gradients(
+            zip(tape.gradient(loss, self.trainable_variables), self.trainable_variables, strict=True)
+        )
+        return {"loss": loss}
+
+
+@pytest.mark.filterwarnings("ignore:Gradients do not exist")
+def test_a_subclassed_model_with_its_own_step_shared_layers_and_a_variable_without_gradient():
+    def make():
+        model = Custom()
+        model(np.zeros((1, FEATURES)))
+        return model
+
+    distributed, single = twins(make, lambda: optimizers.SGD(0.1), steps=5)
+    assert_same(distributed, single, rtol=1e-10)
+    np.testing.assert_array_equal(distributed.unused.numpy(), np.ones(2))
+
+
+@pytest.mark.parametrize("method", ["apply_gradients", "apply"])
+@pytest.mark.parametrize("graph", [True, False], ids=["graph", "eager"])
+def test_a_loop_of_ones_own(method, graph):
+    x, y = data(4)
+    distributed, single = dense_model(), dense_model()
+    pairs = [
+        (distributed, hvd.DistributedOptimizer(optimizers.SGD(0.1, momentum=0.9))),
+        (single, optimizers.SGD(0.1, momentum=0.9)),
+    ]
+
+    def stepper(model, optimizer):
+        def step(x, y):
+            grads = gradients(model, x, y)
+            if method == "apply":
+                optimizer.apply(grads, model.trainable_variables)
+            else:
+                optimizer.apply_gradients(zip(grads, model.trainable_variables, strict=True))
+
+        optimizer.build(model.trainable_variables)
+        return tf.function(step) if graph else step
+
+    ours, theirs = (stepper(*pair) for pair in pairs)
+    for step in range(4):
+        ours(tf.constant(mine(x)[step]), tf.constant(mine(y)[step]))
+        theirs(tf.constant(x[step]), tf.constant(y[step]))
+    distributed.optimizer = pairs[0][1]
+    assert_same(distributed, single, rtol=1e-10)
+
+
+def test_gradient_accumulation_reduces_once_a_window(engine, monkeypatch):
+    reductions = []
+    if engine.size > 1:
+        agree = engine.agree
+        monkeypatch.setattr(
+            engine,
+            "agree",
+            lambda call: (reductions.append(call.kind.startswith("Distributed")), agree(call))[1],
+        )
+    distributed, single = twins(
+        dense_model, lambda: optimizers.SGD(0.1, gradient_accumulation_steps=3), steps=6
+    )
+    monkeypatch.undo()
+    assert_same(distributed, single, rtol=1e-10)
+    assert sum(reductions) == (2 if engine.size > 1 else 0)
+
+
+def test_accumulated_steps_equal_one_large_batch():
+    """Three steps of b on N ranks are one step of 3*N*b on one process."""
+    x, y = data(3)
+    distributed, single = dense_model(), dense_model()
+    distributed.compile(hvd.DistributedOptimizer(optimizers.SGD(0.1, gradient_accumulation_steps=3)), "mse")
+    single.compile(optimizers.SGD(0.1), "mse")
+    fit(distributed, mine(x), mine(y), BATCH)
+    fit(single, x, y, 3 * BATCH * hvd.size())
+    assert_same(distributed, single, rtol=1e-10)
+
+
+def embedding_model():
+    init = keras.initializers.RandomNormal(seed=5)
+    return keras.Sequential(
+        [
+            keras.Input((5,), dtype="int32"),
+            keras.layers.Embedding(11, 4, embeddings_initializer=init, dtype="float64"),
+            keras.layers.GlobalAveragePooling1D(dtype="float64"),
+            keras.layers.Dense(CLASSES, kernel_initializer=init, dtype="float64"),
+        ]
+    )
+
+
+def dense_first(kind):
+    """Keras' Adam squares each row of a sparse gradient by itself, so a word seen twice counts otherwise."""
+
+    class DenseFirst(kind):
+        def apply(self, grads, trainable_variables=None):
+            return super().apply([tf.convert_to_tensor(each) for each in grads], trainable_variables)
+
+    return DenseFirst
+
+
+@pytest.mark.parametrize("sparse_as_dense", [False, True])
+@pytest.mark.parametrize("kind", [optimizers.SGD, optimizers.Adam])
+def test_embeddings(sparse_as_dense, kind):
+    steps, size = 5, hvd.size()
+    words = np.random.default_rng(0).integers(0, 11, (steps, size * BATCH, 5)).astype("int32")
+    _, y = data(steps)
+    distributed, single = embedding_model(), embedding_model()
+    distributed.compile(hvd.DistributedOptimizer(kind(0.01), sparse_as_dense=sparse_as_dense), "mse")
+    single.compile((dense_first(kind) if sparse_as_dense else kind)(0.01), "mse")
+    fit(distributed, mine(words), mine(y), BATCH)
+    fit(single, words, y, BATCH * size)
+    assert_same(distributed, single, rtol=1e-10)
+
+
+def test_a_layer_frozen_and_unfrozen_between_two_compiles():
+    x, y = data(4)
+    distributed, single = dense_model(), dense_model()
+    for trainable in (False, True):
+        for model, wrap, part, batch in (
+            (distributed, hvd.DistributedOptimizer, mine, BATCH),
+            (single, lambda optimizer: optimizer, lambda each: each, BATCH * hvd.size()),
+        ):
+            model.layers[0].trainable = trainable
+            model.compile(wrap(optimizers.Adam(0.01)), "mse")
+            fit(model, part(x), part(y), batch)
+    assert_same(distributed, single, rtol=1e-10)
+
+
+def test_two_optimizers_in_one_step():
+    """As in a GAN: both reductions of one graph happen in the same order on all ranks."""
+    x, y = data(4)
+    first, second = dense_model(seed=1), dense_model(seed=2)
+    pair = [hvd.DistributedOptimizer(optimizers.SGD(0.1, gradient_accumulation_steps=2)) for _ in range(2)]
+    for optimizer, model in zip(pair, (first, second), strict=True):
+        optimizer.build(model.trainable_variables)
+        model.optimizer = optimizer
+
+    @tf.function
+    def step(x, y):
+        for optimizer, model in zip(pair, (first, second), strict=True):
+            optimizer.apply_gradients(zip(gradients(model, x, y), model.trainable_variables, strict=True))
+
+    for index in range(4):
+        step(tf.constant(mine(x)[index]), tf.constant(mine(y)[index]))
+    assert_identical(first)
+    assert_identical(second)
+
+
+def test_sum_instead_of_average():
+    x, y = data(1)
+    distributed, single = dense_model(), dense_model()
+    distributed.compile(hvd.DistributedOptimizer(optimizers.SGD(0.1), op=hvd.Sum), "mse")
+    single.compile(optimizers.SGD(0.1 * hvd.size()), "mse")
+    fit(distributed, mine(x), mine(y), BATCH)
+    fit(single, x, y, BATCH * hvd.size())
+    assert_same(distributed, single, rtol=1e-10)
+
+
+def test_the_users_optimizer_stays_plain_and_its_state_comes_along():
+    x, y = data(4)
+    before = dense_model()
+    before.compile(optimizers.Adam(0.01), "mse")
+    fit(before, x[:2], y[:2], BATCH * hvd.size())
+    plain = before.optimizer
+    distributed = hvd.DistributedOptimizer(plain)
+    assert distributed is not plain
+    assert type(distributed).__name__ == "Adam" and isinstance(distributed, optimizers.Adam)
+    for ours, theirs in zip(distributed.variables, plain.variables, strict=True):
+        np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
+    assert distributed.get_config() == plain.get_config()
+
+
+def test_a_callable_or_unregistered_schedule_survives_the_copy():
+    class Mine(optimizers.schedules.LearningRateSchedule):
+        def __call__(self, step):
+            return 0.25
+
+    for rate in (Mine(), lambda: 0.25):
+        assert float(hvd.DistributedOptimizer(optimizers.SGD(rate)).learning_rate) == 0.25
+
+
+@pytest.mark.parametrize(
+    "call, error, words",
+    [
+        (lambda: hvd.DistributedOptimizer("adam"), TypeError, "keras.optimizers.Adam"),
+        (
+            lambda: hvd.DistributedOptimizer(hvd.DistributedOptimizer(optimizers.SGD(0.1))),
+            ValueError,
+            "already",
+        ),
+        (lambda: hvd.DistributedOptimizer(optimizers.SGD(0.1), op=hvd.Max), ValueError, "hvd.Sum"),
+    ],
+)
+def test_what_cannot_be_wrapped_is_said(call, error, words):
+    with pytest.raises(error, match=words):
+        call()
+
+
+def test_flat_keeps_the_order_of_steps():
+    x, _ = data(3)
+    np.testing.assert_array_equal(
+        flat(mine(x))[BATCH : 2 * BATCH], x[1, hvd.rank() * BATCH : (hvd.rank() + 1) * BATCH]
+    )

