@@ -78,7 +78,7 @@ def _open(choice: str, place: topology.Place | None) -> Engine:
         return HorovodEngine()
     except ImportError as error:
         raise RuntimeError(
-            f"HVDTRAIN_ENGINE=horovod, but Horovod cannot be loaded: {error}. Build it for this TensorFlow "
+            f"HVDTRAIN_ENGINE=horovod, but Horovod cannot be loaded ({error}). Build it for this TensorFlow "
             "and MPI with: hvdtrain build-horovod. Or use HVDTRAIN_ENGINE=mpi, which needs no build."
         ) from error
 

