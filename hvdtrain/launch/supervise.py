@@ -1,0 +1,196 @@
+"""What the MPI launcher starts as each rank: the user's script, watched over by a guard.
+
+    mpirun -np 4 python -m hvdtrain.launch.supervise train.py --epochs 3
+
+Under `hvdtrain run` the guard relays output and failures to the launcher. Started by hand, under `srun`
+in a batch script say, it writes the lines of every rank but the first with their `[rank]` before them,
+and a failure in one rank still ends all.
+"""
+
+import contextlib
+import ctypes
+import faulthandler
+import json
+import os
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.machinery import SourceFileLoader
+from pathlib import Path
+from types import ModuleType, TracebackType
+from typing import Any
+
+from hvdtrain import topology
+from hvdtrain.launch import binding, wire
+from hvdtrain.launch.guard import Connection, Guard, Link, Pipes, Terminal, connect
+
+PR_SET_PDEATHSIG = 1
+SUCCESS: dict[str, Any] = {"done": True, "code": 0, "text": "", "traceback": ""}
+
+
+def main() -> None:
+    """Runs the script named on the command line as one rank, and ends as the script ends."""
+    if len(sys.argv) < 2:
+        sys.exit("Expected a script: python -m hvdtrain.launch.supervise script.py [args]")
+    script, *args = wire.unpack_words(sys.argv[1:])
+    reading, (stdout, stderr, reports, crash) = zip(*(os.pipe() for _ in range(4)), strict=True)
+    awaited, receipt = os.pipe()
+    place = topology.detect()
+    child = os.fork()
+    for end in (stdout, stderr, reports, crash, awaited) if child else (*reading, receipt):
+        os.close(end)
+    if child:
+        pipes = Pipes(reading[0], reading[1], reading[2], reading[3], receipt)
+        _leave(Guard(child, pipes, _link(place)).watch())
+    _redirect(stdout, stderr, crash)
+    os.register_at_fork(after_in_child=lambda: _close(reports))
+    _take_cores(place, os.environ.pop(wire.BIND, "none"))
+    report = _run(script, args)
+    _deliver(report, reports, awaited)
+    if not report["done"]:
+        _end_job(report["code"])
+
+
+def _link(place: topology.Place | None) -> Link:
+    """Connects to the launcher; without one the guard's own output has to do."""
+    rank = place.rank if place else 0
+    sock = connect()
+    size = place.size if place else 1
+    link = Connection(sock) if sock else Terminal(rank, size, records=wire.ADDRESS in os.environ)
+    hello = {
+        "rank": rank,
+        "host": socket.gethostname(),
+        "token": os.environ.get(wire.TOKEN, ""),
+    }
+    link.send(wire.HELLO, json.dumps(hello).encode())
+    return link
+
+
+def _leave(status: int) -> None:
+    """Ends the guard as its rank ended, so that the MPI launcher sees the same."""
+    if status < 0:
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        signal.signal(-status, signal.SIG_DFL) if -status not in (signal.SIGKILL, signal.SIGSTOP) else None
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {-status})
+        os.kill(os.getpid(), -status)
+    os._exit(status if status >= 0 else 128 - status)
+
+
+def _redirect(stdout: int, stderr: int, crash: int) -> None:
+    """Turns the forked child into the rank: its output goes to the guard, and it ends when the guard does."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    os.dup2(stdout, 1)
+    os.dup2(stderr, 2)
+    os.close(stdout)
+    os.close(stderr)
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    faulthandler.enable(crash, all_threads=False)
+    for name in (wire.ADDRESS, wire.TOKEN):
+        os.environ.pop(name, None)
+
+
+def _close(descriptor: int) -> None:
+    with contextlib.suppress(OSError):
+        os.close(descriptor)
+
+
+def _take_cores(place: topology.Place | None, bind: str) -> None:
+    """Binds this rank to its share of the host's cores, and lets MPI yield where that is less than two."""
+    if not place or place.local_rank is None or not place.local_size:
+        return
+    if binding.should_yield(len(os.sched_getaffinity(0)), place.local_size):
+        for name, value in binding.YIELDING.items():
+            os.environ.setdefault(name, value)
+    mine = binding.share(binding.cores(), place.local_rank, place.local_size, bind)
+    if mine:
+        with contextlib.suppress(OSError):
+            os.sched_setaffinity(0, mine)
+
+
+def _run(script: str, args: Sequence[str]) -> dict[str, Any]:
+    """Runs the script and reports how it ended."""
+    try:
+        _execute(script, args)
+    except SystemExit as stop:
+        return _stopped(stop)
+    except BaseException as error:
+        return _failed(error)
+    return SUCCESS
+
+
+def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
+    """Hands the report to the guard; a failure's must be on its way before MPI may kill the guard too."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
+    with contextlib.suppress(OSError):
+        os.write(reports, json.dumps(report).encode() + b"\n")
+    if not report["done"]:
+        select.select([awaited], [], [], 5)
+
+
+def _execute(script: str, args: Sequence[str]) -> None:
+    """Does what `python script args` does: the script is `__main__` and its folder leads sys.path."""
+    sys.argv = [script, *args]
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = str(Path(script).resolve().parent)
+    loader = SourceFileLoader("__main__", script)
+    module = ModuleType("__main__")
+    vars(module).update(__file__=script, __loader__=loader, __builtins__=__builtins__, __annotations__={})
+    sys.modules["__main__"] = module
+    exec(loader.source_to_code(loader.get_data(script), script), vars(module))
+
+
+def _stopped(stop: SystemExit) -> dict:
+    """Reports a `sys.exit()`, which means success without a code and a sentence with a text."""
+    if stop.code is None or (isinstance(stop.code, int) and stop.code == 0):
+        return SUCCESS
+    if isinstance(stop.code, int):
+        return _failure((stop.code & 0xFF) or 1, f"it called sys.exit({int(stop.code)}).", "")
+    return _failure(1, f"it called sys.exit() with the words: {stop.code}", "")
+
+
+def _failed(error: BaseException) -> dict:
+    """Reports an exception with the part of its traceback that is the user's."""
+    own = _trim(error.__traceback__)
+    lines = traceback.format_exception(type(error), error, own)
+    words = traceback.format_exception_only(type(error), error)
+    code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+    return _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
+
+
+def _buried(error: BaseException) -> list[str]:
+    """Repeats hvdtrain's own sentence where TensorFlow has put it deep inside an error of another kind."""
+    runtime = sys.modules.get("hvdtrain.runtime")
+    sentence = runtime.last_words(error) if runtime else ""
+    return [f"\n{sentence}\n"] if sentence else []
+
+
+def _failure(code: int, text: str, trace: str) -> dict:
+    return {"done": False, "code": code, "text": text, "traceback": trace}
+
+
+def _trim(trace: TracebackType | None) -> TracebackType | None:
+    """Drops the frames that led to the script, which no user wrote."""
+    while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen importlib")):
+        trace = trace.tb_next
+    return trace
+
+
+def _end_job(code: int) -> None:
+    """Ends every rank: through MPI where it is up, else through the exit code that the MPI launcher sees."""
+    mpi = sys.modules.get("mpi4py.MPI")
+    with contextlib.suppress(Exception):
+        if mpi and mpi.Is_initialized() and not mpi.Is_finalized():
+            mpi.COMM_WORLD.Abort(code)
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

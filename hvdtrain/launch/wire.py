@@ -1,0 +1,68 @@
+"""What a rank's guard and the launcher say to each other: frames up, signal numbers down.
+
+A frame is one byte of kind, four of length, and the payload. Downwards every byte is the number of a
+signal for the rank, and the end of the stream means: end your rank.
+"""
+
+import base64
+import json
+import struct
+from collections.abc import Sequence
+
+HELLO, STDOUT, STDERR, REPORT, EXIT = b"H", b"O", b"E", b"R", b"X"
+
+ADDRESS = "HVDTRAIN_RUN_ADDRESS"
+TOKEN = "HVDTRAIN_RUN_TOKEN"
+BIND = "HVDTRAIN_BIND"
+
+# Opens a line on a guard's standard output that carries a frame when no connection could be made.
+RECORD = b"hvdtrain-record "
+
+_PACKED = "--packed"
+_HEADER = struct.Struct("!cI")
+
+
+def pack(kind: bytes, payload: bytes) -> bytes:
+    """Puts a payload into the frame that `Frames` takes apart."""
+    return _HEADER.pack(kind, len(payload)) + payload
+
+
+class Frames:
+    """Cuts a stream of bytes into frames, however the network has cut it."""
+
+    def __init__(self) -> None:
+        self._bytes = bytearray()
+
+    def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
+        """Takes what has arrived.
+
+        Args:
+            data: The next bytes of the stream.
+
+        Returns:
+            The (kind, payload) pairs that are now complete.
+        """
+        self._bytes += data
+        frames = []
+        while len(self._bytes) >= _HEADER.size:
+            kind, length = _HEADER.unpack_from(self._bytes)
+            end = _HEADER.size + length
+            if len(self._bytes) < end:
+                break
+            frames.append((kind, bytes(self._bytes[_HEADER.size : end])))
+            del self._bytes[:end]
+        return frames
+
+
+def pack_words(words: Sequence[str]) -> list[str]:
+    """Hides a lone ":" from MPI launchers, which take it for the start of another command."""
+    if ":" not in words:
+        return [*words]
+    return [_PACKED, base64.b64encode(json.dumps(words).encode()).decode()]
+
+
+def unpack_words(words: Sequence[str]) -> list[str]:
+    """Gives back what `pack_words` was given."""
+    if len(words) == 2 and words[0] == _PACKED:
+        return list(json.loads(base64.b64decode(words[1])))
+    return [*words]

