@@ -3,6 +3,7 @@
 import os
 import sys
 from collections.abc import Callable
+from types import TracebackType
 
 from hvdtrain import topology
 from hvdtrain.collectives.base import Engine
@@ -35,7 +36,7 @@ def init() -> Engine:
         place = topology.detect()
         engine = _open(choice, place)
         _check_world(engine, place)
-        _install_last_words(engine)
+        _end_all_on_error(engine)
         _engine = engine
     return _engine
 
@@ -133,17 +134,30 @@ def _cure(engine: Engine, place: topology.Place) -> str:
     )
 
 
-def _install_last_words(engine: Engine) -> None:
+def last_words(error: BaseException) -> str:
+    """Returns the sentence that TensorFlow has buried in an error of its own, to be repeated at the end.
+
+    Args:
+        error: What ends this process.
+
+    Returns:
+        The sentence of the engine's own error, or nothing if `error` says it already or there is none.
+    """
+    hidden = _engine.last_error if _engine is not None else None
+    return f"hvdtrain: {hidden}" if hidden is not None and error is not hidden else ""
+
+
+def _end_all_on_error(engine: Engine) -> None:
     """Makes an uncaught error in one rank end all: the others would wait for it for ever."""
     previous: Callable = sys.excepthook
 
-    def end_all(kind, value, traceback) -> None:
+    def end_all(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
         previous(kind, value, traceback)
-        if engine.last_error is not None and value is not engine.last_error:
-            print(f"\nhvdtrain: {engine.last_error}", file=sys.stderr)
+        if last_words(value):
+            print(f"\n{last_words(value)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
-        if engine.size > 1 and not issubclass(kind, SystemExit):
+        if engine.size > 1:
             engine.abort(1)
 
     sys.excepthook = end_all

@@ -48,10 +48,12 @@ class Call:
     Args:
         kind: Name of the operation.
         details: One line for each thing that must be the same on all ranks.
+        shown: The same lines as a person should read them, where they hold more than what must be the same.
     """
 
     kind: str
     details: tuple[str, ...] = ()
+    shown: tuple[str, ...] = field(default=(), compare=False)
     digest: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -433,10 +435,7 @@ def _pickled(value: Any) -> np.ndarray:
 def _explained(calls: Sequence[Call]) -> str:
     """Says in one message who asked for what, beginning with the first difference between two ranks."""
     other = next(rank for rank, call in enumerate(calls) if call != calls[0])
-    if calls[0].kind != calls[other].kind:
-        sides = (calls[0].kind, calls[other].kind)
-    else:
-        sides = _first_difference(calls[0].details, calls[other].details)
+    sides = _first_difference(calls[0], calls[other])
     like_first = [rank for rank, call in enumerate(calls) if call == calls[0]]
     unlike = [rank for rank, call in enumerate(calls) if call != calls[0]]
     return (
@@ -449,13 +448,15 @@ def _explained(calls: Sequence[Call]) -> str:
     )
 
 
-def _first_difference(ours: Sequence[str], theirs: Sequence[str]) -> tuple[str, str]:
-    for index in range(max(len(ours), len(theirs))):
-        mine = ours[index] if index < len(ours) else "nothing more"
-        other = theirs[index] if index < len(theirs) else "nothing more"
-        if mine != other:
-            return mine, other
-    return "the same details", "the same details"
+def _first_difference(ours: Call, theirs: Call) -> tuple[str, str]:
+    if ours.kind != theirs.kind:
+        return ours.kind, theirs.kind
+    index = next(
+        (i for i, pair in enumerate(zip(ours.details, theirs.details, strict=False)) if pair[0] != pair[1]),
+        min(len(ours.details), len(theirs.details)),
+    )
+    first, second = ((call.shown or call.details)[index:][:1] for call in (ours, theirs))
+    return "".join(first) or "nothing more", "".join(second) or "nothing more"
 
 
 def ranks_text(ranks: Sequence[int]) -> str:

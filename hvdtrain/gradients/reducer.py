@@ -1,5 +1,6 @@
 """From backprop to update: takes one rank's gradients and gives back those of all ranks together."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +9,11 @@ import tensorflow as tf
 
 from hvdtrain.collectives import tensors
 from hvdtrain.collectives.base import Call, Engine, Op
-from hvdtrain.gradients.verification import Verification, variable_name
+from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.verification import Verification
+
+# Reducers are used in the same order on all ranks, so a number at first use tells them apart alike everywhere.
+_numbers = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -16,7 +21,7 @@ class ReduceOptions:
     """How gradients are combined.
 
     Args:
-        name: Names the operations; differs between optimizers that live at the same time.
+        name: Names the operations.
         op: `Op.AVERAGE` or `Op.SUM`.
         sparse_as_dense: Makes sparse gradients dense before they travel, instead of gathering their rows.
     """
@@ -38,6 +43,7 @@ class GradientReducer:
     def __init__(self, engine: Engine, options: ReduceOptions, verification: Verification) -> None:
         self._engine = engine
         self._options = options
+        self._name = ""
         self._verification = verification
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
@@ -87,12 +93,13 @@ class GradientReducer:
         return tf.convert_to_tensor(gradient) if self._options.sparse_as_dense else gradient
 
     def _call(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Call:
+        if not self._name:
+            self._name = f"{self._options.name}.{next(_numbers)}"
         details = [
-            f"gradient of {variable_name(variable)}: {gradient.dtype.name}{list(variable.shape)}"
-            f"{', sparse' if _is_sparse(gradient) else ''}"
+            f"{gradient.dtype.name}{list(variable.shape)}{', sparse' if _is_sparse(gradient) else ''}"
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
-        return Call(self._options.name, (self._options.op.name.lower(), *details))
+        return described_call(self._name, variables, details)
 
 
 def _is_sparse(gradient: Any) -> bool:

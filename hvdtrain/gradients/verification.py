@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from hvdtrain.collectives import tensors
 from hvdtrain.collectives.base import Engine, MismatchError, Op, ranks_text
+from hvdtrain.gradients.naming import variable_name
 
 # Products with signs are summed in pieces, so that their float64 copy stays small.
 _PIECE = 1 << 20
@@ -181,11 +182,6 @@ class Verification:
                 f"deviation {deviation:.1g})."
             )
         self._announced = True
-
-
-def variable_name(variable: Any) -> str:
-    """Returns the name under which a user knows a variable: Keras' path, or TensorFlow's name."""
-    return getattr(variable, "path", None) or variable.name
 
 
 def _parts(gradient: Any) -> list[Any]:

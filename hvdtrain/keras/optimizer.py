@@ -1,6 +1,5 @@
 """`DistributedOptimizer`: the one place where a reduced gradient enters Keras."""
 
-import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,9 +10,6 @@ from hvdtrain.collectives.base import Op
 from hvdtrain.gradients.reducer import GradientReducer, ReduceOptions
 from hvdtrain.gradients.verification import Policy, Verification
 from hvdtrain.keras import saving, seams
-
-# Optimizers are made in the same order on all ranks, so their numbers tell them apart alike everywhere.
-_numbers = itertools.count()
 
 
 def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
@@ -57,9 +53,7 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         inner = DistributedOptimizer(optimizer.inner_optimizer, name, sparse_as_dense=sparse_as_dense, op=op)
         return _copied(optimizer, type(optimizer), inner_optimizer=inner)
     base = type(optimizer)
-    options = ReduceOptions(
-        name or f"Distributed{base.__name__}.{next(_numbers)}", Op.of(op), sparse_as_dense
-    )
+    options = ReduceOptions(name or f"Distributed{base.__name__}", Op.of(op), sparse_as_dense)
     verification = Verification(engine, options.op, Policy.from_environment())
     # In a world of one there is nothing to reduce, and the step stays exactly what Keras made it.
     reducer = GradientReducer(engine, options, verification) if engine.size > 1 else None

@@ -6,8 +6,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import Call
-from hvdtrain.gradients.verification import variable_name
+from hvdtrain.gradients.naming import described_call
 
 
 def broadcast_variables(variables: Sequence[Any], root_rank: int = 0) -> None:
@@ -23,8 +22,8 @@ def broadcast_variables(variables: Sequence[Any], root_rank: int = 0) -> None:
         MismatchError: On every rank, if the ranks hold other variables, shapes or dtypes.
     """
     engine = runtime.engine()
-    described = tuple(f"{variable_name(each)}: {each.dtype} {tuple(each.shape)}" for each in variables)
-    engine.agree(Call("broadcast of variables", described))
+    details = [f"{each.dtype} {tuple(each.shape)}" for each in variables]
+    engine.agree(described_call("broadcast of variables", variables, details))
     for variable in variables:
         value = engine.broadcast(np.asarray(variable.numpy()), root_rank)
         if engine.rank != root_rank:

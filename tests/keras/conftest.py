@@ -12,8 +12,13 @@ def world():
 
 
 @pytest.fixture(autouse=True)
-def fresh_names():
-    """Each test's layers are named from the beginning, on every rank alike."""
+def fresh_names(monkeypatch):
+    """Layers and reductions are named from the beginning on every rank alike, whatever failed before."""
+    import itertools
+
     import keras
 
+    from hvdtrain.gradients import reducer
+
     keras.utils.clear_session()
+    monkeypatch.setattr(reducer, "_numbers", itertools.count())
