@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -141,3 +142,40 @@ def test_a_process_ends_well_whichever_of_mpi_and_tensorflow_it_loaded_first(fir
     load = "import tensorflow\n" if first == "tensorflow" else ""
     done = python(load + INIT + "\nimport tensorflow", HVDTRAIN_ENGINE="mpi")
     assert done.returncode == 0 and done.stdout.split() == ["mpi", "1"], done.stderr
+
+
+def mpirun(code, size=2):
+    """Runs a script the way a user without `hvdtrain run` would, and ends it after two minutes."""
+    clean = {name: value for name, value in os.environ.items() if name not in launcher_variables()}
+    root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    launcher = Path(sys.executable).with_name("mpirun")
+    return subprocess.run(
+        [launcher, "--oversubscribe", "--bind-to", "none", "-np", str(size), sys.executable, "-c", code],
+        env=clean | root | {"HVDTRAIN_ENGINE": "mpi", "OMPI_MCA_mpi_yield_when_idle": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_an_error_in_one_rank_ends_all_under_plain_mpirun():
+    done = mpirun(
+        "from hvdtrain import runtime\n"
+        "engine = runtime.init()\n"
+        "if engine.rank == 1: raise KeyError('lost')\n"
+        "while True: engine.barrier()\n"
+    )
+    assert done.returncode == 1 and "KeyError: 'lost'" in done.stderr
+
+
+def test_the_sentence_that_tensorflow_buries_is_repeated_last():
+    done = mpirun(
+        "import keras, numpy as np, hvdtrain.keras as hvd\n"
+        "hvd.init()\n"
+        "keras.utils.set_random_seed(hvd.rank())\n"
+        "model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])\n"
+        "model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), 'mse')\n"
+        "model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)\n"
+    )
+    assert done.returncode != 0
+    assert "\nhvdtrain: The ranks do not hold the same weights" in done.stderr, done.stderr
