@@ -11,6 +11,8 @@ BUCKET_BYTES = 16 << 20
 ALONE_BYTES = 256 << 10
 # TensorFlow takes over a NumPy array without copying it only if it starts on such a boundary.
 ALIGNMENT = 64
+# After so many requests for other sizes a size is forgotten; many steps of any model.
+_MEMORY = 4096
 
 
 def plan(arrays: Sequence[np.ndarray]) -> list[list[int]]:
@@ -21,7 +23,7 @@ def plan(arrays: Sequence[np.ndarray]) -> list[list[int]]:
 
     Returns:
         Lists of indices. Arrays of a list have one dtype and together at most `BUCKET_BYTES`; an array of
-        `ALONE_BYTES` or more, and one of 16-bit floats, is alone in its list. The same on all ranks.
+        `ALONE_BYTES` or more is alone in its list. The same on all ranks.
     """
     buckets: list[list[int]] = []
     filling: dict[np.dtype, tuple[list[int], int]] = {}
@@ -69,13 +71,20 @@ class _Pool:
 
     New memory for each step would cost a page fault every 4 KiB. NumPy keeps a buffer's owner alive
     through each view of it, so its reference count tells whether a result of an earlier step still is in use.
+    A size that nobody has asked for in a long while is forgotten.
     """
 
     def __init__(self) -> None:
         self._owners: dict[int, list[np.ndarray]] = {}
+        self._asked: dict[int, int] = {}
+        self._requests = 0
 
     def take(self, nbytes: int) -> np.ndarray:
         """Returns `nbytes` aligned bytes."""
+        self._requests += 1
+        self._asked[nbytes] = self._requests
+        if self._requests % _MEMORY == 0:
+            self._forget()
         owners = self._owners.setdefault(nbytes, [])
         free = next((owner for owner in owners if sys.getrefcount(owner) == _UNUSED), None)
         if free is None:
@@ -83,6 +92,10 @@ class _Pool:
             owners.append(free)
         offset = -free.ctypes.data % ALIGNMENT
         return free[offset : offset + nbytes]
+
+    def _forget(self) -> None:
+        for nbytes in [each for each, asked in self._asked.items() if asked <= self._requests - _MEMORY]:
+            del self._asked[nbytes], self._owners[nbytes]
 
 
 def _reference_count_when_unused() -> int:

@@ -44,6 +44,7 @@ def _take_cores(engine: Engine) -> int:
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         if not tf.config.threading.get_inter_op_parallelism_threads():
+            # At least two: while one waits for other ranks, the step must go on.
             tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
     except RuntimeError:
         warnings.warn(
