@@ -62,6 +62,8 @@ class GradientReducer:
                 comes as TensorFlow's InvalidArgumentError with the same text.
         """
         local = [self._dense_if_asked(each) for each in gradients]
+        if self._engine.size == 1:
+            return local
         reduced = self._reduced(local, self._call(local, variables))
         checked = self._verification.step(local, reduced, variables, state)
         if checked is None:

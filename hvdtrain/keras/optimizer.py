@@ -1,5 +1,6 @@
 """`DistributedOptimizer`: the one place where a reduced gradient enters Keras."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,10 +44,10 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
 
     Raises:
         ValueError: If `hvd.init()` was not called, or `optimizer` is distributed already, or `op` is
-            another reduction.
+            another reduction, or HVDTRAIN_VERIFY is not one of its values.
         TypeError: If `optimizer` is not a Keras optimizer.
     """
-    engine = runtime.engine()
+    runtime.engine()
     _check(optimizer, Op.of(op))
     seams.install()
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -54,10 +55,8 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         return _copied(optimizer, type(optimizer), inner_optimizer=inner)
     base = type(optimizer)
     options = ReduceOptions(name or f"Distributed{base.__name__}", Op.of(op), sparse_as_dense)
-    verification = Verification(engine, options.op, Policy.from_environment())
-    # In a world of one there is nothing to reduce, and the step stays exactly what Keras made it.
-    reducer = GradientReducer(engine, options, verification) if engine.size > 1 else None
-    distributed = type(base.__name__, (_Distributed, base), {"_hvdtrain_reducer": reducer})
+    chosen = {"_hvdtrain_options": options, "_hvdtrain_policy": Policy.from_environment()}
+    distributed = type(base.__name__, (_Distributed, base), chosen)
     saving.save_as(distributed, base)
     return _copied(optimizer, distributed)
 
@@ -70,8 +69,14 @@ def is_distributed(optimizer: Any) -> bool:
 class _Distributed:
     """Reduces exactly the gradients that are about to be applied. Mixed into the user's own class."""
 
-    _hvdtrain_reducer: GradientReducer | None = None
+    _hvdtrain_options: ReduceOptions
+    _hvdtrain_policy: Policy
     _hvdtrain_variables: Sequence[Any] = ()
+
+    @functools.cached_property
+    def _hvdtrain_reducer(self) -> GradientReducer:
+        engine, options = runtime.engine(), self._hvdtrain_options
+        return GradientReducer(engine, options, Verification(engine, options.op, self._hvdtrain_policy))
 
     def _filter_empty_gradients(self, grads: Any, trainable_variables: Any) -> tuple[Any, Any]:
         grads, variables = super()._filter_empty_gradients(grads, trainable_variables)  # type: ignore[misc]
@@ -87,11 +92,10 @@ class _Distributed:
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         # Keras calls this once for each update, after its gradient accumulation and before clipping.
-        if self._hvdtrain_reducer is not None:
-            local = {id(each) for each in getattr(self, "_accumulated_gradients", ())}
-            state = [each for each in self.variables if id(each) not in local]  # type: ignore[attr-defined]
-            grads = self._hvdtrain_reducer(grads, self._hvdtrain_variables, state)
-        return super()._clip_gradients(grads)  # type: ignore[misc]
+        accumulated = {id(each) for each in getattr(self, "_accumulated_gradients", ())}
+        state = [each for each in self.variables if id(each) not in accumulated]  # type: ignore[attr-defined]
+        reduced = self._hvdtrain_reducer(grads, self._hvdtrain_variables, state)
+        return super()._clip_gradients(reduced)  # type: ignore[misc]
 
 
 def _check(optimizer: Any, op: Op) -> None:

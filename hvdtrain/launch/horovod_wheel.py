@@ -4,7 +4,6 @@ All is done in one temporary folder. The environment is touched by `install` alo
 """
 
 import importlib.util
-import json
 import os
 import re
 import shutil
@@ -13,38 +12,13 @@ import sys
 from pathlib import Path
 
 from hvdtrain.launch.build_progress import BuildProgress, Steps
-from hvdtrain.launch.horovod_target import HOROVOD, PASSED_ON, RECORD, SDIST_SHA256, CannotBuild, Target
+from hvdtrain.launch.horovod_mend import mend
+from hvdtrain.launch.horovod_target import HOROVOD, PASSED_ON, SDIST_SHA256, CannotBuild, Target
 from hvdtrain.launch.mpi_identity import lenient_settings
 
 _TOOLS = ("setuptools>=70.1,<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml")
 _RUNTIME = {"cloudpickle": "cloudpickle", "packaging": "packaging", "psutil": "psutil", "pyyaml": "yaml"}
 _PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "10")
-
-# TensorFlow no longer ships the XLA headers that this file includes; on CPU it compiles to nothing anyway.
-_DROPPED = "horovod/tensorflow/xla_mpi_ops.cc"
-
-# TensorFlow no longer has this function; what it did is now a method of the stream.
-_DECLARED = "GpuStreamHandle AsGpuStreamValue(Stream* stream);"
-_DEFINED = """
-#if HAVE_GPU
-GpuStreamHandle stream_executor::gpu::AsGpuStreamValue(Stream* stream) {
-  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);
-}
-#endif
-"""
-
-# The wheel carries its record, so that pip installs and removes both as one. Relative search paths let a
-# cached wheel serve another environment; NCCL's place is the user's own.
-_ADDED_TO_CMAKE = """
-configure_file("${{PROJECT_SOURCE_DIR}}/{record}" "${{CMAKE_LIBRARY_OUTPUT_DIRECTORY_ROOT}}/{name}" COPYONLY)
-set(LIBRARIES_LIE_IN "{rpath}")
-if(NCCL_LIBRARIES)
-    get_filename_component(NCCL_LIES_IN "${{NCCL_LIBRARIES}}" DIRECTORY)
-    list(APPEND LIBRARIES_LIE_IN "${{NCCL_LIES_IN}}")
-endif()
-set_target_properties(${{TF_TARGET_LIB}} PROPERTIES
-    BUILD_WITH_INSTALL_RPATH TRUE INSTALL_RPATH "${{LIBRARIES_LIE_IN}}")
-"""
 
 _PROOF = """
 import horovod.tensorflow as hvd, tensorflow as tf
@@ -74,7 +48,7 @@ def build_wheel(target: Target, folder: Path, steps: Steps, progress: BuildProgr
     _fetch_tools(folder / "tools", steps)
     progress.phase(f"fetching Horovod {HOROVOD}")
     source = fetch_source(folder, steps, environ)
-    _mend(source, target)
+    mend(source, target)
     progress.phase("compiling", measured=True)
     command: list[str | Path] = [_python(folder), "setup.py", "bdist_wheel", "--dist-dir", folder / "dist"]
     steps.run(command, f"Horovod did not compile for {target}.", environ, source)
@@ -196,19 +170,6 @@ def _cmake_version() -> tuple[int, ...] | None:
     told = subprocess.run(["cmake", "--version"], capture_output=True, text=True, timeout=60).stdout
     found = re.search(r"version\s+(\d+)\.(\d+)", told)
     return tuple(map(int, found.groups())) if found else None
-
-
-def _mend(source: Path, target: Target) -> None:
-    (source / RECORD).write_text(json.dumps(target.record(), indent=1))
-    lists = source / "horovod/tensorflow/CMakeLists.txt"
-    kept = [line for line in lists.read_text().splitlines() if _DROPPED not in line]
-    rpath = ["$ORIGIN/../../tensorflow"]
-    if target.mpi_is_in_environment:
-        rpath.append("$ORIGIN/../../../..")
-    added = _ADDED_TO_CMAKE.format(record=RECORD, name=Path(RECORD).name, rpath=";".join(rpath))
-    lists.write_text("\n".join(kept) + added)
-    operations = source / "horovod/tensorflow/mpi_ops.cc"
-    operations.write_text(operations.read_text().replace(_DECLARED, f"static {_DECLARED}") + _DEFINED)
 
 
 def _runtime_wheels(folder: Path, steps: Steps) -> list[Path]:

@@ -24,6 +24,7 @@ import pytest
 from rich.console import Console
 
 from hvdtrain.launch.build_progress import BuildProgress, Steps, telling_lines
+from hvdtrain.launch.horovod_mend import mend
 from hvdtrain.launch.horovod_target import HOROVOD, RECORD, SDIST_SHA256, CannotBuild, Target
 from hvdtrain.launch.horovod_wheel import fetch_source
 from hvdtrain.launch.mpi_identity import mpi_behind, mpi_name
@@ -302,6 +303,20 @@ def test_every_part_of_the_target_changes_the_key(tmp_path):
     assert len(set(keys)) == len(keys)
     assert sysconfig.get_config_var("SOABI") in target.key
     assert dataclasses.replace(target, wrapper=Path(sys.prefix, "bin/mpic++")).key == target.key
+
+
+@pytest.mark.parametrize("wrapper", [Path(sys.prefix, "bin/mpicxx"), Path("/opt/mpi/bin/mpicxx")])
+def test_the_mended_source_carries_its_record_and_names_only_an_mpi_wheel_relatively(tmp_path, wrapper):
+    lists, operations = (tmp_path / f"horovod/tensorflow/{name}" for name in ("CMakeLists.txt", "mpi_ops.cc"))
+    lists.parent.mkdir(parents=True)
+    lists.write_text("keep(mpi_ops.cc)\nlist(APPEND S horovod/tensorflow/xla_mpi_ops.cc)\nkeep(this)\n")
+    operations.write_text("GpuStreamHandle AsGpuStreamValue(Stream* stream);\n")
+    target = Target("9.9.9", "Open MPI 4.1.8", "none", wrapper, wrapper)
+    mend(tmp_path, target)
+    assert json.loads((tmp_path / RECORD).read_text())["key"] == target.key
+    assert lists.read_text().startswith("keep(mpi_ops.cc)\nkeep(this)\n")
+    assert ("$ORIGIN/../../../.." in lists.read_text()) == target.mpi_is_in_environment
+    assert operations.read_text().startswith("static GpuStreamHandle AsGpuStreamValue")
 
 
 def test_a_measured_phase_tells_where_it_is_now_and_then():

@@ -17,8 +17,6 @@ def engine(inquiry: Inquiry) -> Finding:
         reason = reason_not_to_use(inquiry.stack["tensorflow"], mpi_name(inquiry.mpi["library"]))
     except (NoAnswerError, KeyError):
         reason = "TensorFlow or MPI is missing"
-    except ValueError:
-        return wrong(NAME, "The record of Horovod's build is damaged: no engine can be chosen by it.", BUILD)
     return judge_engine(chosen, reason)
 
 
