@@ -34,6 +34,8 @@ class _OnlyFailures:
 @pytest.fixture(scope="session")
 def engine():
     """The engine that HVDTRAIN_ENGINE names, in the world that launched these tests."""
+    import hvdtrain.keras as hvd
     from hvdtrain import runtime
 
-    return runtime.init()
+    hvd.init()
+    return runtime.engine()
