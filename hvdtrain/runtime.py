@@ -1,15 +1,19 @@
 """The one mutable global: which engine is in use, and the proof that its world is the one launched."""
 
+import atexit
 import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
 
 from hvdtrain import topology
-from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.base import Call, Engine, MismatchError
 from hvdtrain.collectives.single import SingleEngine
 
 CHOICES = ("auto", "horovod", "mpi", "single")
+
+# What a rank waits for at its end: another that is still training is told so, instead of waiting for ever.
+_END = Call("end of the script")
 
 _engine: Engine | None = None
 
@@ -37,15 +41,22 @@ def init() -> Engine:
         engine = _open(choice, place)
         _check_world(engine, place)
         _end_all_on_error(engine)
+        atexit.register(_end_together, engine)
         _engine = engine
     return _engine
 
 
 def shutdown() -> None:
-    """Leaves the world; what needs it raises afterwards, until `init()` is called again."""
+    """Leaves the world, when all ranks do; what needs it raises afterwards, until `init()` is called again.
+
+    Raises:
+        MismatchError: On every rank, if some ranks are still at work.
+    """
     global _engine
     if _engine is not None:
         engine, _engine = _engine, None
+        engine.agree(_END)
+        engine.closed = True
         engine.shutdown()
 
 
@@ -144,7 +155,8 @@ def last_words(error: BaseException) -> str:
         The sentence of the engine's own error, or nothing if `error` says it already or there is none.
     """
     hidden = _engine.last_error if _engine is not None else None
-    return f"hvdtrain: {hidden}" if hidden is not None and error is not hidden else ""
+    buried = hidden is not None and error is not hidden and str(hidden) in str(error)
+    return f"hvdtrain: {hidden}" if buried else ""
 
 
 def _end_all_on_error(engine: Engine) -> None:
@@ -161,3 +173,14 @@ def _end_all_on_error(engine: Engine) -> None:
             engine.abort(1)
 
     sys.excepthook = end_all
+
+
+def _end_together(engine: Engine) -> None:
+    """Ends this rank when all ranks end; one that has left its training early is named on all of them."""
+    if engine is not _engine:
+        return
+    try:
+        engine.agree(_END)
+    except MismatchError as error:
+        print(f"hvdtrain: {error}", file=sys.stderr, flush=True)
+        engine.abort(1)

@@ -179,3 +179,35 @@ def test_the_sentence_that_tensorflow_buries_is_repeated_last():
     )
     assert done.returncode != 0
     assert "\nhvdtrain: The ranks do not hold the same weights" in done.stderr, done.stderr
+
+
+def test_a_rank_that_ends_early_is_named_instead_of_waited_for():
+    done = mpirun(
+        "from hvdtrain import runtime\n"
+        "engine = runtime.init()\n"
+        "while engine.rank == 0: engine.allreduce(1.0)\n"
+    )
+    assert done.returncode == 1
+    assert "rank 0: allreduce" in done.stderr and "rank 1: end of the script" in done.stderr
+
+
+def test_a_rank_that_exits_with_a_code_ends_all():
+    done = mpirun(
+        "import sys\nfrom hvdtrain import runtime\n"
+        "engine = runtime.init()\n"
+        "if engine.rank == 1: sys.exit(3)\n"
+        "while True: engine.barrier()\n"
+    )
+    assert done.returncode != 0 and "rank 1: end of the script" in done.stderr
+
+
+def test_ranks_that_end_together_end_well_however_late_one_is():
+    done = mpirun(
+        "from hvdtrain import runtime\ne = runtime.init()\ne.rank or sum(range(10**7))\ne.barrier()"
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_after_shutdown_an_old_engine_says_so():
+    done = python("from hvdtrain import runtime as r\ne = r.init(); r.shutdown(); r.init(); e.allreduce(1.0)")
+    assert done.returncode == 1 and "hvd.shutdown() was called" in done.stderr

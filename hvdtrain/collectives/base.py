@@ -75,7 +75,6 @@ class World:
     homogeneous: bool = True
 
 
-_WIDE = {"float16": np.dtype(np.float32), "bfloat16": np.dtype(np.float32)}
 _REDUCIBLE = {
     *("float16", "bfloat16", "float32", "float64"),
     *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"),
@@ -92,6 +91,7 @@ class Engine(ABC):
     name: str
     library: str
     world: World
+    closed: bool = False
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
 
     @property
@@ -153,7 +153,7 @@ class Engine(ABC):
             array: Array of the same shape and dtype on all ranks: float16, bfloat16, float32, float64, any
                 integer, or bool. The 16-bit floats are summed in float32 and rounded once.
             op: AVERAGE (default; of integers, rounded toward zero), SUM, MIN, MAX or PRODUCT. A bool takes
-                MIN (all), MAX (any) and PRODUCT.
+                MIN (all), MAX (any) and PRODUCT. MIN and MAX need not see a NaN; SUM and AVERAGE do.
             out: Contiguous array that takes the result; may be `array` itself, which saves the copy.
 
         Returns:
@@ -172,8 +172,11 @@ class Engine(ABC):
                 f"allreduce: `out` must be a contiguous array like `array`, {_described(array)}. "
                 f"Received: {_described(out)}."
             )
-        in_place = np.may_share_memory(array, out)
-        self._finish(out if in_place else array, out, op)
+        if array.ctypes.data == out.ctypes.data:
+            array = out
+        elif np.may_share_memory(array, out):
+            array = array.copy()
+        self._finish(array, out, op)
         return out
 
     def grouped_allreduce(
@@ -272,7 +275,7 @@ class Engine(ABC):
             )
         self.agree(Call("reducescatter", (f"{_described(array)}, op={op.name.lower()}",)))
         rows = [len(array) // self.size + (rank < len(array) % self.size) for rank in range(self.size)]
-        wide = array.astype(_WIDE.get(array.dtype.name, array.dtype), copy=False)
+        wide = array.astype(_carrier(array.dtype, op), copy=False)
         mine = self._reduce_scatter(wide, rows, Op.SUM if op is Op.AVERAGE else op)
         return self._averaged(mine, op).astype(array.dtype, copy=False)
 
@@ -337,6 +340,10 @@ class Engine(ABC):
         Raises:
             MismatchError: On every rank, if one rank's call differs; the message names ranks and calls.
         """
+        if self.closed:
+            raise ValueError(
+                f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
+            )
         if self.size > 1 and not self._same_everywhere(call.digest):
             raise MismatchError(_explained(self._gather_objects(call)))
 
@@ -349,10 +356,11 @@ class Engine(ABC):
         ]
 
     def _finish(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        """Reduces and averages; the 16-bit floats pass through float32."""
+        """Reduces and averages, in a wider type where the sum would lose something."""
         plain = Op.SUM if op is Op.AVERAGE else op
-        if send.dtype.name in _WIDE:
-            wide = send.astype(_WIDE[send.dtype.name])
+        carrier = _carrier(send.dtype, op)
+        if carrier != send.dtype:
+            wide = send.astype(carrier)
             self._reduce(wide, wide, plain)
             receive[...] = self._averaged(wide, op)
         else:
@@ -398,7 +406,12 @@ class Engine(ABC):
 
 
 def _operand(array: Any, function: str) -> np.ndarray:
+    if np.ma.isMaskedArray(array):
+        raise TypeError(
+            f"{function}: a masked array would lose its mask. Send its data and its mask, or fill it."
+        )
     array = np.asarray(array, order="C")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.hasobject:
         raise TypeError(
             f"{function}: arrays of Python objects cannot travel. Received dtype {array.dtype}. "
@@ -418,6 +431,15 @@ def _reducible(array: Any, op: Op, function: str) -> tuple[np.ndarray, Op]:
             f"{function}: {op.name.lower()} of bool is not defined. Use max (any), min (all), or cast to int32."
         )
     return array, op
+
+
+def _carrier(dtype: np.dtype, op: Op) -> np.dtype:
+    """Returns the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
+    if dtype.name in ("float16", "bfloat16"):
+        return np.dtype(np.float32)
+    if op is Op.AVERAGE and dtype.kind in "iu" and dtype.itemsize < 8:
+        return np.dtype(np.int64)
+    return dtype
 
 
 def _described(array: np.ndarray) -> str:
@@ -442,7 +464,7 @@ def _explained(calls: Sequence[Call]) -> str:
         f"The ranks do not agree on their next operation ({calls[0].kind}).\n"
         f"  {ranks_text(like_first)}: {sides[0]}\n"
         f"  rank {other}: {sides[1]}\n"
-        f"  ({ranks_text(unlike)} differ from rank 0.)\n"
+        f"  ({ranks_text(unlike)} differ{'s' if len(unlike) == 1 else ''} from rank 0.)\n"
         "Every rank must run the same operations in the same order on the same model. Look for a condition "
         "on the rank, a layer that is frozen or missing on some ranks, or data that ends earlier on some."
     )

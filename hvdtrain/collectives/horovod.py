@@ -121,7 +121,7 @@ class HorovodEngine(Engine):
 
     def native_tensors(self) -> "NativeTensors":
         """Returns Horovod's graph operations."""
-        return NativeTensors(self._horovod, self._ops)
+        return NativeTensors(self._tf, self._horovod, self._ops)
 
     def _gather_objects(self, value: Any) -> list[Any]:
         # Objects have no use for a GPU, and TensorFlow need not have started yet.
@@ -144,17 +144,25 @@ class HorovodEngine(Engine):
 class NativeTensors:
     """Horovod's operations on TensorFlow tensors, in a graph or eager; they start as their input is ready."""
 
-    def __init__(self, horovod: Any, ops: dict[Op, Any]) -> None:
+    def __init__(self, tensorflow: Any, horovod: Any, ops: dict[Op, Any]) -> None:
+        self._tf = tensorflow
         self._horovod = horovod
         self._ops = {**ops, Op.AVERAGE: horovod.Average}
 
     def allreduce(self, tensor: Any, op: Op, name: str) -> Any:
         """Reduces one tensor; `name` is what Horovod matches ranks by."""
-        return self._horovod.allreduce(tensor, op=self._ops[op], name=name, ignore_name_scope=True)
+        reduced = self._horovod.allreduce(
+            self._carried(tensor), op=self._ops[op], name=name, ignore_name_scope=True
+        )
+        return self._tf.cast(reduced, tensor.dtype)
 
     def allgather(self, tensor: Any, name: str) -> Any:
         """Joins the ranks' tensors along the first dimension."""
-        return self._horovod.allgather(tensor, name=name, ignore_name_scope=True)
+        joined = self._horovod.allgather(self._carried(tensor), name=name, ignore_name_scope=True)
+        return self._tf.cast(joined, tensor.dtype)
+
+    def _carried(self, tensor: Any) -> Any:
+        return self._tf.cast(tensor, self._tf.float32) if tensor.dtype == self._tf.bfloat16 else tensor
 
 
 def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:

@@ -51,6 +51,11 @@ class MpiEngine(Engine):
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows = np.empty(self.size, np.int64)
         self._comm.Allgather(np.array([len(array)]), rows)
+        if rows.sum() >= 1 << 31:
+            raise OverflowError(
+                f"allgather: MPI counts rows in 32 bits, and {rows.sum()} are to be joined. Reshape the array so "
+                "that it has fewer, longer rows."
+            )
         received = np.empty((int(rows.sum()), *array.shape[1:]), array.dtype)
         unit = self._row_type(array)
         self._comm.Allgatherv([_bytes(array), len(array), unit], [_bytes(received), rows, None, unit])

@@ -29,6 +29,6 @@ def described_call(kind: str, variables: Sequence[Any], details: Sequence[str]) 
     named = [(variable_name(each), detail) for each, detail in zip(variables, details, strict=True)]
     return Call(
         kind,
-        tuple(f"{re.sub(r'_[0-9]+(?=/|$)', '', name)}: {detail}" for name, detail in named),
+        tuple(f"{re.sub(r'_[0-9]+(?=[/_]|$)', '', name)}: {detail}" for name, detail in named),
         tuple(f"{name}: {detail}" for name, detail in named),
     )

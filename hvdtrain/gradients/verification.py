@@ -3,6 +3,7 @@
 It lives here and not with the diagnoses because it stands in the way of every gradient.
 """
 
+import math
 import os
 import re
 import zlib
@@ -153,9 +154,10 @@ class Verification:
         expected, scale = self._engine.allreduce(ours, self._op).T
         have = np.array([_projected(*parts)[0] for parts in applied])
         precision = np.array([_precision(parts[0].dtype) for parts in applied])
+        smallest = np.array([parts[0].size * _smallest(parts[0].dtype) for parts in applied])
         # An overflow is not an error of ours: the loss scale or the user's callbacks deal with it.
         distance = np.where(np.isfinite(expected), np.abs(have - expected), 0.0)
-        allowed = 8 * np.sqrt(self._engine.size) * precision * scale
+        allowed = 8 * np.sqrt(self._engine.size) * precision * scale + smallest
         wrong = np.flatnonzero(~(distance <= allowed) & np.isfinite(expected))
         mine = (
             self._wrong_gradient(names[wrong[0]], have[wrong[0]], expected[wrong[0]]) if len(wrong) else None
@@ -199,14 +201,15 @@ def _projected(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[floa
     Returns:
         The projection and the sum of magnitudes, in float64.
     """
-    table = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    table = values.reshape(len(values), math.prod(values.shape[1:])) if values.ndim else values.reshape(1, 1)
     of_columns = _signs(np.arange(table.shape[1]))
     of_rows = _signs(np.arange(len(table)) if rows is None else rows)
     total = magnitude = 0.0
     step = max(_PIECE // max(table.shape[1], 1), 1)
     for start in range(0, len(table), step):
         piece = table[start : start + step].astype(np.float64)
-        total += float(of_rows[start : start + step] @ (piece @ of_columns))
+        # Not by BLAS, which would start threads on cores that belong to other ranks.
+        total += float(np.einsum("i,ij,j", of_rows[start : start + step], piece, of_columns))
         magnitude += float(np.abs(piece).sum())
     return total, magnitude
 
@@ -215,6 +218,14 @@ def _signs(numbers: np.ndarray) -> np.ndarray:
     """Draws +1 or -1 for each number, the same on every rank (Knuth's multiplicative hash)."""
     mixed = numbers.astype(np.uint64) * np.uint64(2654435761) >> np.uint64(15)
     return 1.0 - 2.0 * (mixed & np.uint64(1)).astype(np.float64)
+
+
+def _smallest(dtype: np.dtype) -> float:
+    """Returns below what magnitude a float dtype rounds coarsely or to zero."""
+    if dtype.name == "bfloat16":
+        return float(np.finfo(np.float32).tiny)
+    limits = np.finfo(dtype)
+    return float(limits.smallest_subnormal if dtype == np.float16 else limits.tiny)
 
 
 def _precision(dtype: np.dtype) -> float:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Op
@@ -23,7 +24,7 @@ def allreduce(value: Any, name: str | None = None, op: Op | int | str = Op.AVERA
         TypeError: If the dtype cannot be reduced this way.
         MismatchError: On every rank, if the ranks do not call this alike.
     """
-    return runtime.engine().allreduce(np.asarray(value), op)
+    return runtime.engine().allreduce(_value(value, "allreduce"), op)
 
 
 def allgather(value: Any, name: str | None = None) -> np.ndarray:
@@ -39,7 +40,7 @@ def allgather(value: Any, name: str | None = None) -> np.ndarray:
     Raises:
         MismatchError: On every rank, if dtypes or later dimensions differ.
     """
-    return runtime.engine().allgather(np.asarray(value))
+    return runtime.engine().allgather(_value(value, "allgather"))
 
 
 def broadcast(value: Any, root_rank: int, name: str | None = None) -> np.ndarray:
@@ -57,7 +58,7 @@ def broadcast(value: Any, root_rank: int, name: str | None = None) -> np.ndarray
         ValueError: If there is no such rank.
         MismatchError: On every rank, if shapes or dtypes differ.
     """
-    return runtime.engine().broadcast(np.asarray(value), root_rank)
+    return runtime.engine().broadcast(_value(value, "broadcast"), root_rank)
 
 
 def broadcast_object(value: Any = None, root_rank: int = 0) -> Any:
@@ -73,3 +74,12 @@ def allgather_object(value: Any) -> list[Any]:
 def barrier() -> None:
     """Waits until every rank has come here."""
     runtime.engine().barrier()
+
+
+def _value(value: Any, function: str) -> Any:
+    if tf.is_symbolic_tensor(value):
+        raise TypeError(
+            f"hvd.{function} takes values: numbers, arrays, eager tensors. Received {value!r} inside a "
+            "tf.function; call it outside, on the function's result."
+        )
+    return value if isinstance(value, np.ndarray) else np.asarray(value)

@@ -1,7 +1,10 @@
 """`DistributedOptimizer`: the one place where a reduced gradient enters Keras."""
 
+import contextlib
 import functools
-from collections.abc import Sequence
+import re
+import types
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
@@ -61,6 +64,11 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     return _copied(optimizer, distributed)
 
 
+# Settings are of these types; whatever holds variables is made anew for each optimizer.
+_SETTINGS = (bool, int, float, str, tuple, set, frozenset, type(None), re.Pattern, types.FunctionType)
+_OWN = ("name", "built", "_lock")
+
+
 def is_distributed(optimizer: Any) -> bool:
     """Tells whether an optimizer, or the one inside a `LossScaleOptimizer`, averages over the ranks."""
     return isinstance(getattr(optimizer, "inner_optimizer", optimizer), _Distributed)
@@ -71,12 +79,39 @@ class _Distributed:
 
     _hvdtrain_options: ReduceOptions
     _hvdtrain_policy: Policy
-    _hvdtrain_variables: Sequence[Any] = ()
+    _hvdtrain_variables: Sequence[Any] | None = ()
 
     @functools.cached_property
     def _hvdtrain_reducer(self) -> GradientReducer:
         engine, options = runtime.engine(), self._hvdtrain_options
         return GradientReducer(engine, options, Verification(engine, options.op, self._hvdtrain_policy))
+
+    def apply_gradients(self, grads_and_vars: Any, **options: Any) -> Any:
+        """Updates the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
+        with self._hvdtrain_passed_through("apply_gradients"):
+            return super().apply_gradients(grads_and_vars, **options)  # type: ignore[misc]
+
+    def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
+        """Updates the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
+        if len(grads) == 0:
+            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+        with self._hvdtrain_passed_through("apply"):
+            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return _copied(self, type(self))
+
+    @contextlib.contextmanager
+    def _hvdtrain_passed_through(self, method: str) -> Iterator[None]:
+        """Makes sure that the user's own class leads through Keras' update, where gradients are reduced."""
+        object.__setattr__(self, "_hvdtrain_variables", None)
+        yield
+        if self._hvdtrain_variables is None and runtime.engine().size > 1:
+            raise NotImplementedError(
+                f"{type(self).__name__}.{method} updates variables by itself, not through Keras' "
+                "Optimizer.apply, so its gradients were not averaged over the ranks. Make it call "
+                "super().apply, or give hvd.DistributedOptimizer the optimizer inside it."
+            )
 
     def _filter_empty_gradients(self, grads: Any, trainable_variables: Any) -> tuple[Any, Any]:
         grads, variables = super()._filter_empty_gradients(grads, trainable_variables)  # type: ignore[misc]
@@ -94,7 +129,7 @@ class _Distributed:
         # Keras calls this once for each update, after its gradient accumulation and before clipping.
         accumulated = {id(each) for each in getattr(self, "_accumulated_gradients", ())}
         state = [each for each in self.variables if id(each) not in accumulated]  # type: ignore[attr-defined]
-        reduced = self._hvdtrain_reducer(grads, self._hvdtrain_variables, state)
+        reduced = self._hvdtrain_reducer(grads, self._hvdtrain_variables or (), state)
         return super()._clip_gradients(reduced)  # type: ignore[misc]
 
 
@@ -122,11 +157,20 @@ def _copied(optimizer: Any, kind: type, **changes: Any) -> Any:
             f"{type(optimizer).__name__} cannot be copied from its own get_config(): {error}. Make its "
             "get_config() return every argument that its __init__ takes."
         ) from error
+    _carry_settings(optimizer, copy)
     if optimizer.built:
         copy.build(optimizer._trainable_variables)
     for target, source in zip(copy.variables, optimizer.variables, strict=True):
         target.assign(source)
     return copy
+
+
+def _carry_settings(optimizer: Any, copy: Any) -> None:
+    """Gives the copy what was set after construction, such as what `exclude_from_weight_decay` set."""
+    for name, value in vars(optimizer).items():
+        own = name in _OWN or name.startswith("_hvdtrain")
+        if isinstance(value, _SETTINGS) and not own and getattr(copy, name, None) != value:
+            object.__setattr__(copy, name, type(value)(value) if isinstance(value, set) else value)
 
 
 def _configuration(optimizer: Any) -> dict[str, Any]:

@@ -89,6 +89,26 @@ def test_average_of_integers_rounds_toward_zero(engine):
     )
 
 
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "int16"])
+def test_averages_of_small_integers_do_not_overflow(engine, dtype):
+    most = np.array([np.iinfo(dtype).max], dtype)
+    assert engine.allreduce(most) == most
+    assert engine.grouped_allreduce([most, most])[1] == most
+    assert engine.reducescatter(np.repeat(most, engine.size)) == most
+
+
+def test_the_other_byte_order_is_understood(engine):
+    np.testing.assert_array_equal(engine.allreduce(np.arange(3, dtype=">f4")), np.arange(3))
+    np.testing.assert_array_equal(engine.broadcast(np.arange(3, dtype=">i8")), np.arange(3))
+
+
+def test_an_output_that_overlaps_its_input_by_half(engine):
+    buffer = np.arange(6.0)
+    np.testing.assert_array_equal(
+        engine.allreduce(buffer[0:4], "sum", out=buffer[2:6]), np.arange(4) * engine.size
+    )
+
+
 def test_allreduce_in_place_gives_the_array_itself(engine):
     mine = np.full((3, 2), engine.rank, np.float32)
     assert engine.allreduce(mine, "sum", out=mine) is mine
@@ -266,6 +286,7 @@ def test_ranks_that_disagree_are_named_on_every_rank(engine, ours, theirs, words
         (lambda e: e.allreduce(np.zeros(2, bool), "sum"), TypeError, "cast to int32"),
         (lambda e: e.allreduce(np.array(["a", None], object)), TypeError, "allgather_object"),
         (lambda e: e.allreduce(np.zeros(2), "median"), ValueError, "average"),
+        (lambda e: e.allgather(np.ma.masked_array([1, 2], [0, 1])), TypeError, "lose its mask"),
         (lambda e: e.allreduce(np.zeros(2), out=np.zeros(3)), ValueError, "(3,)"),
         (lambda e: e.broadcast(np.zeros(2), 99), ValueError, "root_rank=99"),
         (lambda e: e.broadcast(np.zeros(2), -1), ValueError, "root_rank=-1"),

@@ -1,5 +1,7 @@
 """N ranks with batch b learn what one process learns with batch N*b; every rank to the bit the same."""
 
+import copy as copying
+
 import keras
 import numpy as np
 import pytest
@@ -273,6 +275,67 @@ def test_the_users_optimizer_stays_plain_and_its_state_comes_along():
     for ours, theirs in zip(distributed.variables, plain.variables, strict=True):
         np.testing.assert_array_equal(ours.numpy(), theirs.numpy())
     assert distributed.get_config() == plain.get_config()
+
+
+def test_what_was_set_after_construction_comes_along():
+    def make():
+        optimizer = optimizers.AdamW(0.01, weight_decay=0.5)
+        optimizer.exclude_from_weight_decay(var_names=["bias"])
+        return optimizer
+
+    assert_same(*twins(dense_model, make, steps=4))
+
+
+class WithoutConfig(optimizers.SGD):
+    """A user's optimizer that forgot get_config: its copy would have the default power."""
+
+    def __init__(self, learning_rate=0.1, power=1.0):
+        super().__init__(learning_rate)
+        self.power = power
+
+    def update_step(self, gradient, variable, learning_rate):
+        super().update_step(gradient * self.power, variable, learning_rate)
+
+    def get_config(self):
+        return {"learning_rate": float(self.learning_rate)}
+
+
+def test_an_argument_that_get_config_forgets_comes_along():
+    assert_same(*twins(dense_model, lambda: WithoutConfig(power=3.0), steps=4))
+
+
+class AppliesByItself(optimizers.SGD):
+    def apply(self, grads, trainable_variables=None):
+        for gradient, variable in zip(grads, trainable_variables, strict=True):
+            variable.assign_sub(0.1 * gradient)
+
+
+class AppliesGradientsByItself(optimizers.SGD):
+    def apply_gradients(self, grads_and_vars):
+        for gradient, variable in grads_and_vars:
+            variable.assign_sub(0.1 * gradient)
+
+
+@pytest.mark.parametrize("kind", [AppliesByItself, AppliesGradientsByItself])
+@pytest.mark.parametrize("eager", [False, True], ids=["graph", "eager"])
+def test_an_optimizer_that_goes_around_the_average_is_refused(kind, eager):
+    x, y = data(1)
+    model = dense_model()
+    model.compile(hvd.DistributedOptimizer(kind(0.1)), "mse", run_eagerly=eager)
+    if hvd.size() == 1:
+        fit(model, mine(x), mine(y), BATCH)
+    else:
+        with pytest.raises(NotImplementedError, match="not averaged over the ranks"):
+            fit(model, mine(x), mine(y), BATCH)
+
+
+def test_a_deep_copy_stays_distributed():
+    built = hvd.DistributedOptimizer(optimizers.Adam(0.01))
+    built.build(dense_model().trainable_variables)
+    for original in (hvd.DistributedOptimizer(optimizers.Adam(0.01)), built):
+        copy = copying.deepcopy(original)
+        assert type(copy) is type(original) and copy is not original
+        assert copy.get_config() == original.get_config() and copy.built == original.built
 
 
 def test_a_callable_or_unregistered_schedule_survives_the_copy():

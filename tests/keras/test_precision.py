@@ -49,9 +49,10 @@ def test_mixed_bfloat16_trains_the_same_model_everywhere():
     assert_identical(model)
 
 
-def test_float16_weights():
-    x, y = data(3, "float16")
-    model = dense_model("float16")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_weights_of_sixteen_bits(dtype):
+    x, y = data(3, "float32")
+    model = dense_model(dtype)
     model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse")
     fit(model, mine(x), mine(y), BATCH)
     assert_identical(model)

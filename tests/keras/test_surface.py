@@ -55,3 +55,9 @@ def hvd_cores():
     from hvdtrain import cores
 
     return len(cores.allowed())
+
+
+@pytest.mark.parametrize("call", [hvd.allreduce, hvd.allgather, lambda each: hvd.broadcast(each, 0)])
+def test_collectives_of_values_say_that_they_are_none_of_a_graph(call):
+    with pytest.raises(TypeError, match=r"inside a tf\.function"):
+        tf.function(call)(tf.constant(1.0))

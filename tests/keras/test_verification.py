@@ -193,3 +193,46 @@ def test_rank_0_says_once_that_it_verified(capfd):
     said = capfd.readouterr().err.count("verified at step 1: 4 variables are the same on all")
     assert said == (1 if hvd.rank() == 0 else 0)
     assert_identical(model)
+
+
+@pytest.mark.parametrize("verify", ["first", "off"])
+def test_a_rank_that_touched_no_row_of_an_embedding(monkeypatch, verify):
+    monkeypatch.setenv("HVDTRAIN_VERIFY", verify)
+    optimizer = hvd.DistributedOptimizer(SGD(1.0))
+    table = keras.Variable(np.zeros((4, 3)), dtype="float32", name="table")
+    rows = [] if hvd.rank() == 0 else [1, 2]
+    values = tf.ones((len(rows), 3))
+    optimizer.apply(
+        [tf.IndexedSlices(values, tf.constant(rows, tf.int64), tf.constant([4, 3], tf.int64))], [table]
+    )
+    expected = np.zeros((4, 3))
+    expected[1:3] = -(hvd.size() - 1) / hvd.size()
+    np.testing.assert_allclose(table.numpy(), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (3, 0), (0,), ()])
+def test_variables_of_odd_shapes(shape):
+    optimizer = hvd.DistributedOptimizer(SGD(1.0))
+    variable = keras.Variable(np.zeros(shape), dtype="float32", name="odd")
+    optimizer.apply([tf.fill(shape, float(hvd.rank()))], [variable])
+    np.testing.assert_allclose(variable.numpy(), np.full(shape, -(hvd.size() - 1) / 2))
+
+
+@pytest.mark.parametrize("dtype, value", [("float16", 6e-8), ("float32", 1e-40), ("float32", 7.5e-39)])
+@pytest.mark.parametrize("graph", [False, True], ids=["eager", "graph"])
+def test_the_smallest_gradients_are_no_false_alarm(dtype, value, graph):
+    optimizer = hvd.DistributedOptimizer(SGD(1.0))
+    variable = keras.Variable(np.zeros(1), dtype=dtype, name="tiny")
+    optimizer.build([variable])
+    gradient = tf.constant([value * (1 + hvd.rank())], dtype)
+    step = tf.function(lambda: optimizer.apply([gradient])) if graph else lambda: optimizer.apply([gradient])
+    step()
+
+
+def test_an_error_dealt_with_is_not_repeated_later():
+    x, y = data(1)
+    model = compiled(dense_model(seed=1 + (hvd.rank() == 1)))
+    with pytest.raises(tf.errors.OpError) as caught:
+        fit(model, mine(x), mine(y), BATCH)
+    assert "not hold the same weights" in runtime.last_words(caught.value)
+    assert runtime.last_words(KeyError("of another kind")) == ""

@@ -5,6 +5,7 @@ from typing import Any
 import keras
 
 from hvdtrain import runtime
+from hvdtrain.collectives.base import Call
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.keras.variables import broadcast_variables
 
@@ -17,9 +18,16 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     between ranks. Horovod copies after the first step, when it is too late for that step
     (https://horovod.readthedocs.io/en/stable/keras.html).
 
+    While it is there it also compares, at the start of each epoch, the learning rate, which a callback may
+    have changed on some ranks only, and at the end, that all ranks have come there.
+
     Args:
         root_rank: The rank whose values all take; usually the one that loads a checkpoint.
         device: Accepted for Horovod's sake; TensorFlow places the copies.
+
+    Raises:
+        MismatchError: On every rank, if the ranks train different models, with different learning rates, or
+            do not end together.
     """
 
     def __init__(self, root_rank: int = 0, device: str = "") -> None:
@@ -28,14 +36,67 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self._device = device
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Copies everything, after Keras has built the model and before it runs a step."""
-        engine, optimizer = runtime.engine(), self.model.optimizer
-        if engine.size > 1 and not is_distributed(optimizer):
+        """Copies everything before the first step; of a model not built yet, once its first batch is there."""
+        engine = runtime.engine()
+        if engine.size == 1:
+            return
+        if not any(is_distributed(each) for each in self._optimizers()):
             engine.say(
-                f"this model's optimizer, {type(optimizer).__name__}, is not distributed: each rank trains a "
-                "model of its own from here on. Compile the model with hvd.DistributedOptimizer(...)."
+                f"this model's optimizer, {type(self.model.optimizer).__name__}, is not distributed: each rank "
+                "trains a model of its own from here on. Compile the model with hvd.DistributedOptimizer(...)."
             )
-        if optimizer is not None and not optimizer.built:
-            optimizer.build(self.model.trainable_variables)
-        state = optimizer.variables if optimizer is not None else []
+        parts = [each for each in self.model._flatten_layers() if each is not self.model]
+        if all(each.built for each in parts or [self.model]):
+            self._broadcast()
+        else:
+            self._broadcast_at_first_batch()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        """Makes sure that all ranks learn at the same rate."""
+        rates = [
+            f"{type(each).__name__}, learning rate {float(each.learning_rate)!r}"
+            for each in self._optimizers()
+        ]
+        runtime.engine().agree(Call(f"start of epoch {epoch + 1}", tuple(rates)))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Makes sure that no rank goes on alone, waiting for gradients that never come."""
+        runtime.engine().agree(Call("end of training"))
+
+    def _optimizers(self) -> list[Any]:
+        """Lists the model's optimizers: the compiled one, and those that a GAN or its like keeps beside it."""
+        kept = [each for each in vars(self.model).values() if isinstance(each, keras.optimizers.Optimizer)]
+        distributed = [each for each in kept if is_distributed(each)]
+        return distributed or [each for each in [self.model.optimizer] if each is not None]
+
+    def _broadcast(self) -> None:
+        compiled = self.model.optimizer
+        if is_distributed(compiled) and not compiled.built:
+            compiled.build(self.model.trainable_variables)
+        state = [variable for each in self._optimizers() for variable in each.variables]
         broadcast_variables([*self.model.weights, *state], self.root_rank)
+
+    def _broadcast_at_first_batch(self) -> None:
+        """Stands before the first step, where the shapes of a batch are known and nothing has been computed."""
+        train = self.model.train_function
+
+        def first(iterator: Any) -> Any:
+            self.model.train_function = train
+            self._build(iterator.element_spec)
+            self._broadcast()
+            return train(iterator)
+
+        self.model.train_function = first
+
+    def _build(self, batch: Any) -> None:
+        inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        try:
+            self.model(
+                keras.tree.map_structure(lambda each: keras.KerasTensor(each.shape, each.dtype.name), inputs)
+            )
+        except Exception as error:
+            raise ValueError(
+                f"Rank {runtime.engine().rank}: the weights cannot be broadcast before the first step, because the "
+                f"model is not built and cannot be built from its batches ({error}). Give it a keras.Input, or "
+                "call it once on a batch before model.fit."
+            ) from error
