@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import re
-import types
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,6 +12,7 @@ from hvdtrain.collectives.base import Op
 from hvdtrain.gradients.reducer import GradientReducer, ReduceOptions
 from hvdtrain.gradients.verification import Policy, Verification
 from hvdtrain.keras import saving, seams
+from hvdtrain.keras.copying import copied
 
 
 def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
@@ -55,18 +54,13 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     seams.install()
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = DistributedOptimizer(optimizer.inner_optimizer, name, sparse_as_dense=sparse_as_dense, op=op)
-        return _copied(optimizer, type(optimizer), inner_optimizer=inner)
+        return copied(optimizer, type(optimizer), inner_optimizer=inner)
     base = type(optimizer)
     options = ReduceOptions(name or f"Distributed{base.__name__}", Op.of(op), sparse_as_dense)
     chosen = {"_hvdtrain_options": options, "_hvdtrain_policy": Policy.from_environment()}
     distributed = type(base.__name__, (_Distributed, base), chosen)
     saving.save_as(distributed, base)
-    return _copied(optimizer, distributed)
-
-
-# Settings are of these types; whatever holds variables is made anew for each optimizer.
-_SETTINGS = (bool, int, float, str, tuple, set, frozenset, type(None), re.Pattern, types.FunctionType)
-_OWN = ("name", "built", "_lock")
+    return copied(optimizer, distributed)
 
 
 def is_distributed(optimizer: Any) -> bool:
@@ -99,7 +93,7 @@ class _Distributed:
             return super().apply(grads, trainable_variables)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return _copied(self, type(self))
+        return copied(self, type(self))
 
     @contextlib.contextmanager
     def _hvdtrain_passed_through(self, method: str) -> Iterator[None]:
@@ -145,41 +139,3 @@ def _check(optimizer: Any, op: Op) -> None:
         )
     if op not in (Op.AVERAGE, Op.SUM):
         raise ValueError(f"Gradients are combined by hvd.Average or hvd.Sum. Received: op={op.name.lower()}.")
-
-
-def _copied(optimizer: Any, kind: type, **changes: Any) -> Any:
-    """Makes an optimizer of another class with the configuration and the state of this one."""
-    config = _configuration(optimizer)
-    try:
-        copy = kind(**{**config, **changes}) if changes else kind.from_config(config)  # type: ignore[attr-defined]
-    except TypeError as error:
-        raise TypeError(
-            f"{type(optimizer).__name__} cannot be copied from its own get_config(): {error}. Make its "
-            "get_config() return every argument that its __init__ takes."
-        ) from error
-    _carry_settings(optimizer, copy)
-    if optimizer.built:
-        copy.build(optimizer._trainable_variables)
-    for target, source in zip(copy.variables, optimizer.variables, strict=True):
-        target.assign(source)
-    return copy
-
-
-def _carry_settings(optimizer: Any, copy: Any) -> None:
-    """Gives the copy what was set after construction, such as what `exclude_from_weight_decay` set."""
-    for name, value in vars(optimizer).items():
-        own = name in _OWN or name.startswith("_hvdtrain")
-        if isinstance(value, _SETTINGS) and not own and getattr(copy, name, None) != value:
-            object.__setattr__(copy, name, type(value)(value) if isinstance(value, set) else value)
-
-
-def _configuration(optimizer: Any) -> dict[str, Any]:
-    """Returns the optimizer's configuration with the schedule itself, which need not be serializable."""
-    rate = getattr(optimizer, "_learning_rate", None)
-    if not callable(rate) or isinstance(rate, keras.Variable):
-        return optimizer.get_config()
-    object.__setattr__(optimizer, "_learning_rate", 0.0)
-    try:
-        return {**optimizer.get_config(), "learning_rate": rate}
-    finally:
-        object.__setattr__(optimizer, "_learning_rate", rate)
