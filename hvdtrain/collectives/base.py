@@ -248,7 +248,7 @@ class Engine(ABC):
             MismatchError: If shape, dtype or root_rank differ between ranks.
         """
         array = _operand(array, "broadcast")
-        self._check_root(root_rank, "broadcast")
+        self.check_root(root_rank, "broadcast")
         self.agree(Call("broadcast", (f"{_described(array)}, root_rank={root_rank}",)))
         return self._broadcast(array, root_rank)
 
@@ -308,14 +308,14 @@ class Engine(ABC):
 
     def gather_object(self, value: Any, root_rank: int = 0) -> list[Any] | None:
         """Returns the picklable values of all ranks on `root_rank`, and None on the others."""
-        self._check_root(root_rank, "gather_object")
+        self.check_root(root_rank, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
         values = self._gather_objects(value)
         return values if self.rank == root_rank else None
 
     def broadcast_object(self, value: Any = None, root_rank: int = 0) -> Any:
         """Returns the picklable value of `root_rank` on every rank; what the others pass is ignored."""
-        self._check_root(root_rank, "broadcast_object")
+        self.check_root(root_rank, "broadcast_object")
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
         data = _pickled(value) if self.rank == root_rank else np.empty(0, np.uint8)
         length = int(self._broadcast(np.array([len(data)]), root_rank)[0])
@@ -325,6 +325,14 @@ class Engine(ABC):
     def barrier(self) -> None:
         """Waits until every rank has come here."""
         self.agree(Call("barrier"))
+
+    def check_root(self, root_rank: int, function: str) -> None:
+        """Raises ValueError, in the name of `function`, if there is no such rank."""
+        if not 0 <= root_rank < self.size:
+            raise ValueError(
+                f"{function}: root_rank must be a rank of this world, 0 to {self.size - 1}. "
+                f"Received: root_rank={root_rank}."
+            )
 
     def say(self, sentence: str) -> None:
         """Prints one line for a person, on rank 0 only, where output of the script cannot swallow it."""
@@ -396,13 +404,6 @@ class Engine(ABC):
                 f"dimension. Received on rank {self.rank}: splits={splits}."
             )
         return splits
-
-    def _check_root(self, root_rank: int, function: str) -> None:
-        if not 0 <= root_rank < self.size:
-            raise ValueError(
-                f"{function}: root_rank must be a rank of this world, 0 to {self.size - 1}. "
-                f"Received: root_rank={root_rank}."
-            )
 
 
 def _operand(array: Any, function: str) -> np.ndarray:

@@ -38,6 +38,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Copies everything before the first step; of a model not built yet, once its first batch is there."""
         engine = runtime.engine()
+        engine.check_root(self.root_rank, type(self).__name__)
         if engine.size == 1:
             return
         if not any(is_distributed(each) for each in self._optimizers()):
