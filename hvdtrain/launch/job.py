@@ -100,10 +100,14 @@ class Job:
         events = [event for key, _ in self._selector.select(timeout=0.1) for event in key.data()]
         # The cause first: the end of other ranks, and what they say about it, may come in the same turn.
         events.sort(key=lambda event: event[1] == CLOSED)
+        reported = {rank for rank, known in enumerate(self.verdict.ranks) if known.report}
         for rank, kind, payload in events:
             self.verdict.note(rank, kind, payload)
         for rank, kind, payload in events:
-            self._show(rank, kind, payload)
+            # What a rank said before it ended is its own explanation: argparse's, say.
+            if kind == wire.REPORT:
+                reported.add(rank)
+            self._show(rank, kind, payload, rank in reported)
         self._console.tick()
         if self.verdict.first is not None:
             self._end_in(AFTER_FAILURE)
@@ -111,12 +115,12 @@ class Job:
         while self._agenda and time.monotonic() >= self._agenda[0][0]:
             self._agenda.pop(0)[1]()
 
-    def _show(self, rank: int, kind: bytes, payload: bytes) -> None:
+    def _show(self, rank: int, kind: bytes, payload: bytes, reported: bool) -> None:
         """Shows output, but not what dying ranks say on standard error after the first failure."""
         if kind not in (wire.STDOUT, wire.STDERR):
             return
         first = self.verdict.first
-        torn_down = first is not None and (rank != first or bool(self.verdict.ranks[first].report))
+        torn_down = first is not None and (rank != first or reported)
         if self._verbose or kind == wire.STDOUT or not (torn_down or self.interrupted):
             self._console.write(rank, kind, payload)
 

@@ -35,6 +35,8 @@ Path(f"{rank}.part").rename(f"{rank}.pids")
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    opening = OPENING
+
     def start(self, script: str, *args, np=2, options=(), opening=OPENING, launch=LAUNCH, command=(), **env):
         (self.folder / "the script.py").write_text(opening + script)
         return subprocess.Popen(

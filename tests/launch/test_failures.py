@@ -158,3 +158,12 @@ def test_by_hand_without_any_launcher_of_ours(jobs):
     assert b"[1] hello\n" in done.stdout
     assert "hvdtrain: rank 1 of 2 failed: \nTraceback" in done.stderr
     assert "ValueError: trouble" in done.stderr
+
+
+@pytest.mark.parametrize("everywhere", [True, False])
+def test_what_a_rank_said_before_it_ended_is_shown(jobs, everywhere):
+    """argparse writes its usage to standard error and exits with 2: without it nobody knows why."""
+    script = "if rank == 1:\n  print('usage: what is wrong', file=sys.stderr)\n  sys.exit(2)\nworld.barrier()"
+    done = jobs.run(script, opening="import sys; rank = 1\n" if everywhere else jobs.opening)
+    assert done.returncode == 2
+    assert "usage: what is wrong" in done.stderr, done.stderr
