@@ -134,7 +134,7 @@ def test_layers_numbered_otherwise_on_one_rank_are_broadcast_all_the_same():
         dense_model()
     x, y = data(1, "float32")
     model = dense_model("float32", seed=hvd.rank())
-    model.compile(hvd.DistributedOptimizer(SGD(0.1, momentum=0.9)), "mse")
+    model.compile(hvd.DistributedOptimizer(SGD(0.1, momentum=0.9)), "mse", run_eagerly=True)
     fit(model, mine(x), mine(y), BATCH, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
     assert_identical(model)
 
@@ -148,7 +148,7 @@ def test_a_learning_rate_that_parts_is_named_at_the_next_epoch():
         pytest.skip("a world of one agrees with itself")
     x, y = data(1, "float32")
     model = dense_model("float32")
-    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse")
+    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", run_eagerly=True)
     callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), Lower()]
     with pytest.raises(hvd.MismatchError, match=r"learning rate 0\.05"):
         fit(model, mine(x), mine(y), BATCH, epochs=3, callbacks=callbacks)
@@ -182,7 +182,7 @@ def test_dropout_goes_on_differing_between_ranks():
 
 def test_a_root_that_is_no_rank():
     model = dense_model("float32")
-    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse")
+    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", run_eagerly=True)
     x, y = data(1, "float32")
     with pytest.raises(ValueError, match="root_rank=99"):
         fit(model, mine(x), mine(y), BATCH, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(99)])
@@ -191,7 +191,7 @@ def test_a_root_that_is_no_rank():
 def test_an_optimizer_that_is_not_distributed_is_reported(capfd):
     x, y = data(1, "float32")
     model = dense_model("float32")
-    model.compile(SGD(0.1), "mse")
+    model.compile(SGD(0.1), "mse", run_eagerly=True)
     fit(model, mine(x), mine(y), BATCH, callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)])
     said = "not distributed" in capfd.readouterr().err
     assert said == (hvd.rank() == 0 and hvd.size() > 1)
@@ -238,7 +238,12 @@ def test_a_metric_that_one_rank_lacks_is_named():
         pytest.skip("a world of one agrees with itself")
     x, y = data(1, "float32")
     model = dense_model("float32")
-    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", metrics=["mae"] if hvd.rank() == 1 else [])
+    model.compile(
+        hvd.DistributedOptimizer(SGD(0.1)),
+        "mse",
+        metrics=["mae"] if hvd.rank() == 1 else [],
+        run_eagerly=True,
+    )
     with pytest.raises(hvd.MismatchError, match="mae"):
         fit(model, mine(x), mine(y), BATCH, callbacks=[hvd.callbacks.MetricAverageCallback()])
 
@@ -246,7 +251,7 @@ def test_a_metric_that_one_rank_lacks_is_named():
 def test_early_stopping_behind_the_average_stops_all_ranks_together():
     x, y = data(2, "float32")
     model = dense_model("float32")
-    model.compile(hvd.DistributedOptimizer(SGD(0.0)), "mse")
+    model.compile(hvd.DistributedOptimizer(SGD(0.0)), "mse", run_eagerly=True)
     stop = keras.callbacks.EarlyStopping("loss", patience=1)
     fit(model, mine(x), mine(y), BATCH, epochs=9, callbacks=[hvd.callbacks.MetricAverageCallback(), stop])
     assert set(hvd.allgather_object(stop.stopped_epoch)) == {1}
