@@ -5,9 +5,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 
-def allowed(environ: Mapping[str, str] = os.environ) -> frozenset[int]:
+def allowed() -> frozenset[int]:
     """Returns the cores on which the scheduler lets this process run."""
     return frozenset(os.sched_getaffinity(0))
+
+
+def granted(environ: Mapping[str, str] = os.environ) -> int | None:
+    """Returns how many cores Slurm gave each rank (`-c`), or None where it does not say."""
+    text = environ.get("SLURM_CPUS_PER_TASK", "")
+    return int(text) if text.isdigit() and int(text) else None
 
 
 def quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvdtrain.cores import allowed, quota, share
+from hvdtrain.cores import allowed, granted, quota, share
 
 
 @pytest.mark.parametrize(
@@ -43,3 +43,12 @@ def test_container_limits(tmp_path, files, cores):
 
 def test_this_process_may_run_somewhere():
     assert allowed()
+
+
+@pytest.mark.parametrize("text, cores", [("4", 4), ("", None), ("0", None), ("many", None)])
+def test_slurms_cores_a_task(text, cores):
+    assert granted({"SLURM_CPUS_PER_TASK": text}) == cores
+
+
+def test_without_slurm_nothing_is_granted():
+    assert granted({}) is None

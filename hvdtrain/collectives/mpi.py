@@ -39,7 +39,7 @@ class MpiEngine(Engine):
         return bool((self._mine == self._lowest).all())
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        operation = (self._bool_ops if send.dtype == np.bool_ else self._ops)[op]
+        operation = self._operation(send.dtype, op)
         source, target = send.reshape(-1), receive.reshape(-1)
         step = max(PIECE_BYTES // send.itemsize, 1)
         for start in range(0, source.size, step):
@@ -72,7 +72,7 @@ class MpiEngine(Engine):
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
         width = int(np.prod(array.shape[1:], dtype=np.int64))
         mine = np.empty((rows[self.rank], *array.shape[1:]), array.dtype)
-        operation = (self._bool_ops if array.dtype == np.bool_ else self._ops)[op]
+        operation = self._operation(array.dtype, op)
         self._comm.Reduce_scatter(array, mine, [count * width for count in rows], operation)
         return mine
 
@@ -94,6 +94,9 @@ class MpiEngine(Engine):
     def abort(self, code: int) -> None:
         """Ends the processes of all ranks at once."""
         self._mpi.COMM_WORLD.Abort(code)
+
+    def _operation(self, dtype: np.dtype, op: Op) -> Any:
+        return (self._bool_ops if dtype == np.bool_ else self._ops)[op]
 
     def _row_type(self, array: np.ndarray) -> Any:
         """Counting in rows instead of bytes keeps MPI's 32-bit counts small, whatever the dtype."""

@@ -38,6 +38,7 @@ def _take_cores(engine: Engine) -> int:
     everyone = engine.allgather_object((socket.gethostname(), cores.allowed(), cores.quota()))
     here = [place for place in everyone if place[0] == socket.gethostname()]
     threads = cores.share(cores.allowed(), [place[1] for place in here], cores.quota())
+    threads = min(threads, cores.granted() or threads)
     chosen = tf.config.threading.get_intra_op_parallelism_threads()
     if chosen or "TF_NUM_INTRAOP_THREADS" in os.environ:
         return chosen or int(os.environ["TF_NUM_INTRAOP_THREADS"])
