@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable
 from types import TracebackType
+from typing import Any
 
 from hvdtrain import topology
 from hvdtrain.collectives.base import Call, Engine, MismatchError
@@ -16,13 +17,18 @@ CHOICES = ("auto", "horovod", "mpi", "single")
 _END = Call("end of the script")
 
 _engine: Engine | None = None
+# Of each process set by its number: its ranks, and its engine or None where this rank is no member.
+process_sets: dict[int, tuple[tuple[int, ...], Engine | None]] = {}
 
 
-def init() -> Engine:
+def init(comm: Any = None) -> Engine:
     """Joins this process to the world it was launched in. Calling it again changes nothing.
 
     `HVDTRAIN_ENGINE` chooses the engine: `auto` (default) takes Horovod where it is built for exactly this
     TensorFlow and MPI, else mpi, and `single` in a process that no launcher started.
+
+    Args:
+        comm: The world, if it is not all that was launched: an mpi4py communicator, or ranks of MPI's world.
 
     Returns:
         The engine in use.
@@ -38,8 +44,8 @@ def init() -> Engine:
         if choice not in CHOICES:
             raise ValueError(f"HVDTRAIN_ENGINE must be one of {', '.join(CHOICES)}. Received: {choice!r}.")
         place = topology.detect()
-        engine = _open(choice, place)
-        _check_world(engine, place)
+        engine = _open(choice, place, comm)
+        _check_world(engine, None if comm else place)
         _end_all_on_error(engine)
         atexit.register(_end_together, engine)
         _engine = engine
@@ -56,8 +62,11 @@ def shutdown() -> None:
     if _engine is not None:
         engine, _engine = _engine, None
         engine.agree(_END)
-        engine.closed = True
-        engine.shutdown()
+        parts = _engines_of_sets()
+        process_sets.clear()
+        for each in (*parts, engine):
+            each.closed = True
+            each.shutdown()
 
 
 def is_initialized() -> bool:
@@ -79,15 +88,15 @@ def engine() -> Engine:
     return _engine
 
 
-def _open(choice: str, place: topology.Place | None) -> Engine:
+def _open(choice: str, place: topology.Place | None, comm: Any) -> Engine:
     if choice == "single" or (choice == "auto" and (place is None or place.size == 1)):
         return SingleEngine()
     if choice == "mpi" or (choice == "auto" and not _horovod_serves(place)):
-        return _mpi_engine()
+        return _mpi_engine(comm)
     try:
         from hvdtrain.collectives.horovod import HorovodEngine
 
-        return HorovodEngine()
+        return HorovodEngine(_communicator(comm))
     except ImportError as error:
         raise RuntimeError(
             f"HVDTRAIN_ENGINE=horovod, but Horovod cannot be loaded ({error}). Build it for this TensorFlow "
@@ -95,10 +104,20 @@ def _open(choice: str, place: topology.Place | None) -> Engine:
         ) from error
 
 
-def _mpi_engine() -> Engine:
+def _mpi_engine(comm: Any) -> Engine:
     from hvdtrain.collectives.mpi import MpiEngine
 
-    return MpiEngine()
+    return MpiEngine(_communicator(comm))
+
+
+def _communicator(comm: Any) -> Any:
+    """Returns the communicator that a script asks for, which may write it as ranks of MPI's world."""
+    if comm is None or hasattr(comm, "Get_group"):
+        return comm
+    from hvdtrain.collectives.mpi import load_mpi
+
+    mpi = load_mpi()
+    return mpi.COMM_WORLD.Create_group(mpi.COMM_WORLD.Get_group().Incl(list(comm)))
 
 
 def _horovod_serves(place: topology.Place | None) -> bool:
@@ -154,9 +173,14 @@ def last_words(error: BaseException) -> str:
     Returns:
         The sentence of the engine's own error, or nothing if `error` says it already or there is none.
     """
-    hidden = _engine.last_error if _engine is not None else None
+    engines = [_engine, *_engines_of_sets()] if _engine is not None else []
+    hidden = next((each.last_error for each in engines if each.last_error), None)
     buried = hidden is not None and error is not hidden and str(hidden) in str(error)
     return f"hvdtrain: {hidden}" if buried else ""
+
+
+def _engines_of_sets() -> list[Engine]:
+    return [engine for _, engine in process_sets.values() if engine is not None]
 
 
 def _end_all_on_error(engine: Engine) -> None:

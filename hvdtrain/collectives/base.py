@@ -4,62 +4,33 @@ The public methods are the same for all engines: they check their arguments, mak
 asks for the same thing, and then hand contiguous buffers to the few methods that an engine implements.
 """
 
-import enum
-import hashlib
+import contextlib
 import pickle
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from hvdtrain.collectives import fusion
+from hvdtrain.collectives import adasum, fusion
+from hvdtrain.collectives.agreement import (
+    JOIN,
+    Call,
+    MismatchError,
+    StandIn,
+    explained,
+    ranks_text,
+)
+from hvdtrain.collectives.operands import Op, carrier, described, inner, operand, reducible
 
+_PHASES = {
+    each: each.upper() for each in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
+}
 
-class MismatchError(ValueError):
-    """The ranks do not ask for the same thing. Raised on every rank, with the same explanation."""
-
-
-class Op(enum.IntEnum):
-    """What a reduction does with the values of all ranks; the numbers are Horovod's."""
-
-    AVERAGE = 0
-    SUM = 1
-    MIN = 3
-    MAX = 4
-    PRODUCT = 5
-
-    @classmethod
-    def of(cls, op: "Op | int | str") -> "Op":
-        """Reads an operation from a constant, its number or its name."""
-        try:
-            return cls[op.upper()] if isinstance(op, str) else cls(op)
-        except (KeyError, ValueError):
-            known = ", ".join(member.name.lower() for member in cls)
-            raise ValueError(f"Unknown reduction op={op!r}; expected one of: {known}.") from None
-
-
-@dataclass(frozen=True)
-class Call:
-    """One request to a collective, in words, so that ranks can compare what they ask for.
-
-    Args:
-        kind: Name of the operation.
-        details: One line for each thing that must be the same on all ranks.
-        shown: The same lines as a person should read them, where they hold more than what must be the same.
-    """
-
-    kind: str
-    details: tuple[str, ...] = ()
-    shown: tuple[str, ...] = field(default=(), compare=False)
-    digest: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        text = "\n".join((self.kind, *self.details)).encode()
-        value = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
-        object.__setattr__(self, "digest", value)
+__all__ = ["Call", "Engine", "MismatchError", "Op", "StandIn", "World", "ranks_text"]
 
 
 @dataclass(frozen=True)
@@ -75,17 +46,11 @@ class World:
     homogeneous: bool = True
 
 
-_REDUCIBLE = {
-    *("float16", "bfloat16", "float32", "float64"),
-    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"),
-}
-
-
 class Engine(ABC):
-    """Collective operations on NumPy arrays over all ranks of one world.
+    """Collective operations on NumPy arrays over all ranks of one world, or of one process set in it.
 
-    Every operation must be called by all ranks, in the same order, with arguments that fit together; if
-    they do not, all ranks raise `MismatchError` and the message tells who asked for what.
+    Every operation must be called by all its ranks, in the same order, with arguments that fit together; if
+    they do not, all of them raise `MismatchError` and the message tells who asked for what.
     """
 
     name: str
@@ -93,6 +58,10 @@ class Engine(ABC):
     world: World
     closed: bool = False
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
+    timeline: Any = None  # a `Timeline`, while one is written
+    _members: tuple[int, ...] | None = None
+    _joined: tuple[int, ...] = ()
+    _doing: str = ""
 
     @property
     def rank(self) -> int:
@@ -101,8 +70,13 @@ class Engine(ABC):
 
     @property
     def size(self) -> int:
-        """Number of processes in the world."""
+        """Number of processes that take part."""
         return self.world.size
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        """The ranks that take part, as the whole world numbers them; a root_rank is one of these."""
+        return self._members or tuple(range(self.size))
 
     # What an engine implements.
 
@@ -129,6 +103,10 @@ class Engine(ABC):
     @abstractmethod
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         """Sends `splits[r]` rows to each rank r; returns what came and how many rows from whom."""
+
+    @abstractmethod
+    def _subset(self, ranks: Sequence[int]) -> "Engine | None":
+        """Makes an engine for some of the ranks; None on the others. All ranks call this."""
 
     @abstractmethod
     def shutdown(self) -> None:
@@ -163,14 +141,16 @@ class Engine(ABC):
             TypeError: If the dtype cannot be reduced this way.
             MismatchError: If the ranks do not call this alike.
         """
-        array, op = _reducible(array, Op.of(op), "allreduce")
-        self.agree(Call("allreduce", (f"{_described(array)}, op={op.name.lower()}",)))
+        op = Op.of(op)
+        array = reducible(array, op, "allreduce")
+        details = f"{described(array)}, op={op.name.lower()}"
+        self.agree(Call("allreduce", (details,), stand_in=_stand_in([array], op)))
         if out is None:
             out = np.empty_like(array, order="C")
         elif out.shape != array.shape or out.dtype != array.dtype or not out.flags.c_contiguous:
             raise ValueError(
-                f"allreduce: `out` must be a contiguous array like `array`, {_described(array)}. "
-                f"Received: {_described(out)}."
+                f"allreduce: `out` must be a contiguous array like `array`, {described(array)}. "
+                f"Received: {described(out)}."
             )
         if array.ctypes.data == out.ctypes.data:
             array = out
@@ -198,22 +178,12 @@ class Engine(ABC):
             MismatchError: If the ranks do not call this alike.
         """
         op = Op.of(op)
-        operands = [_reducible(array, op, "grouped_allreduce")[0] for array in arrays]
-        self.agree(
-            call or Call("grouped_allreduce", (op.name.lower(), *(_described(each) for each in operands)))
-        )
-        results: list[Any] = [None] * len(operands)
-        for bucket in fusion.plan(operands):
-            if len(bucket) == 1:
-                (index,) = bucket
-                results[index] = fusion.aligned_like(operands[index])
-                self._finish(operands[index], results[index], op)
-            else:
-                buffer, slots = fusion.pack([operands[index] for index in bucket])
-                self._finish(buffer, buffer, op)
-                for index, slot in zip(bucket, slots, strict=True):
-                    results[index] = slot
-        return results
+        operands = [reducible(array, op, "grouped_allreduce") for array in arrays]
+        if call is None:
+            details = (op.name.lower(), *(described(each) for each in operands))
+            call = Call("grouped_allreduce", details, stand_in=_stand_in(operands, op))
+        self.agree(call)
+        return self._combined(operands, op)
 
     def allgather(self, array: Any) -> np.ndarray:
         """Joins the arrays of all ranks along their first dimension, in the order of the ranks.
@@ -228,17 +198,19 @@ class Engine(ABC):
         Raises:
             MismatchError: If dtype or later dimensions differ between ranks.
         """
-        array = _operand(array, "allgather")
+        array = operand(array, "allgather")
         array = array.reshape(1) if array.ndim == 0 else array
-        self.agree(Call("allgather", (f"{array.dtype} of shape (any, {_inner(array)})",)))
-        return self._gather(array)[0]
+        stand_in = StandIn(gathered=((array.dtype.name, array.shape[1:]),))
+        self.agree(Call("allgather", (f"{array.dtype} of shape (any, {inner(array)})",), stand_in=stand_in))
+        with self._span("ALLGATHER"):
+            return self._gather(array)[0]
 
     def broadcast(self, array: Any, root_rank: int = 0) -> np.ndarray:
         """Gives every rank the array of one.
 
         Args:
             array: Array of the same shape and dtype on all ranks.
-            root_rank: The rank whose values all receive.
+            root_rank: The rank whose values all receive, as the world numbers it.
 
         Returns:
             New array with the values of `root_rank`.
@@ -247,10 +219,11 @@ class Engine(ABC):
             ValueError: If there is no such rank.
             MismatchError: If shape, dtype or root_rank differ between ranks.
         """
-        array = _operand(array, "broadcast")
-        self.check_root(root_rank, "broadcast")
-        self.agree(Call("broadcast", (f"{_described(array)}, root_rank={root_rank}",)))
-        return self._broadcast(array, root_rank)
+        array = operand(array, "broadcast")
+        root = self.check_root(root_rank, "broadcast")
+        self.agree(Call("broadcast", (f"{described(array)}, root_rank={root_rank}",)))
+        with self._span("BROADCAST"):
+            return self._broadcast(array, root)
 
     def reducescatter(self, array: Any, op: Op | int | str = Op.AVERAGE) -> np.ndarray:
         """Combines one array over all ranks and gives each rank its part of the rows.
@@ -268,15 +241,21 @@ class Engine(ABC):
             TypeError: If the dtype cannot be reduced this way.
             MismatchError: If the ranks do not call this alike.
         """
-        array, op = _reducible(array, Op.of(op), "reducescatter")
+        op = Op.of(op)
+        array = reducible(array, op, "reducescatter")
+        if op is Op.ADASUM:
+            raise ValueError(
+                "reducescatter: Adasum needs the whole array. Expected op: sum, average, min, max or product."
+            )
         if array.ndim == 0:
             raise ValueError(
                 "reducescatter: expected an array with at least one dimension to split. Received a scalar."
             )
-        self.agree(Call("reducescatter", (f"{_described(array)}, op={op.name.lower()}",)))
-        rows = [len(array) // self.size + (rank < len(array) % self.size) for rank in range(self.size)]
-        wide = array.astype(_carrier(array.dtype, op), copy=False)
-        mine = self._reduce_scatter(wide, rows, Op.SUM if op is Op.AVERAGE else op)
+        self.agree(Call("reducescatter", (f"{described(array)}, op={op.name.lower()}",)))
+        rows = self._parts(len(array))
+        wide = array.astype(carrier(array.dtype, op), copy=False)
+        with self._span("REDUCESCATTER"):
+            mine = self._reduce_scatter(wide, rows, Op.SUM if op is Op.AVERAGE else op)
         return self._averaged(mine, op).astype(array.dtype, copy=False)
 
     def alltoall(self, array: Any, splits: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
@@ -295,44 +274,86 @@ class Engine(ABC):
             ValueError: If `splits` does not fit the array.
             MismatchError: If dtype or later dimensions differ between ranks.
         """
-        array = _operand(array, "alltoall")
+        array = operand(array, "alltoall")
         splits = self._splits(array, splits)
-        self.agree(Call("alltoall", (f"{array.dtype} of shape (any, {_inner(array)})",)))
-        received, counts = self._exchange(array, splits)
+        self.agree(Call("alltoall", (f"{array.dtype} of shape (any, {inner(array)})",)))
+        with self._span("ALLTOALL"):
+            received, counts = self._exchange(array, splits)
         return received, np.array(counts, np.int32)
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """Returns the picklable values of all ranks, in the order of the ranks, on every rank."""
-        self.agree(Call("allgather_object"))
+        """Returns the picklable values of all ranks, in their order, on every rank; of one that joined, None."""
+        self.agree(Call("allgather_object", stand_in=StandIn(objects=True)))
         return self._gather_objects(value)
 
     def gather_object(self, value: Any, root_rank: int = 0) -> list[Any] | None:
         """Returns the picklable values of all ranks on `root_rank`, and None on the others."""
-        self.check_root(root_rank, "gather_object")
+        root = self.check_root(root_rank, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
         values = self._gather_objects(value)
-        return values if self.rank == root_rank else None
+        return values if self.rank == root else None
 
     def broadcast_object(self, value: Any = None, root_rank: int = 0) -> Any:
         """Returns the picklable value of `root_rank` on every rank; what the others pass is ignored."""
-        self.check_root(root_rank, "broadcast_object")
+        root = self.check_root(root_rank, "broadcast_object")
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
-        data = _pickled(value) if self.rank == root_rank else np.empty(0, np.uint8)
-        length = int(self._broadcast(np.array([len(data)]), root_rank)[0])
-        buffer = data if self.rank == root_rank else np.empty(length, np.uint8)
-        return pickle.loads(self._broadcast(buffer, root_rank).tobytes())
+        data = _pickled(value) if self.rank == root else np.empty(0, np.uint8)
+        length = int(self._broadcast(np.array([len(data)]), root)[0])
+        buffer = data if self.rank == root else np.empty(length, np.uint8)
+        return pickle.loads(self._broadcast(buffer, root).tobytes())
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
-        self.agree(Call("barrier"))
+        self.agree(Call("barrier", stand_in=StandIn()))
 
-    def check_root(self, root_rank: int, function: str) -> None:
-        """Raises ValueError, in the name of `function`, if there is no such rank."""
-        if not 0 <= root_rank < self.size:
+    def join(self) -> int:
+        """Lets the other ranks finish their batches: until all have called this, zeros are sent for this one.
+
+        A mean still divides by the number of all ranks, those that have joined included. Sums, means, gathers
+        (to which this rank adds nothing) and barriers go on; any other operation raises on all ranks.
+
+        Returns:
+            The rank that joined last; of several, the highest.
+
+        Raises:
+            MismatchError: On every rank, if another operation needs this rank.
+        """
+        while self.size > 1 and not self._same_everywhere(JOIN.digest):
+            self._stand_in_for(self._settled(JOIN))
+        late = set(self.ranks) - set(self._joined) or set(self.ranks)
+        self._joined = ()
+        return max(late)
+
+    def subset(self, ranks: Sequence[int]) -> "Engine | None":
+        """Makes an engine for a process set. All ranks of this one call it, with the same ranks.
+
+        Args:
+            ranks: Which ranks take part, without repetition; their order in the set is theirs in the world.
+
+        Returns:
+            An engine like this one on the ranks that take part, None on the others.
+
+        Raises:
+            ValueError: If there are no such ranks.
+            MismatchError: If the ranks do not ask for the same set.
+        """
+        ordered = sorted(set(ranks))
+        if not ordered or len(ordered) != len(ranks) or not set(ordered) <= set(range(self.size)):
             raise ValueError(
-                f"{function}: root_rank must be a rank of this world, 0 to {self.size - 1}. "
+                f"A process set holds different ranks of 0 to {self.size - 1}, at least one. Received: "
+                f"{list(ranks)}."
+            )
+        self.agree(Call("process set", (ranks_text(ordered),)))
+        return self._subset(ordered)
+
+    def check_root(self, root_rank: int, function: str) -> int:
+        """Returns the place of a rank among those that take part; raises ValueError if it is not one of them."""
+        if root_rank not in self.ranks:
+            raise ValueError(
+                f"{function}: root_rank must be a rank that takes part: {ranks_text(self.ranks)}. "
                 f"Received: root_rank={root_rank}."
             )
+        return self.ranks.index(root_rank)
 
     def say(self, sentence: str) -> None:
         """Prints one line for a person, on rank 0 only, where output of the script cannot swallow it."""
@@ -352,8 +373,40 @@ class Engine(ABC):
             raise ValueError(
                 f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
             )
-        if self.size > 1 and not self._same_everywhere(call.digest):
-            raise MismatchError(_explained(self._gather_objects(call)))
+        if self.size > 1:
+            self._doing = call.kind
+            with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
+                if not self._same_everywhere(call.digest):
+                    self._settled(call)
+
+    def _settled(self, call: Call) -> Call:
+        """Finds out what the ranks will do that do not all ask for the same: only those that joined may not.
+
+        Args:
+            call: What this rank asks for.
+
+        Returns:
+            What all ranks do now that have not joined.
+        """
+        calls = self._gather_objects(call)
+        self._joined = tuple(rank for rank, each in zip(self.ranks, calls, strict=True) if each == JOIN)
+        working = [each for each in calls if each != JOIN]
+        stand_in = working[0].stand_in if self._joined else None
+        if stand_in is None or not stand_in.possible or any(each != working[0] for each in working):
+            raise MismatchError(explained(calls, self.ranks))
+        return working[0]
+
+    def _stand_in_for(self, call: Call) -> None:
+        """Takes part in what the others do, with zeros and without rows."""
+        work = call.stand_in or StandIn()
+        if work.native:
+            self.native_tensors().stand_in(call.kind, work)
+            return
+        if work.objects:
+            self._gather_objects(None)
+        self._combined([np.zeros(shape, dtype) for dtype, shape in work.reduced], work.op)
+        for dtype, shape in work.gathered:
+            self._gather(np.zeros((0, *shape), dtype))
 
     def _gather_objects(self, value: Any) -> list[Any]:
         joined, lengths = self._gather(_pickled(value))
@@ -363,17 +416,48 @@ class Engine(ABC):
             for end, length in zip(ends, lengths, strict=True)
         ]
 
+    def _combined(self, operands: Sequence[np.ndarray], op: Op) -> list[np.ndarray]:
+        results: list[Any] = [None] * len(operands)
+        for bucket in fusion.plan(operands):
+            if len(bucket) == 1 or op is Op.ADASUM:  # Adasum looks at each array by itself
+                for index in bucket:
+                    results[index] = fusion.aligned_like(operands[index])
+                    self._finish(operands[index], results[index], op)
+                continue
+            with self._span("MEMCPY_IN_FUSION_BUFFER"):
+                buffer, slots = fusion.pack([operands[index] for index in bucket])
+            self._finish(buffer, buffer, op)
+            for index, slot in zip(bucket, slots, strict=True):
+                results[index] = slot
+        return results
+
     def _finish(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         """Reduces and averages, in a wider type where the sum would lose something."""
-        plain = Op.SUM if op is Op.AVERAGE else op
-        carrier = _carrier(send.dtype, op)
-        if carrier != send.dtype:
-            wide = send.astype(carrier)
-            self._reduce(wide, wide, plain)
-            receive[...] = self._averaged(wide, op)
-        else:
-            self._reduce(send, receive, plain)
-            self._averaged(receive, op)
+        with self._span("ALLREDUCE"):
+            wide = carrier(send.dtype, op)
+            if op is Op.ADASUM:
+                receive[...] = adasum.combined(send.astype(wide), self.rank, self.size, self._swapped)
+            elif wide == send.dtype:
+                self._reduce(send, receive, Op.SUM if op is Op.AVERAGE else op)
+                self._averaged(receive, op)
+            elif fusion.worth_halving(send, op):
+                receive[...] = self._halved(send, op)
+            else:
+                copy = send.astype(wide)
+                self._reduce(copy, copy, Op.SUM if op is Op.AVERAGE else op)
+                receive[...] = self._averaged(copy, op)
+
+    def _halved(self, array: np.ndarray, op: Op) -> np.ndarray:
+        """Sums 16-bit floats in float32 while only 16-bit floats travel: each rank sums one part of the array."""
+        received, _ = self._exchange(array.reshape(-1), self._parts(array.size))
+        total = received.reshape(self.size, -1).astype(np.float32).sum(axis=0)
+        return self._gather(self._averaged(total, op).astype(array.dtype))[0].reshape(array.shape)
+
+    def _swapped(self, array: np.ndarray, partner: int) -> np.ndarray:
+        """Returns the array that another rank passes, which must be of the same shape."""
+        flat = array.reshape(-1)
+        splits = [flat.size if rank == partner else 0 for rank in range(self.size)]
+        return self._exchange(flat, splits)[0].reshape(array.shape)
 
     def _averaged(self, total: np.ndarray, op: Op) -> np.ndarray:
         """Turns a sum into a mean, in place; integers are rounded toward zero, as Horovod does."""
@@ -405,90 +489,18 @@ class Engine(ABC):
             )
         return splits
 
+    def _parts(self, count: int) -> list[int]:
+        """Divides a number of rows among the ranks; the first ones get one more where it does not divide."""
+        return [count // self.size + (rank < count % self.size) for rank in range(self.size)]
 
-def _operand(array: Any, function: str) -> np.ndarray:
-    if np.ma.isMaskedArray(array):
-        raise TypeError(
-            f"{function}: a masked array would lose its mask. Send its data and its mask, or fill it."
-        )
-    array = np.asarray(array, order="C")
-    array = array.astype(array.dtype.newbyteorder("="), copy=False)
-    if array.dtype.hasobject:
-        raise TypeError(
-            f"{function}: arrays of Python objects cannot travel. Received dtype {array.dtype}. "
-            "Use broadcast_object or allgather_object."
-        )
-    return array
+    def _span(self, phase: str) -> AbstractContextManager[Any]:
+        """Records a phase of the operation in hand while a timeline is written."""
+        return self.timeline.span(self._doing, phase) if self.timeline else contextlib.nullcontext()
 
 
-def _reducible(array: Any, op: Op, function: str) -> tuple[np.ndarray, Op]:
-    array = _operand(array, function)
-    if array.dtype.name not in _REDUCIBLE:
-        raise TypeError(
-            f"{function}: cannot reduce dtype {array.dtype}. Expected one of: {', '.join(sorted(_REDUCIBLE))}."
-        )
-    if array.dtype == np.bool_ and op in (Op.SUM, Op.AVERAGE):
-        raise TypeError(
-            f"{function}: {op.name.lower()} of bool is not defined. Use max (any), min (all), or cast to int32."
-        )
-    return array, op
-
-
-def _carrier(dtype: np.dtype, op: Op) -> np.dtype:
-    """Returns the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
-    if dtype.name in ("float16", "bfloat16"):
-        return np.dtype(np.float32)
-    if op is Op.AVERAGE and dtype.kind in "iu" and dtype.itemsize < 8:
-        return np.dtype(np.int64)
-    return dtype
-
-
-def _described(array: np.ndarray) -> str:
-    return f"{array.dtype} of shape {array.shape}"
-
-
-def _inner(array: np.ndarray) -> str:
-    return ", ".join(str(dimension) for dimension in array.shape[1:])
+def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:
+    return StandIn(tuple((each.dtype.name, each.shape) for each in arrays), op=op)
 
 
 def _pickled(value: Any) -> np.ndarray:
     return np.frombuffer(pickle.dumps(value), np.uint8)
-
-
-def _explained(calls: Sequence[Call]) -> str:
-    """Says in one message who asked for what, beginning with the first difference between two ranks."""
-    other = next(rank for rank, call in enumerate(calls) if call != calls[0])
-    sides = _first_difference(calls[0], calls[other])
-    like_first = [rank for rank, call in enumerate(calls) if call == calls[0]]
-    unlike = [rank for rank, call in enumerate(calls) if call != calls[0]]
-    return (
-        f"The ranks do not agree on their next operation ({calls[0].kind}).\n"
-        f"  {ranks_text(like_first)}: {sides[0]}\n"
-        f"  rank {other}: {sides[1]}\n"
-        f"  ({ranks_text(unlike)} differ{'s' if len(unlike) == 1 else ''} from rank 0.)\n"
-        "Every rank must run the same operations in the same order on the same model. Look for a condition "
-        "on the rank, a layer that is frozen or missing on some ranks, or data that ends earlier on some."
-    )
-
-
-def _first_difference(ours: Call, theirs: Call) -> tuple[str, str]:
-    if ours.kind != theirs.kind:
-        return ours.kind, theirs.kind
-    index = next(
-        (i for i, pair in enumerate(zip(ours.details, theirs.details, strict=False)) if pair[0] != pair[1]),
-        min(len(ours.details), len(theirs.details)),
-    )
-    first, second = ((call.shown or call.details)[index:][:1] for call in (ours, theirs))
-    return "".join(first) or "nothing more", "".join(second) or "nothing more"
-
-
-def ranks_text(ranks: Sequence[int]) -> str:
-    """Writes a list of ranks as people say it: 'rank 3', 'ranks 0-2, 5'."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
-    text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
-    return f"rank{'s' if len(ranks) > 1 else ''} {text}"

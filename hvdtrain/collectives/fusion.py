@@ -5,10 +5,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from hvdtrain.collectives.operands import Op
+
 # At 16 MiB MPI_Allreduce over shared memory is at its fastest; larger buffers leave the caches.
 BUCKET_BYTES = 16 << 20
 # From here on, the copy into a shared buffer costs more than the extra operation it saves.
 ALONE_BYTES = 256 << 10
+# From here on, halving what travels is worth the two operations that it takes.
+HALVED_BYTES = 256 << 10
 # TensorFlow takes over a NumPy array without copying it only if it starts on such a boundary.
 ALIGNMENT = 64
 # After so many requests for other sizes a size is forgotten; many steps of any model.
@@ -59,6 +63,12 @@ def pack(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         buffer[start + array.size : end] = 0
         slots.append(slot.reshape(array.shape))
     return buffer, slots
+
+
+def worth_halving(array: np.ndarray, op: Op) -> bool:
+    """Tells whether 16-bit floats should travel as they are, instead of in one reduction of 32-bit floats."""
+    narrow = array.dtype.name in ("float16", "bfloat16")
+    return narrow and op in (Op.SUM, Op.AVERAGE) and array.nbytes >= HALVED_BYTES
 
 
 def aligned_like(array: np.ndarray) -> np.ndarray:

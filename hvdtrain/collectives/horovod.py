@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.collectives import mpi
-from hvdtrain.collectives.base import Engine, Op, World
+from hvdtrain.collectives.base import Engine, Op, StandIn, World
 
 # What Horovod's operation does not take travels in the next wider type that it does.
 _CARRIER = {"bool": np.uint8, "int16": np.int32, "uint16": np.int32, "uint32": np.int64}
@@ -20,11 +20,14 @@ class HorovodEngine(Engine):
 
     NumPy arrays pass through Horovod's TensorFlow operations; gradients inside a TensorFlow graph do not
     leave it (see `native_tensors`).
+
+    Args:
+        comm: The mpi4py communicator of the world; by default MPI's own world.
     """
 
     name = "horovod"
 
-    def __init__(self) -> None:
+    def __init__(self, comm: Any = None) -> None:
         import tensorflow as tf
 
         # mpi4py initialises MPI before Horovod does, for many threads, so that both may use it side by side.
@@ -33,7 +36,7 @@ class HorovodEngine(Engine):
 
         self._tf = tf
         self._horovod = horovod
-        horovod.init()
+        horovod.init(comm) if comm else horovod.init()
         self._ops = {
             Op.SUM: horovod.Sum,
             Op.MIN: horovod.Min,
@@ -51,8 +54,8 @@ class HorovodEngine(Engine):
             horovod.is_homogeneous(),
         )
         many_threads = self._mpi.Query_thread() == self._mpi.THREAD_MULTIPLE
-        same_world = self._mpi.COMM_WORLD.size == self.size
-        self._side_channel = mpi.MpiEngine() if many_threads and same_world else None
+        same_world = (comm or self._mpi.COMM_WORLD).size == self.size
+        self._side_channel = mpi.MpiEngine(comm) if many_threads and same_world else None
 
     def _same_everywhere(self, number: int) -> bool:
         if self._side_channel:  # microseconds, where Horovod waits for its next cycle
@@ -109,6 +112,16 @@ class HorovodEngine(Engine):
             _as_bytes(result)[...] = received.numpy()
         return result, rows
 
+    def _subset(self, ranks: Sequence[int]) -> Engine | None:
+        # A set's operations go over a communicator of its own: Horovod's one background thread would make two
+        # sets that train different models wait for each other's cycles, and MPI alone is no slower.
+        if self._side_channel is None:
+            raise RuntimeError(
+                f"Process sets need an MPI that serves several threads at once, and {self.library} here does not. "
+                "Use HVDTRAIN_ENGINE=mpi."
+            )
+        return self._side_channel._subset(ranks)
+
     def shutdown(self) -> None:
         """Ends Horovod's background thread on this rank."""
         if self._side_channel:
@@ -149,15 +162,59 @@ class NativeTensors:
         self._horovod = horovod
         self._ops = {**ops, Op.AVERAGE: horovod.Average}
 
-    def allreduce(self, tensor: Any, op: Op, name: str) -> Any:
-        """Reduces one tensor; `name` is what Horovod matches ranks by."""
-        reduced = self._horovod.allreduce(
-            self._carried(tensor), op=self._ops[op], name=name, ignore_name_scope=True
-        )
-        return self._tf.cast(reduced, tensor.dtype)
+    def combine(
+        self,
+        name: str,
+        dense: Sequence[Any],
+        rows: Sequence[Any],
+        op: Op,
+        groups: Sequence[Sequence[int]],
+        devices: tuple[str, str] = ("", ""),
+    ) -> tuple[list[Any], list[Any]]:
+        """Reduces some tensors and joins the rows of others.
 
-    def allgather(self, tensor: Any, name: str) -> Any:
-        """Joins the ranks' tensors along the first dimension."""
+        Args:
+            name: What Horovod matches ranks by; the operations are numbered under it.
+            dense: Tensors to combine with `op`, any but ADASUM.
+            rows: Tensors to join along their first dimension.
+            op: How they are combined.
+            groups: Which of `dense` Horovod is to move as one, by their indices; the others go by themselves.
+            devices: Where what reduces and what gathers is placed.
+
+        Returns:
+            The combined tensors and the joined ones, as lists like `dense` and `rows`.
+        """
+        reduced = list(dense)
+        alone = set(range(len(dense))) - {index for members in groups for index in members}
+        for members in (*groups, *([index] for index in sorted(alone))):
+            for dtype in dict.fromkeys(
+                dense[index].dtype for index in members
+            ):  # a group of Horovod's has one
+                alike = [index for index in members if dense[index].dtype == dtype]
+                with self._tf.device(devices[0]):
+                    parts = self._reduced([dense[index] for index in alike], op, f"{name}.{alike[0]}")
+                for index, part in zip(alike, parts, strict=True):
+                    reduced[index] = part
+        with self._tf.device(devices[1]):
+            return reduced, [self._joined(each, f"{name}.rows.{index}") for index, each in enumerate(rows)]
+
+    def stand_in(self, name: str, work: StandIn) -> None:
+        """Takes part in a `combine` of the other ranks with zeros and without rows."""
+        zeros = [self._tf.zeros(shape, dtype) for dtype, shape in work.reduced]
+        nothing = [self._tf.zeros((0, *shape), dtype) for dtype, shape in work.gathered]
+        # In a graph, because only there do operations go by the names that the other ranks' graphs use.
+        self._tf.function(lambda: self.combine(name, zeros, nothing, work.op, work.groups))()
+
+    def _reduced(self, tensors: Sequence[Any], op: Op, name: str) -> list[Any]:
+        carried = [self._carried(each) for each in tensors]
+        options = {"op": self._ops[op], "name": name, "ignore_name_scope": True}
+        if len(carried) == 1:
+            reduced = [self._horovod.allreduce(carried[0], **options)]
+        else:
+            reduced = self._horovod.grouped_allreduce(carried, **options)
+        return [self._tf.cast(each, tensor.dtype) for each, tensor in zip(reduced, tensors, strict=True)]
+
+    def _joined(self, tensor: Any, name: str) -> Any:
         joined = self._horovod.allgather(self._carried(tensor), name=name, ignore_name_scope=True)
         return self._tf.cast(joined, tensor.dtype)
 

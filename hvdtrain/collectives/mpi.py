@@ -17,15 +17,21 @@ PIECE_BYTES = 16 << 20
 
 
 class MpiEngine(Engine):
-    """Plain, synchronous MPI. Where a rank has one core, it is faster than a background thread."""
+    """Plain, synchronous MPI. Where a rank has one core, it is faster than a background thread.
+
+    Args:
+        comm: The mpi4py communicator of the world; by default MPI's own world. It is duplicated, so nothing
+            that the user's script sends can be mistaken for ours.
+        ranks: For a process set, which ranks of the world these are.
+    """
 
     name = "mpi"
 
-    def __init__(self) -> None:
+    def __init__(self, comm: Any = None, ranks: Sequence[int] | None = None) -> None:
         mpi = load_mpi()
-        # A communicator of our own: nothing that the user's script sends can be mistaken for ours.
-        self._comm = mpi.COMM_WORLD.Dup()
+        self._comm = (comm or mpi.COMM_WORLD).Dup()
         self._mpi = mpi
+        self._members = tuple(ranks) if ranks else None
         self._ops = {Op.SUM: mpi.SUM, Op.MIN: mpi.MIN, Op.MAX: mpi.MAX, Op.PRODUCT: mpi.PROD}
         self._bool_ops = {Op.MIN: mpi.LAND, Op.MAX: mpi.LOR, Op.PRODUCT: mpi.LAND}
         self._mine, self._lowest = np.empty(2, np.int64), np.empty(2, np.int64)
@@ -86,6 +92,18 @@ class MpiEngine(Engine):
         )
         unit.Free()
         return received, counts.tolist()
+
+    def _subset(self, ranks: Sequence[int]) -> "MpiEngine | None":
+        group = self._comm.Get_group()
+        chosen = group.Incl(ranks)
+        part = self._comm.Create(chosen)
+        chosen.Free()
+        group.Free()
+        if part == self._mpi.COMM_NULL:
+            return None
+        engine = MpiEngine(part, ranks)
+        part.Free()
+        return engine
 
     def shutdown(self) -> None:
         """Gives the communicator back; MPI itself ends with the process."""

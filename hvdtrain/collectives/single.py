@@ -35,6 +35,9 @@ class SingleEngine(Engine):
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         return array.copy(), list(splits)
 
+    def _subset(self, ranks: Sequence[int]) -> "SingleEngine":
+        return SingleEngine()
+
     def shutdown(self) -> None:
         """Does nothing: a world of one holds nothing."""
 

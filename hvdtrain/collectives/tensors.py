@@ -1,16 +1,34 @@
 """The bridge to TensorFlow: where its tensors become buffers for the wire, and the only place that knows how."""
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Call, Engine, Op
+from hvdtrain.collectives.base import Call, Engine, MismatchError, Op, StandIn
+
+
+class TensorMismatchError(MismatchError, tf.errors.FailedPreconditionError):
+    """The ranks do not ask for the same thing: a `MismatchError` that scripts written for Horovod catch too."""
+
+    def __init__(self, message: str) -> None:
+        tf.errors.FailedPreconditionError.__init__(self, None, None, message)
+
+    def __str__(self) -> str:
+        return str(self.message)
 
 
 def reduce_gradients(
-    engine: Engine, dense: Sequence[Any], rows: Sequence[Any], op: Op, call: Call
+    engine: Engine,
+    dense: Sequence[Any],
+    rows: Sequence[Any],
+    op: Op,
+    call: Call,
+    groups: Sequence[Sequence[int]] = (),
+    devices: tuple[str, str] = ("", ""),
 ) -> tuple[list[Any], list[Any]]:
     """Sends the gradients of one step over the wire, in a graph as well as eagerly.
 
@@ -18,21 +36,31 @@ def reduce_gradients(
         engine: The engine that moves them.
         dense: Tensors to combine with `op`.
         rows: Tensors to join along their first dimension: values and indices of sparse gradients.
-        op: SUM or AVERAGE.
+        op: SUM, AVERAGE or ADASUM.
         call: What the ranks compare before anything is sent; its kind also names the operations.
+        groups: Which of `dense` are to travel as one, by their indices; the rest is left to the engine.
+        devices: Where graph operations of the engine's own are placed that reduce, and those that gather.
 
     Returns:
         The combined tensors and the joined ones, as lists like `dense` and `rows`.
     """
-    native = engine.native_tensors()
+    native = engine.native_tensors() if op is not Op.ADASUM else None
     if native is not None:
+        call = replace(call, stand_in=_stand_in(dense, op, rows, groups, native=True))
         with tf.control_dependencies(on_host(engine, lambda: [_agreed(engine, call)], [], [tf.bool])):
-            reduced = [native.allreduce(each, op, f"{call.kind}.{i}") for i, each in enumerate(dense)]
-            joined = [native.allgather(each, f"{call.kind}.rows.{i}") for i, each in enumerate(rows)]
-        return reduced, joined
+            return native.combine(call.kind, dense, rows, op, groups, devices)
+    rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
+    order = [*groups, rest] if rest or not groups else list(groups)
+    first = replace(call, stand_in=_stand_in([dense[index] for index in order[0]], op))
 
     def send(*arrays: np.ndarray) -> list[np.ndarray]:
-        reduced = engine.grouped_allreduce(arrays[: len(dense)], op, call)
+        reduced = list(arrays[: len(dense)])
+        for turn, members in enumerate(order):
+            parts = engine.grouped_allreduce(
+                [arrays[index] for index in members], op, first if turn == 0 else None
+            )
+            for index, part in zip(members, parts, strict=True):
+                reduced[index] = part
         return reduced + [engine.allgather(each) for each in arrays[len(dense) :]]
 
     results = on_host(engine, send, [*dense, *rows], [each.dtype for each in (*dense, *rows)])
@@ -83,18 +111,18 @@ def on_host(
     def run(*arrays: np.ndarray) -> list[Any]:
         try:
             return function(*arrays)
+        except MismatchError as error:
+            engine.last_error = TensorMismatchError(str(error))
+            raise engine.last_error from None
         except Exception as error:
             engine.last_error = error
             raise
 
     if tf.executing_eagerly():
-        results = function(*(each.numpy() for each in tensors))
+        results = run(*(each.numpy() for each in tensors))
         return [tf.constant(each, dtype) for each, dtype in zip(results, dtypes, strict=True)]
-    turn = _turn()
-    with tf.control_dependencies([turn.read_value()]):
-        outputs = tf.numpy_function(run, list(tensors), list(dtypes))
-    with tf.control_dependencies(outputs):
-        turn.assign_add(1)
+    with _in_turn() as outputs:
+        outputs += tf.numpy_function(run, list(tensors), list(dtypes))
     return outputs
 
 
@@ -103,7 +131,40 @@ def _agreed(engine: Engine, call: Call) -> np.ndarray:
     return np.array(True)
 
 
+def _stand_in(
+    dense: Sequence[Any], op: Op, rows: Sequence[Any] = (), groups: Sequence[Any] = (), native: bool = False
+) -> StandIn | None:
+    """Describes what a rank that has joined sends; nothing where the shapes show only as the graph runs."""
+    if not all(each.shape.is_fully_defined() for each in dense):
+        return None
+    return StandIn(
+        tuple((each.dtype.name, tuple(each.shape)) for each in dense),
+        tuple((each.dtype.name, tuple(each.shape[1:])) for each in rows),
+        op,
+        tuple(tuple(members) for members in groups),
+        native=native,
+    )
+
+
 _turns: list[Any] = []
+
+
+@contextlib.contextmanager
+def _in_turn() -> Iterator[list[Any]]:
+    """Puts a host call of a graph behind the one before it; the caller adds what it returns to the list."""
+    outputs: list[Any] = []
+    graph = tf.compat.v1.get_default_graph()
+    if not graph.building_function:  # TensorFlow 1's own graph: there is no order but the one given here
+        earlier = graph.get_collection_ref("hvdtrain_turn")
+        with tf.control_dependencies(earlier):
+            yield outputs
+        earlier[:] = outputs[:1]
+        return
+    turn = _turn()
+    with tf.control_dependencies([turn.read_value()]):
+        yield outputs
+    with tf.control_dependencies(outputs):
+        turn.assign_add(1)
 
 
 def _turn() -> Any:

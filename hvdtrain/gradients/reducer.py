@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
@@ -10,25 +9,11 @@ import tensorflow as tf
 from hvdtrain.collectives import tensors
 from hvdtrain.collectives.base import Call, Engine, Op
 from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.options import ReduceOptions, groups_of
 from hvdtrain.gradients.verification import Verification
 
 # Reducers are used in the same order on all ranks, so a number at first use tells them apart alike everywhere.
 _numbers = itertools.count()
-
-
-@dataclass(frozen=True)
-class ReduceOptions:
-    """How gradients are combined.
-
-    Args:
-        name: Names the operations.
-        op: `Op.AVERAGE` or `Op.SUM`.
-        sparse_as_dense: Makes sparse gradients dense before they travel, instead of gathering their rows.
-    """
-
-    name: str
-    op: Op = Op.AVERAGE
-    sparse_as_dense: bool = False
 
 
 class GradientReducer:
@@ -45,6 +30,16 @@ class GradientReducer:
         self._options = options
         self._name = ""
         self._verification = verification
+        self._local: list[Any] = []
+
+    def keep_local(self, variable: Any) -> None:
+        """Leaves the gradients of a variable, which each rank then trains by itself, on their rank."""
+        if not any(variable is each for each in self._local):
+            self._local.append(variable)
+
+    def is_local(self, variable: Any) -> bool:
+        """Tells whether each rank trains a variable by itself."""
+        return any(variable is each for each in self._local)
 
     def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
         """Reduces one step's gradients, in a graph or eagerly.
@@ -55,41 +50,80 @@ class GradientReducer:
             state: The optimizer's own variables, which must be as equal on all ranks as the weights.
 
         Returns:
-            A list like `gradients`, the same on all ranks.
+            A list like `gradients`, the same on all ranks except for local variables.
 
         Raises:
             MismatchError: On every rank, if the ranks do not hold the same variables. Inside a graph it
                 comes as TensorFlow's InvalidArgumentError with the same text.
         """
-        local = [self._dense_if_asked(each) for each in gradients]
         if self._engine.size == 1:
-            return local
-        reduced = self._reduced(local, self._call(local, variables))
-        checked = self._verification.step(local, reduced, variables, state)
-        if checked is None:
-            return reduced
-        with tf.control_dependencies([checked]):  # what is wrong must not reach the weights
-            return tf.nest.map_structure(tf.identity, reduced, expand_composites=True)
-
-    def _reduced(self, gradients: Sequence[Any], call: Call) -> list[Any]:
-        sparse = [each for each in gradients if _is_sparse(each)]
-        dense, rows = tensors.reduce_gradients(
-            self._engine,
-            [each for each in gradients if not _is_sparse(each)],
-            [part for each in sparse for part in (self._scaled(each.values), each.indices)],
-            self._options.op,
-            call,
+            return [self._dense_if_asked(each) for each in gradients]
+        everywhere = [index for index, each in enumerate(variables) if not self.is_local(each)]
+        shared = self._shared(
+            [self._dense_if_asked(gradients[index]) for index in everywhere],
+            [variables[index] for index in everywhere],
+            [] if self._local else state,
         )
-        dense_left, rows_left = iter(dense), iter(rows)
+        result = [self._scaled_local(each) for each in gradients]
+        for index, gradient in zip(everywhere, shared, strict=True):
+            result[index] = gradient
+        return result
+
+    def _shared(self, gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
+        """Makes the gradients small, sends them, proves what came back, and makes them whole again."""
+        wire, contexts = [], []
+        for each in gradients:
+            small, context = (each, None) if _is_sparse(each) else self._options.compression.compress(each)
+            wire.append(small)
+            contexts.append(context)
+        reduced = self._reduced(wire, variables)
+        checked = self._verification.step(wire, reduced, variables, state)
+        if checked is not None:
+            with tf.control_dependencies([checked]):  # what is wrong must not reach the weights
+                reduced = tf.nest.map_structure(tf.identity, reduced, expand_composites=True)
+        return [
+            each if _is_sparse(each) else self._options.compression.decompress(each, context)
+            for each, context in zip(reduced, contexts, strict=True)
+        ]
+
+    def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+        sparse = [each for each in gradients if _is_sparse(each)]
+        dense = [index for index, each in enumerate(gradients) if not _is_sparse(each)]
+        before, after, op = self._factors()
+        reduced, rows = tensors.reduce_gradients(
+            self._engine,
+            [_times(gradients[index], before) for index in dense],
+            [part for each in sparse for part in (self._divided(each.values), each.indices)],
+            op,
+            self._call(gradients, variables),
+            groups_of([variables[index] for index in dense], self._options.groups),
+            (self._options.device_dense, self._options.device_sparse),
+        )
+        dense_left, rows_left = iter(reduced), iter(rows)
         return [
             tf.IndexedSlices(next(rows_left), next(rows_left), each.dense_shape)
             if _is_sparse(each)
-            else next(dense_left)
+            else _times(next(dense_left), after)
             for each in gradients
         ]
 
-    def _scaled(self, values: Any) -> Any:
+    def _factors(self) -> tuple[float, float, Op]:
+        """Returns by what gradients are multiplied before and after they are combined, and how that is done."""
+        factor = self._options.predivide_factor
+        if factor == 1.0:
+            return 1.0, 1.0, self._options.op
+        return 1.0 / factor, factor / self._engine.size, Op.SUM
+
+    def _divided(self, values: Any) -> Any:
+        """Joining the rows of all ranks sums them; for a mean they are divided before."""
+        if self._options.op is Op.ADASUM:
+            raise NotImplementedError(
+                "Adasum needs the whole gradient, and that of an embedding is sparse. Pass sparse_as_dense=True."
+            )
         return values / self._engine.size if self._options.op is Op.AVERAGE else values
+
+    def _scaled_local(self, gradient: Any) -> Any:
+        return _times(gradient, 1.0 / self._engine.size) if self._options.scale_local else gradient
 
     def _dense_if_asked(self, gradient: Any) -> Any:
         return tf.convert_to_tensor(gradient) if self._options.sparse_as_dense else gradient
@@ -102,6 +136,14 @@ class GradientReducer:
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
         return described_call(self._name, variables, details)
+
+
+def _times(gradient: Any, factor: float) -> Any:
+    if factor == 1.0:
+        return gradient
+    if _is_sparse(gradient):
+        return tf.IndexedSlices(_times(gradient.values, factor), gradient.indices, gradient.dense_shape)
+    return gradient * tf.constant(factor, gradient.dtype)
 
 
 def _is_sparse(gradient: Any) -> bool:

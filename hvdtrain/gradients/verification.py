@@ -120,7 +120,9 @@ class Verification:
             self._compare_weights(stored, arrays[: len(stored)])
             ends = len(stored) + np.cumsum(parts)
             pairs = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
-            deviation = self._compare_gradients(trained, pairs[: len(trained)], pairs[len(trained) :])
+            deviation = None
+            if self._op is not Op.ADASUM:  # no sum of projections tells what angles have made of it
+                deviation = self._compare_gradients(trained, pairs[: len(trained)], pairs[len(trained) :])
             self._announce(int(step) + 1, len(trained), deviation)
             return [np.array(True)]
 
@@ -176,12 +178,17 @@ class Verification:
             "HVDTRAIN_ENGINE, run `hvdtrain doctor`, and report it."
         )
 
-    def _announce(self, step: int, variables: int, deviation: float) -> None:
+    def _announce(self, step: int, variables: int, deviation: float | None) -> None:
+        applied = ""
+        if deviation is not None:
+            applied = (
+                f", and what is applied is the {self._op.name.lower()} of all ranks' gradients (relative "
+                f"deviation {deviation:.1g})"
+            )
         if not self._announced:
             self._engine.say(
-                f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks, "
-                f"and what is applied is the {self._op.name.lower()} of all ranks' gradients (relative "
-                f"deviation {deviation:.1g})."
+                f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks"
+                f"{applied}."
             )
         self._announced = True
 

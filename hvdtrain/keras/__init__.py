@@ -22,6 +22,7 @@ if keras.backend.backend() != "tensorflow":
     )
 
 from hvdtrain.collectives.base import MismatchError, Op
+from hvdtrain.gradients.compression import Compression
 from hvdtrain.keras import callbacks
 from hvdtrain.keras.collectives import (
     allgather,
@@ -31,7 +32,7 @@ from hvdtrain.keras.collectives import (
     broadcast,
     broadcast_object,
 )
-from hvdtrain.keras.optimizer import DistributedOptimizer
+from hvdtrain.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdtrain.keras.start import init
 from hvdtrain.keras.variables import broadcast_variables
 from hvdtrain.keras.world import (
@@ -43,18 +44,25 @@ from hvdtrain.keras.world import (
     rank,
     size,
 )
+from hvdtrain.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from hvdtrain.runtime import is_initialized, shutdown
 
-Average, Sum, Min, Max, Product = Op.AVERAGE, Op.SUM, Op.MIN, Op.MAX, Op.PRODUCT
+Average, Sum, Adasum = Op.AVERAGE, Op.SUM, Op.ADASUM
+Min, Max, Product = Op.MIN, Op.MAX, Op.PRODUCT
 
 __all__ = [
+    "Adasum",
     "Average",
+    "Compression",
     "DistributedOptimizer",
     "Max",
     "Min",
     "MismatchError",
+    "PartialDistributedOptimizer",
+    "ProcessSet",
     "Product",
     "Sum",
+    "add_process_set",
     "allgather",
     "allgather_object",
     "allreduce",
@@ -65,12 +73,14 @@ __all__ = [
     "callbacks",
     "cross_rank",
     "cross_size",
+    "global_process_set",
     "init",
     "is_homogeneous",
     "is_initialized",
     "local_rank",
     "local_size",
     "rank",
+    "remove_process_set",
     "shutdown",
     "size",
 ]

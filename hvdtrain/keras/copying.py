@@ -33,7 +33,7 @@ def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
             f"{type(optimizer).__name__} cannot be copied from its own get_config(): {error}. Make its "
             "get_config() return every argument that its __init__ takes."
         ) from error
-    _carry_settings(optimizer, copy)
+    _carry_settings(optimizer, copy, changes)
     if optimizer.built:
         copy.build(optimizer._trainable_variables)
     for target, source in zip(copy.variables, optimizer.variables, strict=True):
@@ -41,10 +41,10 @@ def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
     return copy
 
 
-def _carry_settings(optimizer: Any, copy: Any) -> None:
+def _carry_settings(optimizer: Any, copy: Any, changes: dict[str, Any]) -> None:
     """Gives the copy what was set after construction, such as what `exclude_from_weight_decay` set."""
     for name, value in vars(optimizer).items():
-        own = name in _OWN or name.startswith("_hvdtrain")
+        own = name in _OWN or name in changes or name.startswith("_hvdtrain")
         if isinstance(value, _SETTINGS) and not own and getattr(copy, name, None) != value:
             object.__setattr__(copy, name, type(value)(value) if isinstance(value, set) else value)
 

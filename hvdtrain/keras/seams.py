@@ -7,6 +7,7 @@ import keras
 
 from hvdtrain import runtime
 from hvdtrain.collectives import tensors
+from hvdtrain.process_sets import engine_or_alone
 
 _installed = False
 
@@ -35,7 +36,7 @@ def _finite_everywhere(check_finite: Any) -> Any:
         finite = check_finite(self, grads)
         if not _needs_all_ranks(self):
             return finite
-        return tensors.all_true(runtime.engine(), finite)
+        return tensors.all_true(engine_or_alone(self.inner_optimizer.process_set), finite)
 
     return decide
 

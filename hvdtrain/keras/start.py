@@ -4,14 +4,16 @@ import os
 import socket
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import tensorflow as tf
 
 from hvdtrain import cores, runtime
 from hvdtrain.collectives.base import Engine, ranks_text
+from hvdtrain.process_sets import register
 
 
-def init() -> None:
+def init(comm: Any = None, process_sets: Any = None) -> None:
     """Joins this process to the ranks it was launched with, and divides the machine among them.
 
     Afterwards `rank()`, `size()` and the collectives work, TensorFlow computes with this rank's share of
@@ -19,18 +21,24 @@ def init() -> None:
     prints one line that says what it found. Call it first, before any tensor exists; a second call
     changes nothing.
 
+    Args:
+        comm: The world, if it is not all that was launched: an mpi4py communicator, or ranks of MPI's world.
+        process_sets: Process sets to make usable at once, the same list on all ranks. "dynamic" is accepted for
+            Horovod's sake: sets can always be added later.
+
     Raises:
         RuntimeError: On every rank, if the launcher started another number of processes than MPI sees.
-        ValueError: If HVDTRAIN_ENGINE is not auto, horovod, mpi or single.
+        ValueError: If HVDTRAIN_ENGINE is not auto, horovod, mpi or single, or a process set cannot be made.
     """
     if runtime.is_initialized():
         return
-    engine = runtime.init()
-    if engine.size == 1:
-        return
-    threads = _take_cores(engine)
-    _take_gpu(engine)
-    engine.say(_summary(engine, threads))
+    engine = runtime.init(comm)
+    if engine.size > 1:
+        threads = _take_cores(engine)
+        _take_gpu(engine)
+        engine.say(_summary(engine, threads))
+    if process_sets is not None and process_sets != "dynamic":
+        register(list(process_sets))
 
 
 def _take_cores(engine: Engine) -> int:

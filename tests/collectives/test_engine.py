@@ -22,6 +22,7 @@ together = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
+OPS = [op for op in Op if op is not Op.ADASUM]
 FLOATS = ["float32", "float64"]
 INTEGERS = ["int8", "uint8", "int16", "uint16", "int32", "int64", "uint32"]
 shapes = st.lists(st.integers(0, 5), min_size=0, max_size=3).map(tuple)
@@ -53,7 +54,7 @@ def reduced(engine, op, shape, dtype, seed=0):
 @given(
     shape=shapes,
     dtype=st.sampled_from([*FLOATS, *INTEGERS]),
-    op=st.sampled_from(list(Op)),
+    op=st.sampled_from(OPS),
     seed=st.integers(0, 99),
 )
 def test_allreduce_is_numpys_reduction_over_the_ranks(engine, shape, dtype, op, seed):
@@ -189,7 +190,7 @@ def test_broadcast_gives_the_roots_values(engine, shape, dtype, data):
     rows=st.integers(0, 9),
     inner=shapes,
     dtype=st.sampled_from(["float16", *FLOATS, "int32"]),
-    op=st.sampled_from(list(Op)),
+    op=st.sampled_from(OPS),
 )
 def test_reducescatter_gives_each_rank_its_rows(engine, rows, inner, dtype, op):
     result = engine.reducescatter(held_by(engine.rank, (rows, *inner), dtype), op)

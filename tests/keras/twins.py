@@ -61,11 +61,13 @@ def alone(train):
     return hvd.broadcast_object([weight.numpy() for weight in train().weights] if hvd.rank() == 0 else None)
 
 
-def twins(make_model, make_optimizer, steps=20, dtype="float64", **compile_options):
+def twins(
+    make_model, make_optimizer, steps=20, dtype="float64", wrap=hvd.DistributedOptimizer, **compile_options
+):
     """Trains both with `fit`; returns the distributed model and the weights of the single one."""
     x, y = data(steps, dtype)
     distributed = make_model()
-    distributed.compile(hvd.DistributedOptimizer(make_optimizer()), "mse", **compile_options)
+    distributed.compile(wrap(make_optimizer()), "mse", **compile_options)
     fit(distributed, mine(x), mine(y), BATCH)
     return distributed, alone(lambda: single(make_model(), make_optimizer(), x, y))
 

@@ -1,0 +1,56 @@
+"""Adasum: combines gradients by the angle between them, so that the step need not shrink as ranks are added.
+
+Maleki, Musuvathi, Mytkowicz, Saarikivi, Xu, Eksarevskiy, Ekanayake, Barsoum: "Scaling Distributed Training with
+Adaptive Summation", MLSys 2021, https://arxiv.org/abs/2006.02924
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+
+
+def combined(
+    array: np.ndarray, rank: int, size: int, swap: Callable[[np.ndarray, int], np.ndarray]
+) -> np.ndarray:
+    """Combines one array over all ranks, pair by pair: neighbours first, then pairs of pairs.
+
+    Two orthogonal arrays are added, two equal ones averaged, and everything between in proportion.
+
+    Args:
+        array: Float array of this rank; stays as it is.
+        rank: This rank, 0 to size - 1.
+        size: Number of ranks, a power of two.
+        swap: Exchanges an array with that of a partner rank.
+
+    Returns:
+        An array like `array`, the same to the bit on all ranks.
+
+    Raises:
+        NotImplementedError: If the number of ranks is no power of two.
+    """
+    if size & (size - 1):
+        raise NotImplementedError(
+            f"Adasum pairs ranks, so their number must be a power of two. Received: {size} ranks. Start "
+            f"{1 << size.bit_length() - 1} or {1 << size.bit_length()}, or use op=hvd.Average."
+        )
+    distance = 1
+    while distance < size:
+        theirs = swap(array, rank ^ distance)
+        # Both compute the same sum of the same two terms in the same order, so both get the same bits.
+        array = _pair(array, theirs) if rank & distance == 0 else _pair(theirs, array)
+        distance *= 2
+    return array
+
+
+def _pair(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    product = _dot(first, second)
+    return _weight(product, _dot(first, first)) * first + _weight(product, _dot(second, second)) * second
+
+
+def _weight(product: float, square: float) -> float:
+    return 1.0 - product / (2.0 * square) if square else 1.0
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> float:
+    # Not by BLAS, which would start threads on cores that belong to other ranks.
+    return float(np.einsum("i,i", first.reshape(-1), second.reshape(-1), dtype=np.float64))

@@ -1,0 +1,86 @@
+"""What can travel: the operations of a reduction, the dtypes it takes, and arrays made ready for the wire."""
+
+import enum
+from typing import Any
+
+import numpy as np
+
+
+class Op(enum.IntEnum):
+    """What a reduction does with the values of all ranks; the numbers are Horovod's."""
+
+    AVERAGE = 0
+    SUM = 1
+    ADASUM = 2
+    MIN = 3
+    MAX = 4
+    PRODUCT = 5
+
+    @classmethod
+    def of(cls, op: "Op | int | str") -> "Op":
+        """Reads an operation from a constant, its number or its name."""
+        try:
+            return cls[op.upper()] if isinstance(op, str) else cls(op)
+        except (KeyError, ValueError):
+            known = ", ".join(member.name.lower() for member in cls)
+            raise ValueError(f"Unknown reduction op={op!r}; expected one of: {known}.") from None
+
+
+FLOATS = {"float16", "bfloat16", "float32", "float64"}
+REDUCIBLE = FLOATS | {
+    *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64", "bool"),
+}
+
+
+def operand(array: Any, function: str) -> np.ndarray:
+    """Returns what can travel: a contiguous array in this machine's byte order, without Python objects."""
+    if np.ma.isMaskedArray(array):
+        raise TypeError(
+            f"{function}: a masked array would lose its mask. Send its data and its mask, or fill it."
+        )
+    array = np.asarray(array, order="C")
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    if array.dtype.hasobject:
+        raise TypeError(
+            f"{function}: arrays of Python objects cannot travel. Received dtype {array.dtype}. "
+            "Use broadcast_object or allgather_object."
+        )
+    return array
+
+
+def reducible(array: Any, op: Op, function: str) -> np.ndarray:
+    """Returns what can be reduced with `op`, or raises TypeError in the name of `function`."""
+    array = operand(array, function)
+    if array.dtype.name not in REDUCIBLE:
+        raise TypeError(
+            f"{function}: cannot reduce dtype {array.dtype}. Expected one of: {', '.join(sorted(REDUCIBLE))}."
+        )
+    if array.dtype == np.bool_ and op in (Op.SUM, Op.AVERAGE):
+        raise TypeError(
+            f"{function}: {op.name.lower()} of bool is not defined. Use max (any), min (all), or cast to int32."
+        )
+    if op is Op.ADASUM and array.dtype.name not in FLOATS:
+        raise TypeError(
+            f"{function}: Adasum looks at the angle between gradients, so it takes floats. Received dtype "
+            f"{array.dtype}."
+        )
+    return array
+
+
+def carrier(dtype: np.dtype, op: Op) -> np.dtype:
+    """Returns the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
+    if dtype.name in ("float16", "bfloat16"):
+        return np.dtype(np.float32)
+    if op is Op.AVERAGE and dtype.kind in "iu" and dtype.itemsize < 8:
+        return np.dtype(np.int64)
+    return dtype
+
+
+def described(array: np.ndarray) -> str:
+    """Writes dtype and shape as an error message shows them."""
+    return f"{array.dtype} of shape {array.shape}"
+
+
+def inner(array: np.ndarray) -> str:
+    """Writes the dimensions after the first, which must be the same on all ranks that join their rows."""
+    return ", ".join(str(dimension) for dimension in array.shape[1:])

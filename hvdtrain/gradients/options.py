@@ -1,0 +1,90 @@
+"""How gradients are combined: one record, checked once, that goes all the way down."""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hvdtrain.collectives.base import Op
+from hvdtrain.gradients.compression import Compression
+
+
+@dataclass(frozen=True)
+class ReduceOptions:
+    """How gradients are combined.
+
+    Args:
+        name: Names the operations.
+        op: `Op.AVERAGE`, `Op.SUM` or `Op.ADASUM`.
+        sparse_as_dense: Makes sparse gradients dense before they travel, instead of gathering their rows.
+        compression: A `Compressor`, or a class with the same two methods; sparse gradients travel as they are.
+        predivide_factor: Of a mean over n ranks, gradients are divided by this before they are summed, and
+            the sum by n over this: smaller numbers where 16-bit floats might overflow.
+        groups: Into how many groups the gradients are divided that travel as one, or lists of the variables
+            of each group; what is in none is left to the engine.
+        scale_local: Divides gradients of local variables by the number of ranks, as those of the others are.
+        device_dense: Where the engine's own graph operations on dense gradients are placed.
+        device_sparse: Likewise for sparse gradients.
+    """
+
+    name: str
+    op: Op = Op.AVERAGE
+    sparse_as_dense: bool = False
+    compression: Any = Compression.none
+    predivide_factor: float = 1.0
+    groups: int | Sequence[Sequence[Any]] | None = None
+    scale_local: bool = True
+    device_dense: str = ""
+    device_sparse: str = ""
+
+    def __post_init__(self) -> None:
+        if self.op not in (Op.AVERAGE, Op.SUM, Op.ADASUM):
+            raise ValueError(
+                "Gradients are combined by hvd.Average, hvd.Sum or hvd.Adasum. "
+                f"Received: op={self.op.name.lower()}."
+            )
+        if self.predivide_factor != 1.0 and self.op is not Op.AVERAGE:
+            raise ValueError(
+                "gradient_predivide_factor divides a mean in two steps, so it needs op=hvd.Average. Received: "
+                f"op={self.op.name.lower()}."
+            )
+        if not all(hasattr(self.compression, method) for method in ("compress", "decompress")):
+            raise TypeError(
+                "compression is hvd.Compression.none, fp16 or bf16, or a class with the methods compress and "
+                f"decompress. Received: {self.compression!r}."
+            )
+        _check_groups(self.groups)
+
+
+def _check_groups(groups: Any) -> None:
+    """Raises ValueError if `groups` is neither a number of groups nor lists of variables."""
+    counted = groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 0)
+    listed = isinstance(groups, list | tuple) and all(isinstance(each, list | tuple) for each in groups)
+    if not counted and not listed:
+        raise ValueError(
+            "groups is a number of groups, 0 for none, or a list of lists of variables. Received: "
+            f"groups={groups!r}."
+        )
+
+
+def groups_of(variables: Sequence[Any], groups: int | Sequence[Sequence[Any]] | None) -> list[list[int]]:
+    """Divides gradients into the groups that a user asked for.
+
+    Args:
+        variables: What the gradients belong to.
+        groups: As in `ReduceOptions`.
+
+    Returns:
+        For each group the indices of its gradients; variables that have none this time are left out.
+    """
+    if not groups:
+        return []
+    if isinstance(groups, int):
+        ends = [round(len(variables) * part / groups) for part in range(groups + 1)]
+        made = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+    else:
+        made = [
+            [index for index, each in enumerate(variables) if any(each is member for member in group)]
+            for group in groups
+        ]
+    return [members for members in made if members]
