@@ -22,6 +22,7 @@ class StandIn:
         groups: Which of the reduced travel as one, by their indices.
         objects: True if the ranks exchange objects, of which this one gives None.
         native: True if the engine's own graph operations move them, under the names that the call gives.
+        eager: True if these run outside a graph.
     """
 
     reduced: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -30,6 +31,7 @@ class StandIn:
     groups: tuple[tuple[int, ...], ...] = ()
     objects: bool = False
     native: bool = False
+    eager: bool = False
 
     @property
     def possible(self) -> bool:

@@ -202,8 +202,12 @@ class NativeTensors:
         """Takes part in a `combine` of the other ranks with zeros and without rows."""
         zeros = [self._tf.zeros(shape, dtype) for dtype, shape in work.reduced]
         nothing = [self._tf.zeros((0, *shape), dtype) for dtype, shape in work.gathered]
-        # In a graph, because only there do operations go by the names that the other ranks' graphs use.
-        self._tf.function(lambda: self.combine(name, zeros, nothing, work.op, work.groups))()
+
+        def combine() -> Any:  # a graph runs only what leads to its results
+            return self.combine(name, zeros, nothing, work.op, work.groups)
+
+        # As the others run it, because operations have other names inside a graph.
+        combine() if work.eager else self._tf.function(combine)()
 
     def _reduced(self, tensors: Sequence[Any], op: Op, name: str) -> list[Any]:
         carried = [self._carried(each) for each in tensors]

@@ -143,6 +143,7 @@ def _stand_in(
         op,
         tuple(tuple(members) for members in groups),
         native=native,
+        eager=tf.executing_eagerly(),
     )
 
 

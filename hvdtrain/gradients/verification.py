@@ -136,9 +136,10 @@ class Verification:
         wrong = np.argwhere((every != every[0]).any(axis=0)).reshape(-1)
         if len(wrong):
             first = wrong[0]
-            others = ranks_text(np.flatnonzero(every[:, first] != every[0, first]).tolist())
+            ranks = self._engine.ranks
+            others = ranks_text([ranks[row] for row in np.flatnonzero(every[:, first] != every[0, first])])
             raise MismatchError(
-                f"The ranks do not hold the same weights: {names[first]} differs from rank 0 on {others}"
+                f"The ranks do not hold the same weights: {names[first]} differs from rank {ranks[0]} on {others}"
                 f"{f', and so do {len(wrong) - 1} further variables' if len(wrong) > 1 else ''}. "
                 "Expected: the same values on all ranks before an update. Give model.fit the callback "
                 "hvd.callbacks.BroadcastGlobalVariablesCallback(0); in a loop of your own call "
@@ -171,7 +172,7 @@ class Verification:
 
     def _wrong_gradient(self, name: str, have: float, expected: float) -> str:
         return (
-            f"Rank {self._engine.rank}: the gradient about to be applied to {name} is not the "
+            f"Rank {self._engine.ranks[self._engine.rank]}: the gradient about to be applied to {name} is not the "
             f"{self._op.name.lower()} of the {self._engine.size} ranks' gradients: its projection on fixed "
             f"signs is {have:.9g}, expected {expected:.9g}. Nothing was applied. The error is in the "
             f"{self._engine.name} engine or in the MPI beneath it ({self._engine.library}): try another "

@@ -30,7 +30,9 @@ from hvdtrain.keras.collectives import (
     allreduce,
     barrier,
     broadcast,
+    broadcast_global_variables,
     broadcast_object,
+    reducescatter,
 )
 from hvdtrain.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdtrain.keras.start import init
@@ -68,6 +70,7 @@ __all__ = [
     "allreduce",
     "barrier",
     "broadcast",
+    "broadcast_global_variables",
     "broadcast_object",
     "broadcast_variables",
     "callbacks",
@@ -80,6 +83,7 @@ __all__ = [
     "local_rank",
     "local_size",
     "rank",
+    "reducescatter",
     "remove_process_set",
     "shutdown",
     "size",

@@ -5,34 +5,60 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain import runtime
 from hvdtrain.collectives.base import Op
+from hvdtrain.gradients.compression import Compression
+from hvdtrain.process_sets import ProcessSet, engine_of, global_process_set
 
 
-def allreduce(value: Any, name: str | None = None, op: Op | int | str = Op.AVERAGE) -> np.ndarray:
+def allreduce(
+    value: Any,
+    name: str | None = None,
+    average: bool | None = None,
+    prescale_factor: float = 1.0,
+    postscale_factor: float = 1.0,
+    op: Op | int | str | None = None,
+    compression: Any = Compression.none,
+    process_set: ProcessSet = global_process_set,
+) -> np.ndarray:
     """Combines a number, array or tensor over all ranks.
 
     Args:
         value: The same shape and dtype on all ranks.
         name: Accepted for Horovod's sake; operations are matched by their order.
-        op: `hvd.Average` (default), `hvd.Sum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
+        average: Horovod's older way of asking: True for a mean, False for a sum. Give `op` instead.
+        prescale_factor: By this the value is multiplied before it is combined.
+        postscale_factor: By this the result is multiplied.
+        op: `hvd.Average` (default), `hvd.Sum`, `hvd.Adasum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
+        compression: `hvd.Compression.none` (default), `fp16` or `bf16`.
+        process_set: The ranks that take part; only these call this.
 
     Returns:
         NumPy array of the shape and dtype of `value`, the same on all ranks.
 
     Raises:
+        ValueError: If both `average` and `op` are given.
         TypeError: If the dtype cannot be reduced this way.
         MismatchError: On every rank, if the ranks do not call this alike.
     """
-    return runtime.engine().allreduce(_value(value, "allreduce"), op)
+    engine, mine = engine_of(process_set), _value(value, "allreduce")
+    small, context = mine, None
+    if compression is not Compression.none:
+        small, context = compression.compress(tf.convert_to_tensor(mine))
+    total = engine.allreduce(_scaled(np.asarray(small), prescale_factor), chosen_op(op, average))
+    if compression is not Compression.none:
+        total = compression.decompress(tf.convert_to_tensor(total), context).numpy()
+    return _scaled(total, postscale_factor)
 
 
-def allgather(value: Any, name: str | None = None) -> np.ndarray:
+def allgather(
+    value: Any, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> np.ndarray:
     """Joins the arrays or tensors of all ranks along the first dimension, which may differ between ranks.
 
     Args:
         value: Array of shape (any, ...), or a number, which counts as shape (1,).
         name: Accepted for Horovod's sake.
+        process_set: The ranks that take part; only these call this.
 
     Returns:
         NumPy array of shape (sum of first dimensions, ...), in the order of the ranks.
@@ -40,16 +66,19 @@ def allgather(value: Any, name: str | None = None) -> np.ndarray:
     Raises:
         MismatchError: On every rank, if dtypes or later dimensions differ.
     """
-    return runtime.engine().allgather(_value(value, "allgather"))
+    return engine_of(process_set).allgather(_value(value, "allgather"))
 
 
-def broadcast(value: Any, root_rank: int, name: str | None = None) -> np.ndarray:
+def broadcast(
+    value: Any, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> np.ndarray:
     """Returns the value of one rank on all ranks.
 
     Args:
         value: The same shape and dtype on all ranks.
         root_rank: The rank whose value all receive.
         name: Accepted for Horovod's sake.
+        process_set: The ranks that take part; only these call this.
 
     Returns:
         NumPy array with the values of `root_rank`.
@@ -58,28 +87,102 @@ def broadcast(value: Any, root_rank: int, name: str | None = None) -> np.ndarray
         ValueError: If there is no such rank.
         MismatchError: On every rank, if shapes or dtypes differ.
     """
-    return runtime.engine().broadcast(_value(value, "broadcast"), root_rank)
+    return engine_of(process_set).broadcast(_value(value, "broadcast"), root_rank)
 
 
-def broadcast_object(value: Any = None, root_rank: int = 0) -> Any:
+def reducescatter(
+    value: Any,
+    name: str | None = None,
+    op: Op | int | str = Op.AVERAGE,
+    process_set: ProcessSet = global_process_set,
+) -> np.ndarray:
+    """Combines an array or tensor over all ranks and gives each rank its part of the rows.
+
+    Args:
+        value: The same shape and dtype on all ranks, with at least one dimension. If the first does not divide
+            by the number of ranks, the first ranks get one row more.
+        name: Accepted for Horovod's sake.
+        op: `hvd.Average` (default), `hvd.Sum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
+        process_set: The ranks that take part; only these call this.
+
+    Returns:
+        NumPy array: this rank's rows of the combined array.
+
+    Raises:
+        ValueError: If `value` has no dimension.
+        TypeError: If the dtype cannot be reduced this way.
+        MismatchError: On every rank, if the ranks do not call this alike.
+    """
+    return engine_of(process_set).reducescatter(_value(value, "reducescatter"), op)
+
+
+def broadcast_object(
+    obj: Any = None,
+    root_rank: int = 0,
+    session: Any = None,
+    name: str | None = None,
+    process_set: ProcessSet = global_process_set,
+) -> Any:
     """Returns the picklable object of `root_rank` on every rank, such as a dictionary of settings."""
-    return runtime.engine().broadcast_object(value, root_rank)
+    return engine_of(process_set).broadcast_object(obj, root_rank)
 
 
-def allgather_object(value: Any) -> list[Any]:
+def allgather_object(
+    obj: Any, session: Any = None, name: str | None = None, process_set: ProcessSet = global_process_set
+) -> list[Any]:
     """Returns the picklable objects of all ranks, in the order of the ranks, on every rank."""
-    return runtime.engine().allgather_object(value)
+    return engine_of(process_set).allgather_object(obj)
 
 
-def barrier() -> None:
+def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Waits until every rank has come here."""
-    runtime.engine().barrier()
+    engine_of(process_set).barrier()
+
+
+def broadcast_global_variables(root_rank: int) -> None:
+    """Says what to call instead: TensorFlow 2 keeps no list of all variables that could be broadcast.
+
+    Raises:
+        RuntimeError: Always, as Horovod does with eager execution.
+    """
+    raise RuntimeError(
+        "broadcast_global_variables is for TensorFlow 1, whose graph listed its variables. Give model.fit the "
+        f"callback hvd.callbacks.BroadcastGlobalVariablesCallback({root_rank}), or call "
+        f"hvd.broadcast_variables(model.weights, root_rank={root_rank}) before the first step."
+    )
+
+
+def chosen_op(op: Op | int | str | None, average: bool | None) -> Op:
+    """Reads the operation from the two arguments by which Horovod lets it be given.
+
+    Args:
+        op: The operation, or None.
+        average: True for a mean, False for a sum, or None.
+
+    Raises:
+        ValueError: If both are given.
+    """
+    if op is not None and average is not None:
+        raise ValueError(
+            f"Give either op or average, its older form. Received: op={op!r}, average={average!r}."
+        )
+    if op is not None:
+        return Op.of(op)
+    return Op.SUM if average is False else Op.AVERAGE
+
+
+def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
+    """Multiplies, whole numbers in float64 and then cut to whole numbers again, as Horovod does."""
+    if factor == 1.0:
+        return array
+    wide = array if array.dtype.kind == "f" else array.astype(np.float64)
+    return (wide * factor).astype(array.dtype)
 
 
 def _value(value: Any, function: str) -> Any:
     if tf.is_symbolic_tensor(value):
         raise TypeError(
             f"hvd.{function} takes values: numbers, arrays, eager tensors. Received {value!r} inside a "
-            "tf.function; call it outside, on the function's result."
+            "tf.function; call it outside, on the function's result, or use hvdtrain.tensorflow."
         )
     return value if isinstance(value, np.ndarray) else np.asarray(value)

@@ -233,7 +233,7 @@ def test_two_models_train_at_once_on_two_halves_of_the_world(halves):
     half = halves[mine_is]
     model = dense_model(seed=mine_is)
     if mine_is:
-        model = keras.Sequential([*model.layers, keras.layers.Dense(3, dtype="float64")])
+        model.add(keras.layers.Dense(3, dtype="float64"))
     model.compile(wrapped(keras.optimizers.Adam(0.01), process_set=half), "mse")
     for each in model.weights:
         each.assign(np.random.default_rng(each.shape[0]).standard_normal(each.shape))
