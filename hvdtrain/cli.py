@@ -53,6 +53,25 @@ def doctor(as_json: bool) -> None:
     sys.exit(doctor(as_json))
 
 
+@cli.group()
+def timeline() -> None:
+    """See what each rank does when, and for which rank the others wait.
+
+    A run writes one file a rank with HOROVOD_TIMELINE=timeline.json set, or between hvd.start_timeline() and
+    hvd.stop_timeline().
+    """
+
+
+@timeline.command()
+@click.argument("files", nargs=-1, required=True, type=click.Path())
+@click.option("-o", "--output", type=click.Path(), help="What to write [FILE.merged.json beside the first].")
+def merge(files: tuple[str, ...], output: str | None) -> None:
+    """Make one file for Perfetto of FILES, the ranks' timelines; of rank 0's alone, with those beside it."""
+    from hvdtrain.diagnose.timeline import merge
+
+    sys.exit(merge(files, output))
+
+
 def main() -> None:
     """Entry point of the console script."""
     cli()

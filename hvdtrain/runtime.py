@@ -62,6 +62,8 @@ def shutdown() -> None:
     if _engine is not None:
         engine, _engine = _engine, None
         engine.agree(_END)
+        if engine.timeline is not None:
+            engine.timeline.close()
         parts = _engines_of_sets()
         process_sets.clear()
         for each in (*parts, engine):

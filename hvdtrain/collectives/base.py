@@ -8,9 +8,10 @@ import contextlib
 import pickle
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -118,6 +119,10 @@ class Engine(ABC):
 
     def native_tensors(self) -> Any:
         """Returns the engine's own graph operations on framework tensors, or None if it has none."""
+        return None
+
+    def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
+        """Lets the engine's own core record to a file; returns what ends that, or None where it has no core."""
         return None
 
     # What a caller uses.
@@ -344,7 +349,10 @@ class Engine(ABC):
                 f"{list(ranks)}."
             )
         self.agree(Call("process set", (ranks_text(ordered),)))
-        return self._subset(ordered)
+        part = self._subset(ordered)
+        if part is not None:
+            part.timeline = self.timeline
+        return part
 
     def check_root(self, root_rank: int, function: str) -> int:
         """Returns the place of a rank among those that take part; raises ValueError if it is not one of them."""
@@ -373,11 +381,10 @@ class Engine(ABC):
             raise ValueError(
                 f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
             )
-        if self.size > 1:
-            self._doing = call.kind
-            with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
-                if not self._same_everywhere(call.digest):
-                    self._settled(call)
+        self._doing = call.kind
+        with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
+            if self.size > 1 and not self._same_everywhere(call.digest):
+                self._settled(call)
 
     def _settled(self, call: Call) -> Call:
         """Finds out what the ranks will do that do not all ask for the same: only those that joined may not.
@@ -495,7 +502,11 @@ class Engine(ABC):
 
     def _span(self, phase: str) -> AbstractContextManager[Any]:
         """Records a phase of the operation in hand while a timeline is written."""
-        return self.timeline.span(self._doing, phase) if self.timeline else contextlib.nullcontext()
+        timeline = self.timeline  # another thread may end it
+        if timeline is None:
+            return contextlib.nullcontext()
+        whose = f" of {ranks_text(self.ranks)}" if self._members else ""
+        return timeline.span(self._doing + whose, phase)
 
 
 def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:

@@ -2,13 +2,13 @@
 
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hvdtrain.collectives import mpi
+from hvdtrain.collectives import horovod_timeline, mpi
 from hvdtrain.collectives.base import Engine, Op, StandIn, World
 
 # What Horovod's operation does not take travels in the next wider type that it does.
@@ -36,7 +36,8 @@ class HorovodEngine(Engine):
 
         self._tf = tf
         self._horovod = horovod
-        horovod.init(comm) if comm else horovod.init()
+        with horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records:
+            horovod.init(comm) if comm else horovod.init()
         self._ops = {
             Op.SUM: horovod.Sum,
             Op.MIN: horovod.Min,
@@ -131,6 +132,11 @@ class HorovodEngine(Engine):
     def abort(self, code: int) -> None:
         """Ends the processes of all ranks at once."""
         self._mpi.COMM_WORLD.Abort(code)
+
+    def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
+        """Lets Horovod's core record too, where a timeline was asked for before it started."""
+        recording = self._records and self.rank == 0
+        return horovod_timeline.record(self._horovod, path, mark_cycles) if recording else None
 
     def native_tensors(self) -> "NativeTensors":
         """Returns Horovod's graph operations."""

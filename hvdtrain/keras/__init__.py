@@ -36,6 +36,7 @@ from hvdtrain.keras.collectives import (
 )
 from hvdtrain.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdtrain.keras.start import init
+from hvdtrain.keras.timeline import start_timeline, stop_timeline
 from hvdtrain.keras.variables import broadcast_variables
 from hvdtrain.keras.world import (
     cross_rank,
@@ -87,4 +88,6 @@ __all__ = [
     "remove_process_set",
     "shutdown",
     "size",
+    "start_timeline",
+    "stop_timeline",
 ]

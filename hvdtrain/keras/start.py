@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from hvdtrain import cores, runtime
 from hvdtrain.collectives.base import Engine, ranks_text
+from hvdtrain.keras.timeline import start_if_asked
 from hvdtrain.process_sets import register
 
 
@@ -37,6 +38,7 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
         threads = _take_cores(engine)
         _take_gpu(engine)
         engine.say(_summary(engine, threads))
+    start_if_asked()
     if process_sets is not None and process_sets != "dynamic":
         register(list(process_sets))
 
