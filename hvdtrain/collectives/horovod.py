@@ -1,6 +1,5 @@
 """The `horovod` engine: Horovod's native core, which fuses and overlaps; over MPI, or NCCL where built so."""
 
-import importlib.util
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from hvdtrain.collectives import horovod_timeline, mpi
 from hvdtrain.collectives.base import Engine, Op, StandIn, World
+from hvdtrain.collectives.horovod_library import find_horovod, load_horovod
 
 # What Horovod's operation does not take travels in the next wider type that it does.
 _CARRIER = {"bool": np.uint8, "int16": np.int32, "uint16": np.int32, "uint32": np.int64}
@@ -32,8 +32,7 @@ class HorovodEngine(Engine):
 
         # mpi4py initialises MPI before Horovod does, for many threads, so that both may use it side by side.
         self._mpi = mpi.load_mpi()
-        import horovod.tensorflow as horovod
-
+        horovod = load_horovod()
         self._tf = tf
         self._horovod = horovod
         with horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records:
@@ -242,7 +241,7 @@ def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
     Returns:
         One clause without a full stop, or None if Horovod is built for exactly these two.
     """
-    spec = importlib.util.find_spec("horovod")
+    spec = find_horovod()
     if spec is None or spec.origin is None:
         return "Horovod is not built (hvdtrain build-horovod)"
     folder = Path(spec.origin).parent
