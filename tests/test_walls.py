@@ -20,6 +20,7 @@ FLOORS = [
     "gradients",
     "data",
     "process_sets",
+    "built",
     "runtime",
     "collectives",
     "cores",

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import cloudpickle
 import numpy as np
 
 from hvdtrain.collectives import adasum, fusion
@@ -514,4 +515,5 @@ def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:
 
 
 def _pickled(value: Any) -> np.ndarray:
-    return np.frombuffer(pickle.dumps(value), np.uint8)
+    # Functions defined in a script travel too, as they do with Horovod.
+    return np.frombuffer(cloudpickle.dumps(value), np.uint8)

@@ -34,7 +34,7 @@ class HorovodEngine(Engine):
         self._mpi = mpi.load_mpi()
         horovod = load_horovod()
         self._tf = tf
-        self._horovod = horovod
+        self.horovod = horovod
         with horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records:
             horovod.init(comm) if comm else horovod.init()
         self._ops = {
@@ -67,19 +67,19 @@ class HorovodEngine(Engine):
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         receive[...] = self._on_cpu(
-            lambda tensor: self._horovod.allreduce(tensor, op=self._ops[op], name="hvdtrain.allreduce"),
+            lambda tensor: self.horovod.allreduce(tensor, op=self._ops[op], name="hvdtrain.allreduce"),
             self._carried(send),
         )
 
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         counts = self._on_cpu(
-            lambda tensor: self._horovod.allgather(tensor, name="hvdtrain.allgather.rows"),
+            lambda tensor: self.horovod.allgather(tensor, name="hvdtrain.allgather.rows"),
             np.array([len(array)]),
         )
         joined = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
         if joined.nbytes:
             received = self._on_cpu(
-                lambda tensor: self._horovod.allgather(tensor, name="hvdtrain.allgather"), _as_bytes(array)
+                lambda tensor: self.horovod.allgather(tensor, name="hvdtrain.allgather"), _as_bytes(array)
             )
             _as_bytes(joined)[...] = received
         return joined, counts.tolist()
@@ -88,7 +88,7 @@ class HorovodEngine(Engine):
         result = array.copy()
         if result.nbytes:
             result.reshape(-1).view(np.uint8)[...] = self._on_cpu(
-                lambda tensor: self._horovod.broadcast(tensor, root_rank, name="hvdtrain.broadcast"),
+                lambda tensor: self.horovod.broadcast(tensor, root_rank, name="hvdtrain.broadcast"),
                 array.reshape(-1).view(np.uint8),
             )
         return result
@@ -103,7 +103,7 @@ class HorovodEngine(Engine):
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         sent = self._tf.constant(np.array(splits, np.int32))
         with self._tf.device("CPU:0"):
-            received, counts = self._horovod.alltoall(
+            received, counts = self.horovod.alltoall(
                 self._tf.constant(_as_bytes(array)), sent, name="hvdtrain.alltoall"
             )
         rows = counts.numpy().tolist()
@@ -126,7 +126,7 @@ class HorovodEngine(Engine):
         """Ends Horovod's background thread on this rank."""
         if self._side_channel:
             self._side_channel.shutdown()
-        self._horovod.shutdown()
+        self.horovod.shutdown()
 
     def abort(self, code: int) -> None:
         """Ends the processes of all ranks at once."""
@@ -135,11 +135,11 @@ class HorovodEngine(Engine):
     def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
         """Lets Horovod's core record too, where a timeline was asked for before it started."""
         recording = self._records and self.rank == 0
-        return horovod_timeline.record(self._horovod, path, mark_cycles) if recording else None
+        return horovod_timeline.record(self.horovod, path, mark_cycles) if recording else None
 
     def native_tensors(self) -> "NativeTensors":
         """Returns Horovod's graph operations."""
-        return NativeTensors(self._tf, self._horovod, self._ops)
+        return NativeTensors(self._tf, self.horovod, self._ops)
 
     def _gather_objects(self, value: Any) -> list[Any]:
         # Objects have no use for a GPU, and TensorFlow need not have started yet.
@@ -164,7 +164,7 @@ class NativeTensors:
 
     def __init__(self, tensorflow: Any, horovod: Any, ops: dict[Op, Any]) -> None:
         self._tf = tensorflow
-        self._horovod = horovod
+        self.horovod = horovod
         self._ops = {**ops, Op.AVERAGE: horovod.Average}
 
     def combine(
@@ -218,13 +218,13 @@ class NativeTensors:
         carried = [self._carried(each) for each in tensors]
         options = {"op": self._ops[op], "name": name, "ignore_name_scope": True}
         if len(carried) == 1:
-            reduced = [self._horovod.allreduce(carried[0], **options)]
+            reduced = [self.horovod.allreduce(carried[0], **options)]
         else:
-            reduced = self._horovod.grouped_allreduce(carried, **options)
+            reduced = self.horovod.grouped_allreduce(carried, **options)
         return [self._tf.cast(each, tensor.dtype) for each, tensor in zip(reduced, tensors, strict=True)]
 
     def _joined(self, tensor: Any, name: str) -> Any:
-        joined = self._horovod.allgather(self._carried(tensor), name=name, ignore_name_scope=True)
+        joined = self.horovod.allgather(self._carried(tensor), name=name, ignore_name_scope=True)
         return self._tf.cast(joined, tensor.dtype)
 
     def _carried(self, tensor: Any) -> Any:

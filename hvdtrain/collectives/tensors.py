@@ -121,7 +121,7 @@ def on_host(
     if tf.executing_eagerly():
         results = run(*(each.numpy() for each in tensors))
         return [tf.constant(each, dtype) for each, dtype in zip(results, dtypes, strict=True)]
-    with _in_turn() as outputs:
+    with _in_turn(tensors) as outputs:
         outputs += tf.numpy_function(run, list(tensors), list(dtypes))
     return outputs
 
@@ -151,21 +151,34 @@ _turns: list[Any] = []
 
 
 @contextlib.contextmanager
-def _in_turn() -> Iterator[list[Any]]:
+def _in_turn(tensors: Sequence[Any]) -> Iterator[list[Any]]:
     """Puts a host call of a graph behind the one before it; the caller adds what it returns to the list."""
     outputs: list[Any] = []
     graph = tf.compat.v1.get_default_graph()
-    if not graph.building_function:  # TensorFlow 1's own graph: there is no order but the one given here
+    if not graph.building_function or "WhileBodyGrad" in type(graph).__name__:
+        # A session's graph, or the gradient of a loop, where TensorFlow gives no order to uses of a variable.
+        fed = _fed(tensors)
         earlier = graph.get_collection_ref("hvdtrain_turn")
-        with tf.control_dependencies(earlier):
+        with tf.control_dependencies([last for last, needs in earlier if needs <= fed]):
             yield outputs
-        earlier[:] = outputs[:1]
+        earlier.append((outputs[0], fed))
         return
     turn = _turn()
     with tf.control_dependencies([turn.read_value()]):
         yield outputs
     with tf.control_dependencies(outputs):
         turn.assign_add(1)
+
+
+def _fed(tensors: Sequence[Any]) -> frozenset[str]:
+    """Names the placeholders that tensors are computed from: a call must not wait for one that needs others."""
+    seen, left = set(), [each.op for each in tensors if hasattr(each, "op")]
+    while left:
+        operation = left.pop()
+        if operation not in seen:
+            seen.add(operation)
+            left += [each.op for each in operation.inputs] + list(operation.control_inputs)
+    return frozenset(each.name for each in seen if each.type == "Placeholder")
 
 
 def _turn() -> Any:

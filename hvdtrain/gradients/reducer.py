@@ -23,13 +23,17 @@ class GradientReducer:
         engine: The engine that moves them; given, never asked for.
         options: How they are combined.
         verification: What proves that the result is right.
+
+    Attributes:
+        verification: May be exchanged between steps.
+        name: What the operations are called on the wire; chosen at first use if nobody does it before.
     """
 
     def __init__(self, engine: Engine, options: ReduceOptions, verification: Verification) -> None:
         self._engine = engine
         self._options = options
-        self._name = ""
-        self._verification = verification
+        self.name = ""
+        self.verification = verification
         self._local: list[Any] = []
 
     def keep_local(self, variable: Any) -> None:
@@ -77,7 +81,7 @@ class GradientReducer:
             wire.append(small)
             contexts.append(context)
         reduced = self._reduced(wire, variables)
-        checked = self._verification.step(wire, reduced, variables, state)
+        checked = self.verification.step(wire, reduced, variables, state)
         if checked is not None:
             with tf.control_dependencies([checked]):  # what is wrong must not reach the weights
                 reduced = tf.nest.map_structure(tf.identity, reduced, expand_composites=True)
@@ -129,13 +133,13 @@ class GradientReducer:
         return tf.convert_to_tensor(gradient) if self._options.sparse_as_dense else gradient
 
     def _call(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Call:
-        if not self._name:
-            self._name = f"{self._options.name}.{next(_numbers)}"
+        if not self.name:
+            self.name = f"{self._options.name}.{next(_numbers)}"
         details = [
             f"{gradient.dtype.name}{list(variable.shape)}{', sparse' if _is_sparse(gradient) else ''}"
             for gradient, variable in zip(gradients, variables, strict=True)
         ]
-        return described_call(self._name, variables, details)
+        return described_call(self.name, variables, details)
 
 
 def _times(gradient: Any, factor: float) -> Any:

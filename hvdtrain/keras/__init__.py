@@ -21,9 +21,21 @@ if keras.backend.backend() != "tensorflow":
         "Set KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json."
     )
 
+from hvdtrain.built import (
+    ccl_built,
+    cuda_built,
+    ddl_built,
+    gloo_built,
+    gloo_enabled,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    nccl_built,
+    rocm_built,
+)
 from hvdtrain.collectives.base import MismatchError, Op
 from hvdtrain.gradients.compression import Compression
-from hvdtrain.keras import callbacks
+from hvdtrain.keras import callbacks, elastic
 from hvdtrain.keras.collectives import (
     allgather,
     allgather_object,
@@ -34,6 +46,8 @@ from hvdtrain.keras.collectives import (
     broadcast_object,
     reducescatter,
 )
+from hvdtrain.keras.layers import SyncBatchNormalization
+from hvdtrain.keras.loading import load_model
 from hvdtrain.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
 from hvdtrain.keras.start import init
 from hvdtrain.keras.timeline import start_timeline, stop_timeline
@@ -65,6 +79,7 @@ __all__ = [
     "ProcessSet",
     "Product",
     "Sum",
+    "SyncBatchNormalization",
     "add_process_set",
     "allgather",
     "allgather_object",
@@ -75,17 +90,29 @@ __all__ = [
     "broadcast_object",
     "broadcast_variables",
     "callbacks",
+    "ccl_built",
     "cross_rank",
     "cross_size",
+    "cuda_built",
+    "ddl_built",
+    "elastic",
     "global_process_set",
+    "gloo_built",
+    "gloo_enabled",
     "init",
     "is_homogeneous",
     "is_initialized",
+    "load_model",
     "local_rank",
     "local_size",
+    "mpi_built",
+    "mpi_enabled",
+    "mpi_threads_supported",
+    "nccl_built",
     "rank",
     "reducescatter",
     "remove_process_set",
+    "rocm_built",
     "shutdown",
     "size",
     "start_timeline",

@@ -256,3 +256,109 @@ def test_early_stopping_behind_the_average_stops_all_ranks_together():
     fit(model, mine(x), mine(y), BATCH, epochs=9, callbacks=[hvd.callbacks.MetricAverageCallback(), stop])
     assert set(hvd.allgather_object(stop.stopped_epoch)) == {1}
     assert_identical(model)
+
+
+def wait_for(model, callback):
+    callback.set_model(model)
+    callback.on_train_begin()
+
+
+@pytest.mark.parametrize("given", ["one", "several", "registered", "keras"])
+def test_local_variables_stay_each_ranks_own(given):
+    model = dense_model("float32", seed=hvd.rank())
+    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse")
+    kernel, bias = model.layers[0].kernel, model.layers[0].bias
+    bias.assign(bias + hvd.rank())
+    choices = {
+        "one": kernel.value,
+        "several": [kernel.value, bias.value],
+        "keras": [kernel],
+        "registered": None,
+    }
+    callback = hvd.callbacks.BroadcastGlobalVariablesCallback(0, "", choices[given])
+    if given == "registered":
+        callback.register_local_var(kernel.value)
+    before = [each.numpy() for each in (kernel, bias)]
+    wait_for(model, callback)
+    np.testing.assert_array_equal(kernel.numpy(), before[0])
+    expected = before[1] if given == "several" else np.zeros(8)
+    np.testing.assert_array_equal(bias.numpy(), expected)
+    shared = dense_model("float32", seed=0).layers[1].kernel.numpy()
+    np.testing.assert_array_equal(model.layers[1].kernel.numpy(), shared)
+
+
+@pytest.mark.parametrize("wrong", [[1.0], ["kernel"], [np.zeros(3)]])
+def test_local_variables_are_variables(wrong):
+    with pytest.raises(ValueError, match="All local variables must be of type"):
+        hvd.callbacks.BroadcastGlobalVariablesCallback(0, local_variables=wrong)
+
+
+@pytest.fixture
+def halves():
+    """The even ranks and the odd ones, as two process sets; this rank's own first."""
+    if hvd.size() == 1:
+        pytest.skip("a world of one has no halves")
+    sets = [hvd.add_process_set(range(first, hvd.size(), 2)) for first in (0, 1)]
+    yield sets if sets[0].included() else sets[::-1]
+    for each in sets:
+        hvd.remove_process_set(each)
+
+
+def test_two_models_train_at_once_on_two_halves_of_the_world(halves):
+    """Different models, different numbers of epochs: the halves never meet before the end."""
+    ours, _ = halves
+    odd = hvd.rank() % 2
+    x, y = data(4, "float32", seed=odd)
+    model = dense_model("float32" if odd else "float64", seed=hvd.rank())
+    model.compile(hvd.DistributedOptimizer(SGD(0.1, momentum=0.5), process_set=ours), "mse", run_eagerly=True)
+    place = ours.rank() * BATCH
+    part = [each[:, place : place + BATCH] for each in (x, y)]
+    callbacks = [
+        hvd.callbacks.BroadcastGlobalVariablesCallback(ours.ranks[-1]),
+        hvd.callbacks.MetricAverageCallback(process_set=ours),
+        hvd.callbacks.LearningRateWarmupCallback(0.1, 1),
+    ]
+    logs = Logs()
+    fit(model, *part, BATCH, epochs=2 + odd, callbacks=[*callbacks, logs])
+
+    twin = dense_model("float32" if odd else "float64", seed=ours.ranks[-1])
+    twin.compile(SGD(0.1, momentum=0.5), "mse", run_eagerly=True)
+    size = len(ours.ranks)
+    warm = hvd.callbacks.LearningRateScheduleCallback(
+        0.1, lambda epoch: min(1, ((size - 1) * epoch + 1) / size), staircase=False
+    )
+    whole = [each[:, : size * BATCH] for each in (x, y)]
+    expected = Logs()
+    fit(twin, *whole, BATCH * size, epochs=2 + odd, callbacks=[warm, expected])
+    for one, other in zip(model.weights, twin.weights, strict=True):
+        np.testing.assert_allclose(one.numpy(), other.numpy(), rtol=2e-5, atol=1e-6)
+    np.testing.assert_allclose(logs.losses, expected.losses, rtol=1e-5)
+
+
+class Logs(keras.callbacks.Callback):
+    def on_train_begin(self, logs=None):
+        self.losses = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.losses.append(logs["loss"])
+
+
+def test_a_model_of_one_half_leaves_the_other_half_alone(halves):
+    """All ranks run the same script; those outside the set train by themselves, and wait for nobody."""
+    evens = next(each for each in halves if 0 in each.ranks)
+    x, y = data(2, "float32")
+    model = dense_model("float32", seed=hvd.rank())
+    model.compile(hvd.DistributedOptimizer(SGD(0.1), process_set=evens), "mse", run_eagerly=True)
+    callbacks = [hvd.callbacks.BroadcastGlobalVariablesCallback(0), hvd.callbacks.MetricAverageCallback()]
+    fit(model, mine(x), mine(y), BATCH, callbacks=callbacks)
+    weights = hvd.allgather_object(model.layers[0].kernel.numpy().tobytes())
+    assert len({weights[rank] for rank in evens.ranks}) == 1
+    assert len(set(weights)) == 1 + hvd.size() - len(evens.ranks)
+
+
+def test_a_root_outside_the_set_is_refused(halves):
+    ours, others = halves
+    model = dense_model("float32")
+    model.compile(hvd.DistributedOptimizer(SGD(0.1), process_set=ours), "mse")
+    with pytest.raises(ValueError, match=f"root_rank={others.ranks[0]}"):
+        wait_for(model, hvd.callbacks.BroadcastGlobalVariablesCallback(others.ranks[0]))

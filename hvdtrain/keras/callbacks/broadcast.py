@@ -1,11 +1,14 @@
 """All ranks start from the weights of one."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Call
+from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of, process_set_of
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.keras.variables import broadcast_variables
 
@@ -21,27 +24,55 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     While it is there it also compares, at the start of each epoch, the learning rate, which a callback may
     have changed on some ranks only, and at the end, that all ranks have come there.
 
+    If the model's optimizer has a process set, all this concerns the ranks of that set only.
+
     Args:
-        root_rank: The rank whose values all take; usually the one that loads a checkpoint.
+        root_rank: The rank, of the whole world, whose values all take; usually the one that loads a checkpoint.
         device: Accepted for Horovod's sake; TensorFlow places the copies.
+        local_variables: A variable, or several, that each rank keeps as its own.
 
     Raises:
+        ValueError: If `local_variables` holds something else than variables.
         MismatchError: On every rank, if the ranks train different models, with different learning rates, or
             do not end together.
     """
 
-    def __init__(self, root_rank: int = 0, device: str = "") -> None:
+    def __init__(
+        self, root_rank: int = 0, device: str = "", local_variables: Any | Iterable[Any] | None = None
+    ) -> None:
         super().__init__()
         self.root_rank = root_rank
-        self._device = device
+        self.device = device
+        self._local: list[Any] = []
+        one = isinstance(local_variables, (tf.Variable, keras.Variable))
+        for variable in [local_variables] if one else local_variables or ():
+            self.register_local_var(variable)
+
+    def register_local_var(self, var: Any) -> None:
+        """Leaves a variable to each rank as its own.
+
+        Args:
+            var: A Keras or TensorFlow variable of the model, or the optimizer's.
+
+        Raises:
+            ValueError: If it is none.
+        """
+        if not isinstance(var, (tf.Variable, keras.Variable)):
+            raise ValueError(
+                f"All local variables must be of type tf.Variable or keras.Variable. Received: {var!r} of type "
+                f"{type(var).__name__}."
+            )
+        self._local.append(_plain(var))
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Copies everything before the first step; of a model not built yet, once its first batch is there."""
-        engine = runtime.engine()
+        engine = engine_of(self.model)
+        if process_set_of(self.model).included() is False:
+            return
         engine.check_root(self.root_rank, type(self).__name__)
         if engine.size == 1:
             return
-        if not any(is_distributed(each) for each in self._optimizers()):
+        if not any(is_distributed(each) for each in optimizers_of(self.model)):
             engine.say(
                 f"this model's optimizer, {type(self.model.optimizer).__name__}, is not distributed: each rank "
                 "trains a model of its own from here on. Compile the model with hvd.DistributedOptimizer(...)."
@@ -56,26 +87,22 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         """Makes sure that all ranks learn at the same rate."""
         rates = [
             f"{type(each).__name__}, learning rate {float(each.learning_rate)!r}"
-            for each in self._optimizers()
+            for each in optimizers_of(self.model)
         ]
-        runtime.engine().agree(Call(f"start of epoch {epoch + 1}", tuple(rates)))
+        engine_of(self.model).agree(Call(f"start of epoch {epoch + 1}", tuple(rates)))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Makes sure that no rank goes on alone, waiting for gradients that never come."""
-        runtime.engine().agree(Call("end of training"))
-
-    def _optimizers(self) -> list[Any]:
-        """Lists the model's optimizers: the compiled one, and those that a GAN or its like keeps beside it."""
-        kept = [each for each in vars(self.model).values() if isinstance(each, keras.optimizers.Optimizer)]
-        distributed = [each for each in kept if is_distributed(each)]
-        return distributed or [each for each in [self.model.optimizer] if each is not None]
+        engine_of(self.model).agree(Call("end of training"))
 
     def _broadcast(self) -> None:
         compiled = self.model.optimizer
         if is_distributed(compiled) and not compiled.built:
             compiled.build(self.model.trainable_variables)
-        state = [variable for each in self._optimizers() for variable in each.variables]
-        broadcast_variables([*self.model.weights, *state], self.root_rank)
+        state = [variable for each in optimizers_of(self.model) for variable in each.variables]
+        local = {id(each) for each in self._local}
+        shared = [each for each in (*self.model.weights, *state) if id(_plain(each)) not in local]
+        broadcast_variables(shared, self.root_rank, process_set_of(self.model))
 
     def _broadcast_at_first_batch(self) -> None:
         """Stands before the first step, where the shapes of a batch are known and nothing has been computed."""
@@ -101,3 +128,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 f"model is not built and cannot be built from its batches ({error}). Give it a keras.Input, or "
                 "call it once on a batch before model.fit."
             ) from error
+
+
+def _plain(variable: Any) -> Any:
+    """Returns TensorFlow's own variable, of which a Keras variable is a shell."""
+    return variable.value if isinstance(variable, keras.Variable) else variable

@@ -5,8 +5,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from hvdtrain import runtime
+from hvdtrain import process_sets
 from hvdtrain.collectives.base import Call
+from hvdtrain.keras.callbacks.membership import process_set_of
+from hvdtrain.process_sets import ProcessSet
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
@@ -20,11 +22,14 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
     Args:
         device: Accepted for Horovod's sake.
+        process_set: The ranks whose metrics belong together; by default those that train the model: the process
+            set of its optimizer, or all.
     """
 
-    def __init__(self, device: str = "") -> None:
+    def __init__(self, device: str = "", process_set: ProcessSet | None = None) -> None:
         super().__init__()
-        self._device = device
+        self.device = device
+        self.process_set = process_set
         self._trained = self._validated = 0.0
         self._batches = 0
 
@@ -51,7 +56,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         Raises:
             MismatchError: On every rank, if the ranks report different metrics.
         """
-        engine = runtime.engine()
+        engine = process_sets.engine_or_alone(self.process_set or process_set_of(self.model))
         if logs is None or engine.size == 1:
             return
         names = sorted(logs)

@@ -1,0 +1,87 @@
+"""One file with the best model so far, written by one rank."""
+
+import math
+import pathlib
+from typing import Any
+
+import keras
+
+from hvdtrain.keras.callbacks.membership import writes
+
+
+class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
+    """Keeps the best model of a training in one file, however many ranks train it.
+
+    Rank 0 decides by the metrics it sees, and writes; the other ranks write nothing. Put
+    `MetricAverageCallback` before it, so that the decision is by the metrics of all ranks, and is the same on
+    all of them. It does not communicate, so it may be given to all ranks or, as in Horovod's scripts, to rank 0
+    only. A new best replaces the old one only when it is wholly written. Of a model trained on a process set
+    the set's first rank counts as rank 0.
+
+    The API is Horovod's; a file is Keras' own (see `keras.callbacks.ModelCheckpoint`).
+
+    Args:
+        monitor: Name of the metric in `logs`.
+        verbose: 1 to print when a file is written.
+        save_weights_only: True to save weights, to a path that ends in `.weights.h5`; False to save the model,
+            to one that ends in `.keras` or `.h5`. `horovod.keras` has no such argument: a word in its place is
+            taken as `mode`, and what follows it as `save_freq`.
+        mode: `"min"`, `"max"`, or `"auto"` to tell by the metric.
+        save_freq: `"epoch"`, or after how many batches to look.
+        filepath: Path of the file, which may hold `{epoch}` and names of metrics; also set later, as the
+            attribute `filepath`.
+
+    Raises:
+        ValueError: When training starts, if `filepath` is not set or has another ending.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val_loss",
+        verbose: int = 0,
+        save_weights_only: bool | str = False,
+        mode: str | int = "auto",
+        save_freq: str | int = "epoch",
+        *,
+        filepath: Any = None,
+    ) -> None:
+        if isinstance(save_weights_only, str):
+            given = mode if mode != "auto" else save_freq
+            save_weights_only, mode, save_freq = False, save_weights_only, given
+        super().__init__(
+            "set-later.weights.h5" if save_weights_only else "set-later.keras",
+            monitor=monitor,
+            verbose=verbose,
+            save_best_only=True,
+            save_weights_only=save_weights_only,
+            mode=mode,
+            save_freq=save_freq,
+        )
+        self.filepath = filepath
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Makes sure, before hours of training, that there is a path that Keras can save to."""
+        endings = (".weights.h5",) if self.save_weights_only else (".keras", ".h5")
+        if self.filepath is None or not str(self.filepath).endswith(endings):
+            raise ValueError(
+                f"BestModelCheckpoint needs a filepath that ends in {' or '.join(endings)}. Received: "
+                f"filepath={self.filepath!r}. Set callback.filepath before model.fit, or pass filepath=."
+            )
+        self.filepath = str(self.filepath)
+        if not writes(self.model):
+            self.verbose = 0
+
+    def _save_model(self, epoch: int, batch: int | None, logs: Any) -> None:
+        path = pathlib.Path(self._get_file_path(epoch, batch, logs))
+        if self.monitor_op is None:  # Keras sets it only at the end of an epoch, too late for save_freq=N
+            self._set_monitor_op()
+        if not self._should_save_model(epoch, batch, logs, str(path)) or not writes(self.model):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_name(f".partial-{path.name}")
+        self.model.save_weights(beside) if self.save_weights_only else self.model.save(beside)
+        beside.replace(path)
+
+    def _is_improvement(self, monitor_value: Any, reference_value: Any) -> Any:
+        # A NaN is never the best, and nothing would ever be better than it.
+        return not math.isnan(monitor_value) and super()._is_improvement(monitor_value, reference_value)

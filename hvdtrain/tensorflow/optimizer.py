@@ -1,0 +1,157 @@
+"""`DistributedOptimizer` for loops of your own: around Keras' optimizers, and around those of TensorFlow 1."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import tensorflow as tf
+
+from hvdtrain.collectives.base import Op
+from hvdtrain.gradients.compression import Compression
+from hvdtrain.gradients.options import ReduceOptions
+from hvdtrain.keras.optimizer import DistributedOptimizer as _KerasDistributedOptimizer
+from hvdtrain.keras.world import rank
+from hvdtrain.process_sets import ProcessSet, global_process_set
+from hvdtrain.tensorflow.compatibility import groups_or_num_groups
+from hvdtrain.tensorflow.gradient_aggregation import LocalGradientAggregationHelper
+from hvdtrain.tensorflow.ops import grouped_allreduce
+from hvdtrain.tensorflow.reduction import Reduction
+
+
+def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
+    optimizer: Any,
+    name: str | None = None,
+    use_locking: bool = False,
+    device_dense: str = "",
+    device_sparse: str = "",
+    compression: Any = Compression.none,
+    sparse_as_dense: bool = False,
+    backward_passes_per_step: int = 1,
+    op: Op | int | str = Op.AVERAGE,
+    gradient_predivide_factor: float = 1.0,
+    average_aggregated_gradients: bool = False,
+    num_groups: int = 0,
+    groups: int | Sequence[Sequence[Any]] | None = None,
+    process_set: ProcessSet = global_process_set,
+    scale_local_gradients: bool = True,
+) -> Any:
+    """Makes an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
+
+    Args:
+        optimizer: A Keras optimizer, which is given to `hvdtrain.keras.DistributedOptimizer`; or one of
+            `tf.compat.v1.train`, whose `compute_gradients` and `minimize` then reduce.
+        name: As for `hvdtrain.keras.DistributedOptimizer`, and so are all that are not named here.
+        use_locking: As for the optimizers of `tf.compat.v1.train`.
+        op: `hvd.Average` (default), `hvd.Sum` or `hvd.Adasum`. With an optimizer of `tf.compat.v1.train`,
+            Adasum combines what each rank's update has changed, not the gradients.
+
+    Returns:
+        An optimizer of the same kind, with the method `register_local_var(variable)`.
+
+    Raises:
+        ValueError: If `hvd.init()` was not called, or arguments do not fit each other.
+        TypeError: If `optimizer` is neither.
+    """
+    common = {
+        "compression": compression,
+        "sparse_as_dense": sparse_as_dense,
+        "device_dense": device_dense,
+        "device_sparse": device_sparse,
+        "groups": groups_or_num_groups(groups, num_groups),
+    }
+    if not isinstance(optimizer, tf.compat.v1.train.Optimizer):
+        return _KerasDistributedOptimizer(
+            optimizer,
+            name,
+            op=op,
+            gradient_predivide_factor=gradient_predivide_factor,
+            backward_passes_per_step=backward_passes_per_step,
+            average_aggregated_gradients=average_aggregated_gradients,
+            process_set=process_set,
+            scale_local_gradients=scale_local_gradients,
+            **common,
+        )
+    options = ReduceOptions(
+        name or f"Distributed{type(optimizer).__name__}",
+        Op.of(op),
+        predivide_factor=gradient_predivide_factor,
+        scale_local=scale_local_gradients,
+        **common,
+    )
+    made = _DistributedOptimizer(optimizer, options, use_locking, process_set)
+    if backward_passes_per_step != 1:
+        made.add_up(backward_passes_per_step, average_aggregated_gradients)
+    return made
+
+
+class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
+    """Reduces between an optimizer's two halves: computing gradients and applying them."""
+
+    def __init__(
+        self, optimizer: Any, options: ReduceOptions, use_locking: bool, process_set: ProcessSet
+    ) -> None:
+        super().__init__(use_locking, options.name)
+        self._optimizer = optimizer
+        self._options = options
+        self._reduction = Reduction(options, process_set)
+        self._window: LocalGradientAggregationHelper | None = None
+        self.process_set = process_set
+        self.get_slot = optimizer.get_slot
+        self.get_slot_names = optimizer.get_slot_names
+        self.variables = optimizer.variables
+
+    def add_up(self, passes: int, average: bool) -> None:
+        """Reduces and applies once in so many passes, the sum of their gradients or the mean."""
+        if self._options.op is Op.ADASUM:
+            raise ValueError(
+                "Adasum combines the changes of each update, so backward_passes_per_step must be 1."
+            )
+        self._window = LocalGradientAggregationHelper(
+            passes,
+            self._reduction,
+            self._options.sparse_as_dense,
+            average,
+            rank(),
+            LocalGradientAggregationHelper._OPTIMIZER_TYPE_LEGACY,
+            self.process_set,
+            self._options.scale_local,
+        )
+
+    def register_local_var(self, var: Any) -> None:
+        """Leaves the gradient of a variable on its rank."""
+        self._reduction.keep_local(var)
+
+    def compute_gradients(self, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
+        """Computes gradients as the optimizer inside does, and combines those of all ranks."""
+        pairs = self._optimizer.compute_gradients(*args, **kwargs)
+        if self._options.op is Op.ADASUM:
+            return pairs
+        gradients, variables = zip(*pairs, strict=True)
+        combine = self._window.compute_gradients if self._window else self._reduction
+        return list(zip(combine(gradients, variables), variables, strict=True))
+
+    def apply_gradients(self, grads_and_vars: Any, global_step: Any = None, name: str | None = None) -> Any:
+        """Applies gradients as the optimizer inside does."""
+        pairs = list(grads_and_vars)
+        if self._options.op is Op.ADASUM:
+            return self._apply_together(pairs, global_step, name)
+
+        def apply() -> Any:
+            return self._optimizer.apply_gradients(pairs, global_step=global_step, name=name)
+
+        return self._window.apply_gradients(apply, self._optimizer) if self._window else apply()
+
+    def _apply_together(self, pairs: Sequence[tuple[Any, Any]], global_step: Any, name: str | None) -> Any:
+        """Lets each rank update by itself, and combines what the updates have changed."""
+        variables = [variable for gradient, variable in pairs if gradient is not None]
+        before = [tf.identity(each) for each in variables]
+        with tf.control_dependencies(before):
+            updated = self._optimizer.apply_gradients(pairs, global_step=global_step, name=name)
+        with tf.control_dependencies([] if updated is None else [updated]):
+            changes = [each.read_value() - old for each, old in zip(variables, before, strict=True)]
+        together = grouped_allreduce(
+            changes, op=Op.ADASUM, compression=self._options.compression, process_set=self.process_set
+        )
+        assigned = [
+            each.assign(old + change) for each, old, change in zip(variables, before, together, strict=True)
+        ]
+        return None if tf.executing_eagerly() else tf.group(*assigned)
