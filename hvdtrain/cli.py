@@ -21,6 +21,7 @@ def cli() -> None:
     "--bind", type=click.Choice(["auto", "core", "none"]), default="auto", help="Binding of ranks to cores."
 )
 @click.option("--mpi-args", default="", help="More options for the MPI launcher, as one quoted string.")
+@click.option("--as-horovod", is_flag=True, help="Let `import horovod` mean hvdtrain in SCRIPT.")
 @click.option("--dry-run", is_flag=True, help="Print the command and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorFlow's and MPI's own messages too.")
 @click.argument("script")

@@ -15,6 +15,7 @@ FLOORS = [
     "launch",
     "diagnose",
     "as_horovod",
+    "wrap",
     "tensorflow",
     "keras",
     "gradients",
@@ -26,6 +27,7 @@ FLOORS = [
     "cores",
     "topology",
     "mpi_identity",
+    "script",
 ]
 # launch and diagnose stand side by side.
 BESIDE = {"diagnose": {"launch"}}

@@ -38,7 +38,7 @@ class Policy:
 
     @classmethod
     def from_environment(cls) -> "Policy":
-        """Reads HVDTRAIN_VERIFY=off|first|every:N.
+        """Reads HVDTRAIN_VERIFY=off|first|second|every:N.
 
         Raises:
             ValueError: If it is set to anything else.
@@ -46,12 +46,14 @@ class Policy:
         text = os.environ.get("HVDTRAIN_VERIFY", "first").lower()
         if text in ("first", ""):
             return cls()
+        if text == "second":
+            return cls(first=1)
         if text == "off":
             return cls(0)
         every = re.fullmatch(r"every:([1-9]\d*)", text)
         if not every:
             raise ValueError(
-                f"HVDTRAIN_VERIFY must be off, first or every:N with N of at least 1. Received: {text!r}."
+                f"HVDTRAIN_VERIFY must be off, first, second or every:N with N of at least 1. Received: {text!r}."
             )
         return cls(int(every.group(1)))
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
+from keras.src.legacy import layers as legacy_layers
 from keras.src.legacy.saving import legacy_h5_format, saving_utils
 
 from hvdtrain import runtime
@@ -52,7 +53,9 @@ def load_model(
         TypeError: If it holds objects of classes that are not known.
     """
     engine = runtime.engine()
-    objects = {each.__name__: each for each in custom_optimizers or ()} | (custom_objects or {})
+    own = {each.__name__: each for each in custom_optimizers or ()} | (custom_objects or {})
+    # What tf.keras still offers and writes into files, but Keras itself does not read back.
+    objects = {each.__name__: each for each in vars(legacy_layers).values() if isinstance(each, type)} | own
     try:
         model = _loaded(filepath, objects)
     except TypeError as error:

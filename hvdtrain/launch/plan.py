@@ -30,6 +30,7 @@ class RunOptions:
         mpi_args: More options for the MPI launcher.
         dry_run: Whether to print the command and stop.
         verbose: Whether to show TensorFlow's and MPI's own messages too.
+        as_horovod: Whether `import horovod` means hvdtrain in the script.
     """
 
     num_proc: int
@@ -41,6 +42,7 @@ class RunOptions:
     mpi_args: str = ""
     dry_run: bool = False
     verbose: bool = False
+    as_horovod: bool = False
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,8 @@ def make_plan(options: RunOptions, environ: Mapping[str, str]) -> Plan:
     else:
         start, settings = _start_by_mpirun(options, found, environ, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
-    words = wire.pack_words([options.script, *options.args])
+    mode = [wire.AS_HOROVOD] if options.as_horovod else []
+    words = wire.pack_words([*mode, options.script, *options.args])
     return Plan(
         [*start, *extra, sys.executable, "-m", "hvdtrain.launch.supervise", *words],
         settings | _quiet(options, environ),

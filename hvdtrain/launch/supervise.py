@@ -18,12 +18,9 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from importlib.machinery import SourceFileLoader
-from pathlib import Path
-from types import ModuleType, TracebackType
 from typing import Any
 
-from hvdtrain import topology
+from hvdtrain import script, topology
 from hvdtrain.launch import binding, wire
 from hvdtrain.launch.guard import Connection, Guard, Link, Pipes, Terminal, connect
 
@@ -35,7 +32,7 @@ def main() -> None:
     """Runs the script named on the command line as one rank, and ends as the script ends."""
     if len(sys.argv) < 2:
         sys.exit("Expected a script: python -m hvdtrain.launch.supervise script.py [args]")
-    script, *args = wire.unpack_words(sys.argv[1:])
+    words = wire.unpack_words(sys.argv[1:])
     reading, (stdout, stderr, reports, crash) = zip(*(os.pipe() for _ in range(4)), strict=True)
     awaited, receipt = os.pipe()
     place = topology.detect()
@@ -48,7 +45,7 @@ def main() -> None:
     _redirect(stdout, stderr, crash)
     os.register_at_fork(after_in_child=lambda: _close(reports))
     _take_cores(place, os.environ.pop(wire.BIND, "none"))
-    report = _run(script, args)
+    report = _run(words)
     _deliver(report, reports, awaited)
     if not report["done"]:
         _end_job(report["code"])
@@ -113,10 +110,15 @@ def _take_cores(place: topology.Place | None, bind: str) -> None:
             os.sched_setaffinity(0, mine)
 
 
-def _run(script: str, args: Sequence[str]) -> dict[str, Any]:
+def _run(words: Sequence[str]) -> dict[str, Any]:
     """Runs the script and reports how it ended."""
     try:
-        _execute(script, args)
+        if words[0] == wire.AS_HOROVOD:
+            from hvdtrain import as_horovod
+
+            as_horovod.install()
+            words = words[1:]
+        script.run(words)
     except SystemExit as stop:
         return _stopped(stop)
     except BaseException as error:
@@ -135,18 +137,6 @@ def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
         select.select([awaited], [], [], 5)
 
 
-def _execute(script: str, args: Sequence[str]) -> None:
-    """Does what `python script args` does: the script is `__main__` and its folder leads sys.path."""
-    sys.argv = [script, *args]
-    if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = str(Path(script).resolve().parent)
-    loader = SourceFileLoader("__main__", script)
-    module = ModuleType("__main__")
-    vars(module).update(__file__=script, __loader__=loader, __builtins__=__builtins__, __annotations__={})
-    sys.modules["__main__"] = module
-    exec(loader.source_to_code(loader.get_data(script), script), vars(module))
-
-
 def _stopped(stop: SystemExit) -> dict:
     """Reports a `sys.exit()`, which means success without a code and a sentence with a text."""
     if stop.code is None or (isinstance(stop.code, int) and stop.code == 0):
@@ -158,29 +148,27 @@ def _stopped(stop: SystemExit) -> dict:
 
 def _failed(error: BaseException) -> dict:
     """Reports an exception with the part of its traceback that is the user's."""
-    own = _trim(error.__traceback__)
-    lines = traceback.format_exception(type(error), error, own)
+    lines = traceback.format_exception(type(error), error, script.users_part(error))
     words = traceback.format_exception_only(type(error), error)
     code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
     return _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
 
 
 def _buried(error: BaseException) -> list[str]:
-    """Repeats hvdtrain's own sentence where TensorFlow has put it deep inside an error of another kind."""
-    runtime = sys.modules.get("hvdtrain.runtime")
-    sentence = runtime.last_words(error) if runtime else ""
-    return [f"\n{sentence}\n"] if sentence else []
+    """Repeats hvdtrain's own sentence where TensorFlow has put it deep inside an error of another kind.
+
+    To an old script's error it adds what to write instead.
+    """
+    runtime, as_horovod = sys.modules.get("hvdtrain.runtime"), sys.modules.get("hvdtrain.as_horovod")
+    sentences = (
+        runtime.last_words(error) if runtime else "",
+        as_horovod.advice(error) if as_horovod else "",
+    )
+    return [f"\n{sentence}\n" for sentence in sentences if sentence]
 
 
 def _failure(code: int, text: str, trace: str) -> dict:
     return {"done": False, "code": code, "text": text, "traceback": trace}
-
-
-def _trim(trace: TracebackType | None) -> TracebackType | None:
-    """Drops the frames that led to the script, which no user wrote."""
-    while trace and trace.tb_frame.f_code.co_filename.startswith((__file__, "<frozen importlib")):
-        trace = trace.tb_next
-    return trace
 
 
 def _end_job(code: int) -> None:

@@ -15,6 +15,9 @@ ADDRESS = "HVDTRAIN_RUN_ADDRESS"
 TOKEN = "HVDTRAIN_RUN_TOKEN"
 BIND = "HVDTRAIN_BIND"
 
+# The first word of a rank's command where the script is one for Horovod.
+AS_HOROVOD = "--as-horovod"
+
 # Opens a line on a guard's standard output that carries a frame when no connection could be made.
 RECORD = b"hvdtrain-record "
 

@@ -15,7 +15,10 @@ def pair(a, b):
 
 
 def tree(arrays):
-    return arrays[0] if len(arrays) == 1 else pair(tree(arrays[: len(arrays) // 2]), tree(arrays[len(arrays) // 2 :]))
+    if len(arrays) == 1:
+        return arrays[0]
+    middle = len(arrays) // 2
+    return pair(tree(arrays[:middle]), tree(arrays[middle:]))
 
 
 def held_by(rank, shape):

@@ -5,7 +5,13 @@ import pytest
 
 from hvdtrain import process_sets, runtime
 from hvdtrain.collectives.base import MismatchError
-from hvdtrain.process_sets import ProcessSet, add_process_set, engine_of, global_process_set, remove_process_set
+from hvdtrain.process_sets import (
+    ProcessSet,
+    add_process_set,
+    engine_of,
+    global_process_set,
+    remove_process_set,
+)
 
 pytestmark = pytest.mark.ranks
 

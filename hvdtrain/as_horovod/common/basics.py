@@ -1,0 +1,26 @@
+"""Names that scripts import from `horovod.common.basics`."""
+
+from typing import Any
+
+from hvdtrain.process_sets import ProcessSet, global_process_set
+from hvdtrain.tensorflow import mpi_ops
+
+
+class HorovodBasics:
+    """Answers `rank()`, `size()`, `init()` and their kin, and holds the reductions, as an object.
+
+    Args:
+        pkg_path: Accepted for Horovod's sake: where its compiled part lies.
+        args: Likewise.
+    """
+
+    def __init__(self, pkg_path: str, *args: str) -> None:
+        self._path = pkg_path
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(f"HorovodBasics has no attribute {name!r}.")
+        return getattr(mpi_ops, name)
+
+
+__all__ = ["HorovodBasics", "ProcessSet", "global_process_set"]

@@ -1,0 +1,93 @@
+"""Names that scripts import from `horovod.common.util`."""
+
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from hvdtrain import built
+from hvdtrain.tensorflow.compatibility import (
+    check_extension,
+    check_num_rank_power_of_2,
+    gpu_available,
+    split_list,
+)
+
+num_rank_is_power_2 = check_num_rank_power_of_2
+
+
+def extension_available(ext_base_name: str, verbose: bool = False) -> bool:
+    """Tells whether a framework is served: only TensorFlow is."""
+    return ext_base_name == "tensorflow"
+
+
+def mpi_built(verbose: bool = False) -> bool:
+    """Tells whether ranks can talk over MPI."""
+    return bool(built.mpi_built())
+
+
+def gloo_built(verbose: bool = False) -> bool:
+    """Tells whether ranks can talk over Gloo."""
+    return bool(built.gloo_built())
+
+
+def nccl_built(verbose: bool = False) -> bool:
+    """Tells whether GPUs can talk over NCCL."""
+    return bool(built.nccl_built())
+
+
+def ddl_built(verbose: bool = False) -> bool:
+    """Tells whether IBM's DDL is there."""
+    return bool(built.ddl_built())
+
+
+def ccl_built(verbose: bool = False) -> bool:
+    """Tells whether oneCCL is there."""
+    return bool(built.ccl_built())
+
+
+@contextlib.contextmanager
+def env(**kwargs: str | None) -> Iterator[None]:
+    """Sets environment variables for a while; those given as None stay as they are."""
+    given = {name: value for name, value in kwargs.items() if value is not None}
+    before = {name: os.environ.get(name) for name in given}
+    os.environ.update(given)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def is_iterable(x: Any) -> bool:
+    """Tells whether a value can be looped over."""
+    return isinstance(x, Iterable) or hasattr(x, "__getitem__")
+
+
+def is_version_greater_equal_than(ver: str, target: str) -> bool:
+    """Compares versions of three numbers, such as "2.21.0"."""
+    return _numbers(ver) >= _numbers(target)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int("".join(filter(str.isdigit, part)) or 0) for part in version.split("+")[0].split(".")[:3]]
+
+
+__all__ = [
+    "ccl_built",
+    "check_extension",
+    "ddl_built",
+    "env",
+    "extension_available",
+    "gloo_built",
+    "gpu_available",
+    "is_iterable",
+    "is_version_greater_equal_than",
+    "mpi_built",
+    "nccl_built",
+    "num_rank_is_power_2",
+    "split_list",
+]

@@ -1,0 +1,63 @@
+"""One sentence for a script that ends at a name of TensorFlow 1: what to write instead."""
+
+import re
+
+_SESSION = (
+    "TensorFlow has no sessions any more. Delete the lines with ConfigProto, Session and set_session; hvd.init() "
+    "gives each rank its own GPU and its cores."
+)
+_HOOK = (
+    "TensorFlow has no monitored sessions and hooks any more. Train a keras.Model with model.fit(..., "
+    "callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)]), or in a loop with hvd.DistributedGradientTape "
+    "and hvd.broadcast_variables(model.variables, root_rank=0)."
+)
+_ESTIMATOR = (
+    "TensorFlow has no estimators since 2.16. Build a keras.Model in the place of model_fn, and train it with "
+    "model.compile(hvd.DistributedOptimizer(...)) and model.fit."
+)
+_OPTIMIZER = (
+    "this optimizer of TensorFlow 1 became one of tf.keras.optimizers, such as tf.keras.optimizers.Adam(0.001). "
+    "Give that to hvd.DistributedOptimizer for model.compile, or use hvd.DistributedGradientTape in a loop."
+)
+_GRAPH = (
+    "this belongs to TensorFlow 1's graphs. Write the model as a keras.Model and the step as a @tf.function that "
+    "takes the data as arguments, with hvd.DistributedGradientTape."
+)
+_SCRIPT = "tf.app, tf.flags and tf.contrib are gone. Use argparse, and call main() under `if __name__ == '__main__':`."
+
+# A name that an old script did not find, as a whole, and what to do; the first that matches.
+_ADVICE = (
+    (r"Session|InteractiveSession|ConfigProto|GPUOptions|set_session|get_session", _SESSION),
+    (r"MonitoredTrainingSession|MonitoredSession|SessionRunHook|\w+Hook|Scaffold|\w*global_step", _HOOK),
+    (r"estimator|EstimatorSpec|experimental_distribute", _ESTIMATOR),
+    (r"(Adam|Adagrad|Adadelta|GradientDescent|Momentum|RMSProp|Ftrl|ProximalAdagrad)Optimizer", _OPTIMIZER),
+    (r"placeholder\w*|get_variable|variable_scope|\w+_initializer|global_variables|Graph\w*", _GRAPH),
+    (r"get_default_graph|reset_default_graph|disable_eager_execution|layers|assign\w*|losses", _GRAPH),
+    (r"app|flags|contrib|logging|gfile", _SCRIPT),
+)
+_MISSING = re.compile(
+    r"module '(?P<module>[\w.]+)' has no attribute '(?P<name>\w+)'"
+    r"|cannot import name '(?P<imported>\w+)' from '(?P<source>[\w.]+)'"
+    r"|No module named '(?P<nothing>tensorflow\.[\w.]+)'"
+)
+
+
+def advice(error: BaseException) -> str:
+    """Says what to change where a script ended at something that TensorFlow 2 or Keras 3 does not have.
+
+    Args:
+        error: What the script did not catch.
+
+    Returns:
+        One sentence or two, or nothing if the error is another.
+    """
+    missing = _MISSING.search(str(error)) if isinstance(error, AttributeError | ImportError) else None
+    if missing is None:
+        return ""
+    parts = missing.groupdict(default="")
+    module = parts["module"] or parts["source"] or parts["nothing"]
+    name = parts["name"] or parts["imported"] or module.split(".")[1]
+    if module.partition(".")[0] not in ("tensorflow", "keras", "horovod", "hvdtrain"):
+        return ""
+    told = next((words for pattern, words in _ADVICE if re.fullmatch(pattern, name)), "")
+    return f"hvdtrain: {name}: {told}" if told else ""

@@ -1,0 +1,81 @@
+"""A Python script or module, run as `python` would run it, inside a process that was started otherwise."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from pathlib import Path
+from types import CodeType, ModuleType, TracebackType
+from typing import Any
+
+_PACKAGE = str(Path(__file__).parent) + os.sep
+
+
+def run(words: Sequence[str]) -> None:
+    """Does what `python words...` does: the script is `__main__`, and `sys.argv` and `sys.path` are its own.
+
+    Args:
+        words: `script.py args...`, or `-m module args...`.
+    """
+    if words[0] == "-m":
+        _run_module(words[1], words[2:])
+    else:
+        _run_file(words[0], words[1:])
+
+
+def users_part(error: BaseException) -> TracebackType | None:
+    """Returns an error's traceback from the user's script on, without the frames that led to it.
+
+    Args:
+        error: What came out of `run`.
+    """
+    trace = error.__traceback__
+    while trace and trace.tb_frame.f_code.co_filename.startswith((_PACKAGE, "<frozen ")):
+        trace = trace.tb_next
+    # A syntax error carries its place itself; any other error of these frames alone is one of ours.
+    return trace if trace or isinstance(error, SyntaxError) else error.__traceback__
+
+
+def _run_file(path: str, args: Sequence[str]) -> None:
+    sys.argv = [path, *args]
+    _search_first(str(Path(path).resolve().parent))
+    loader = SourceFileLoader("__main__", path)
+    code = loader.source_to_code(loader.get_data(path), path)
+    _become_main(code, __file__=path, __loader__=loader)
+
+
+def _run_module(name: str, args: Sequence[str]) -> None:
+    sys.argv = ["-m", *args]
+    _search_first(str(Path.cwd()))
+    spec = _spec(name)
+    code = spec.loader.get_code(spec.name) if spec and hasattr(spec.loader, "get_code") else None
+    if spec is None or code is None:
+        sys.exit(f"{sys.executable}: No module named {name}, or none that can be run.")
+    sys.argv[0] = str(spec.origin)
+    _become_main(code, __file__=spec.origin, __loader__=spec.loader, __spec__=spec, __package__=spec.parent)
+
+
+def _spec(name: str) -> ModuleSpec | None:
+    """Finds what `-m name` runs: a module, or the `__main__` of a package."""
+    try:
+        spec = importlib.util.find_spec(name)
+        if spec and spec.submodule_search_locations is not None:
+            spec = importlib.util.find_spec(f"{name}.__main__")
+    except ModuleNotFoundError as error:
+        if error.name and f"{name}.__main__".startswith(error.name):
+            return None
+        raise
+    return spec
+
+
+def _search_first(folder: str) -> None:
+    if not getattr(sys.flags, "safe_path", False):
+        sys.path[0] = folder
+
+
+def _become_main(code: CodeType, **attributes: Any) -> None:
+    module = ModuleType("__main__")
+    vars(module).update(__builtins__=__builtins__, __annotations__={}, **attributes)
+    sys.modules["__main__"] = module
+    exec(code, vars(module))
