@@ -23,7 +23,10 @@ _GRAPH = (
     "this belongs to TensorFlow 1's graphs. Write the model as a keras.Model and the step as a @tf.function that "
     "takes the data as arguments, with hvd.DistributedGradientTape."
 )
-_SCRIPT = "tf.app, tf.flags and tf.contrib are gone. Use argparse, and call main() under `if __name__ == '__main__':`."
+_SCRIPT = (
+    "tf.app, tf.flags and tf.contrib are gone. Use argparse, and call main() under "
+    "`if __name__ == '__main__':`."
+)
 
 # A name that an old script did not find, as a whole, and what to do; the first that matches.
 _ADVICE = (

@@ -12,16 +12,21 @@ def variable_name(variable: Any) -> str:
     return getattr(variable, "path", None) or variable.name
 
 
-def described_call(kind: str, variables: Sequence[Any], details: Sequence[str]) -> Call:
+def described_call(
+    kind: str, variables: Sequence[Any], details: Sequence[str], weights_only: bool = True
+) -> Call:
     """Describes an operation on variables so that ranks can compare it.
 
     Keras numbers layers as they are made, so a rank that has built one model more calls the same layer
-    `dense_2` instead of `dense`. Such numbers are shown but not compared.
+    `dense_2` instead of `dense`; and of a model that one rank loads from a file, paths may lack the model's own
+    name. So numbers, and what stands before layer and weight, are shown but not compared.
 
     Args:
         kind: Name of the operation.
         variables: What it is about, in order.
         details: A text for each variable that must be the same on all ranks.
+        weights_only: False if optimizers' variables are among them, whose names hold whole paths of weights:
+            then only the last word of a name is compared, such as kernel or momentum.
 
     Returns:
         The call, with one line for each variable.
@@ -29,6 +34,11 @@ def described_call(kind: str, variables: Sequence[Any], details: Sequence[str]) 
     named = [(variable_name(each), detail) for each, detail in zip(variables, details, strict=True)]
     return Call(
         kind,
-        tuple(f"{re.sub(r'_[0-9]+(?=[/_]|$)', '', name)}: {detail}" for name, detail in named),
+        tuple(f"{_compared(name, weights_only)}: {detail}" for name, detail in named),
         tuple(f"{name}: {detail}" for name, detail in named),
     )
+
+
+def _compared(name: str, weights_only: bool) -> str:
+    unnumbered = re.sub(r"_[0-9]+(?=[/_]|$)", "", name)
+    return "/".join(unnumbered.split("/")[-2:]) if weights_only else re.split("[/_]", unnumbered)[-1]

@@ -31,7 +31,7 @@ def broadcast_variables(
     engine = engine_of(process_set)
     root = engine.check_root(root_rank, "broadcast_variables")
     details = [f"{each.dtype} {tuple(each.shape)}" for each in variables]
-    engine.agree(described_call("broadcast of variables", variables, details))
+    engine.agree(described_call("broadcast of variables", variables, details, weights_only=False))
     for variable in variables:
         value = engine.broadcast(np.asarray(variable.numpy()), root_rank)
         if engine.rank != root:
