@@ -49,7 +49,8 @@ def _run_module(name: str, args: Sequence[str]) -> None:
     sys.argv = ["-m", *args]
     _search_first(str(Path.cwd()))
     spec = _spec(name)
-    code = spec.loader.get_code(spec.name) if spec and hasattr(spec.loader, "get_code") else None
+    loader: Any = spec.loader if spec else None
+    code = loader.get_code(spec.name) if spec and hasattr(loader, "get_code") else None
     if spec is None or code is None:
         sys.exit(f"{sys.executable}: No module named {name}, or none that can be run.")
     sys.argv[0] = str(spec.origin)

@@ -61,7 +61,8 @@ class _AfterKeras(MetaPathFinder):
         finally:
             self._asking = False
         if spec and spec.loader:
-            spec.loader.exec_module = self._then_install(spec.loader.exec_module)  # type: ignore[method-assign]
+            loader: Any = spec.loader
+            loader.exec_module = self._then_install(loader.exec_module)
         return spec
 
     def _then_install(self, load: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
