@@ -30,7 +30,7 @@ from hvdtrain.keras.world import (
 )
 from hvdtrain.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from hvdtrain.runtime import is_initialized, shutdown
-from hvdtrain.tensorflow import mpi_ops  # noqa: F401 - scripts reach it as an attribute
+from hvdtrain.tensorflow import compression, mpi_ops, sync_batch_norm  # noqa: F401 - reached as attributes
 from hvdtrain.tensorflow.compatibility import (
     check_extension,
     check_num_rank_power_of_2,
