@@ -1,10 +1,13 @@
 """The whole suite: once in a plain process, then on every engine and number of ranks. `make test` runs it.
 
-    python tests/run_all.py                                  everything
+    python tests/run_all.py                                  what fits into half an hour on two cores
+    python tests/run_all.py --full                           everything on every engine and number of ranks
     python tests/run_all.py --engines mpi --sizes 2          two ranks on one engine
     python tests/run_all.py --engines mpi --sizes 2 -- -k allreduce
 
-TensorFlow takes seconds to import on each rank, so one launch runs all tests of an engine and a size.
+TensorFlow takes seconds to import on each rank, so one launch runs all tests of an engine and a size. All tests run
+in one process, and on two ranks of each engine. One rank and four ranks run, unless --full is given or they are asked
+for with --sizes, those of what depends on the number of ranks: the wire, and how a training comes out.
 """
 
 import argparse
@@ -27,6 +30,14 @@ from hvdtrain.launch.mpi_identity import lenient_settings
 
 ROOT = Path(__file__).parent.parent
 TIMEOUT = {"plain": 1200, "ranks": 1200}
+CORE = [
+    *(
+        "tests/collectives",
+        "tests/tensorflow_api/test_tf_process_sets.py",
+        "tests/tensorflow_api/test_tf_tape.py",
+    ),
+    *(f"tests/keras/test_{name}.py" for name in ("contract", "options", "join_training", "verification")),
+]
 # Several ranks share the cores: more threads a rank would only get into each other's way.
 ENVIRON = {"TF_CPP_MIN_LOG_LEVEL": "2", "OMP_NUM_THREADS": "1", "PY_COLORS": "0"}
 
@@ -37,13 +48,14 @@ class Launch:
 
     engine: str
     size: int
+    paths: tuple[str, ...] = ("tests",)
 
     def __str__(self) -> str:
         return f"{self.engine}, {self.size} rank(s)" if self.size else f"{self.engine}, no launcher"
 
     def command(self, extra: list[str]) -> list[str]:
         marked = "not ranks" if self.engine == "plain" else "ranks"
-        pytest = ["-m", "pytest", "-m", marked, "tests", *extra]
+        pytest = ["-m", "pytest", "-m", marked, *self.paths, *extra]
         if not self.size:
             return [sys.executable, *pytest]
         # mpi4py ends the whole job at the first error; without it the other ranks would wait for ever.
@@ -118,10 +130,13 @@ def _mpirun() -> Path:
     return Path(found)
 
 
-def _planned(engines: list[str], sizes: list[int]) -> list[Launch]:
+def _planned(engines: list[str], sizes: list[int] | None, full: bool) -> list[Launch]:
     alone = [Launch(engine, 0) for engine in ("plain", "single") if engine in engines]
     return alone + [
-        Launch(engine, size) for engine in ("mpi", "horovod") if engine in engines for size in sizes
+        Launch(engine, size, ("tests",) if full or sizes or size == 2 else tuple(CORE))
+        for engine in ("mpi", "horovod")
+        if engine in engines
+        for size in sizes or [1, 2, 4]
     ]
 
 
@@ -150,10 +165,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     every = ["plain", "single", "mpi", "horovod"]
     parser.add_argument("--engines", nargs="+", choices=every, default=every)
-    parser.add_argument("--sizes", nargs="+", type=int, default=[1, 2, 4])
+    parser.add_argument("--sizes", nargs="+", type=int)
+    parser.add_argument("--full", action="store_true", help="all tests on 1, 2 and 4 ranks of both engines")
     parser.add_argument("extra", nargs="*", help="more arguments for pytest, after --")
     options = parser.parse_args()
-    launches = _planned(_without_horovod(options.engines), options.sizes)
+    launches = _planned(_without_horovod(options.engines), options.sizes, options.full)
     return _report([run(launch, options.extra) for launch in launches])
 
 
