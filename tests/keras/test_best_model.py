@@ -98,6 +98,12 @@ def test_a_nan_is_never_the_best(path):
     assert epoch_in(path) == 1
 
 
+def test_without_the_metric_nothing_is_saved_and_a_warning_says_so(path):
+    with pytest.warns(UserWarning, match="no 'val_auc'"):
+        trained([1.0, 2.0], saved_by(BestModelCheckpoint("val_auc", mode="max"), path))
+    assert not Path(path).exists()
+
+
 def test_weights_only(path):
     weights = path.replace(".keras", ".weights.h5")
     model = trained([1.0, 2.0], saved_by(BestModelCheckpoint("val_loss", 0, True, "min", "epoch"), weights))

@@ -191,9 +191,9 @@ def test_loaded_on_rank_0_only_as_horovods_examples_resume(tmp_path, kind):
         model = load_model(saved)
     else:
         model = dense_model(seed=9)
-        model.compile(
-            hvd.DistributedOptimizer(keras.optimizers.SGD(0.05, momentum=0.9)), "mse", metrics=["mae"]
-        )
+        optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(0.05, momentum=0.9))
+        model.compile(optimizer, "mse", metrics=["mae"])
+    model.run_eagerly = True
     broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
     fit(model, mine(x)[3:], mine(y)[3:], BATCH, callbacks=[broadcast])
     assert_identical(model)

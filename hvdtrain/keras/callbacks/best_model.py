@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import warnings
 from typing import Any
 
 import keras
@@ -35,6 +36,8 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         ValueError: When training starts, if `filepath` is not set or has another ending.
     """
 
+    best: Any
+
     def __init__(
         self,
         monitor: str = "val_loss",
@@ -58,6 +61,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
             save_freq=save_freq,
         )
         self.filepath = filepath
+        self.mode = getattr(self, "mode", mode)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Makes sure, before hours of training, that there is a path that Keras can save to."""
@@ -71,17 +75,32 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         if not writes(self.model):
             self.verbose = 0
 
-    def _save_model(self, epoch: int, batch: int | None, logs: Any) -> None:
-        path = pathlib.Path(self._get_file_path(epoch, batch, logs))
-        if self.monitor_op is None:  # Keras sets it only at the end of an epoch, too late for save_freq=N
-            self._set_monitor_op()
-        if not self._should_save_model(epoch, batch, logs, str(path)) or not writes(self.model):
+    def _save_model(self, epoch: int, batch: int | None, logs: dict[str, Any] | None) -> None:
+        if not self._is_best((logs or {}).get(self.monitor)) or not writes(self.model):
             return
+        path = pathlib.Path(self._get_file_path(epoch, batch, logs))
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_name(f".partial-{path.name}")
-        self.model.save_weights(beside) if self.save_weights_only else self.model.save(beside)
+        (self.model.save_weights if self.save_weights_only else self.model.save)(beside)
         beside.replace(path)
+        if self.verbose:
+            print(
+                f"\nEpoch {epoch + 1}: {self.monitor} improved to {self.best:.5f}; saved to {path}",
+                flush=True,
+            )
 
-    def _is_improvement(self, monitor_value: Any, reference_value: Any) -> Any:
-        # A NaN is never the best, and nothing would ever be better than it.
-        return not math.isnan(monitor_value) and super()._is_improvement(monitor_value, reference_value)
+    def _is_best(self, value: Any) -> bool:
+        """Decides by a value of the monitored metric; a NaN is never the best, or nothing would ever be better."""
+        if value is None:
+            warnings.warn(
+                f"BestModelCheckpoint saves nothing, because the logs have no {self.monitor!r}. Give model.fit "
+                "validation_data, or monitor another metric.",
+                stacklevel=2,
+            )
+        if value is None or math.isnan(value):
+            return False
+        if self.monitor_op is None:  # Keras sets it only at the end of an epoch, too late for save_freq=N
+            self._set_monitor_op()
+        better = self.best is None or bool(self.monitor_op(value, self.best))
+        self.best = value if better else self.best
+        return better
