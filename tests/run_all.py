@@ -6,8 +6,8 @@
     python tests/run_all.py --engines mpi --sizes 2 -- -k allreduce
 
 TensorFlow takes seconds to import on each rank, so one launch runs all tests of an engine and a size. All tests run
-in one process, and on two ranks of each engine. One rank and four run the tests of what depends on their number, the
-wire and how a training comes out, and all of them with --full or --sizes.
+in one process, and on two ranks of each engine. One rank and four run the tests of what depends on their number,
+the wire and how a training comes out, and all of them with --full or --sizes.
 """
 
 import argparse
