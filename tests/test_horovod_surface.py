@@ -48,8 +48,6 @@ NOT_SERVED = {
     "check_installed_version": COMPILED,
     "get_ext_suffix": COMPILED,
     "get_average_backwards_compatibility_fun": "makes handle_average_backwards_compatibility, which is served",
-    "gpu_available": "in horovod.tensorflow and horovod.common.util",
-    "num_rank_is_power_2": "in horovod.common.util; check_num_rank_power_of_2 is served",
     "CommitStateCallback.commit": "a step of the callback's own",
 }
 # Where Horovod's two modules for Keras contradict each other, the order is that of horovod.tensorflow.keras.

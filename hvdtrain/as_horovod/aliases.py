@@ -15,7 +15,7 @@ SERVED = {
     "horovod.common.exceptions": "hvdtrain.as_horovod.common.exceptions",
     "horovod.common.process_sets": "hvdtrain.process_sets",
     "horovod.common.util": "hvdtrain.as_horovod.common.util",
-    "horovod.keras": "hvdtrain.keras",
+    "horovod.keras": "hvdtrain.as_horovod.standalone_keras",
     "horovod.keras.callbacks": "hvdtrain.keras.callbacks",
     "horovod.keras.elastic": "hvdtrain.keras.elastic",
     "horovod.tensorflow": "hvdtrain.tensorflow",

@@ -31,12 +31,14 @@ from hvdtrain.runtime import is_initialized, shutdown
 from hvdtrain.tensorflow import ops
 from hvdtrain.tensorflow.compatibility import (
     check_num_rank_power_of_2,
+    gpu_available,
     handle_average_backwards_compatibility,
 )
 from hvdtrain.tensorflow.functions import broadcast_
 from hvdtrain.tensorflow.ops import allgather, alltoall, broadcast, grouped_allgather, join
 from hvdtrain.tensorflow.world import local_rank_op, local_size_op, process_set_included_op, rank_op, size_op
 
+num_rank_is_power_2 = check_num_rank_power_of_2
 Average, Sum, Adasum = Op.AVERAGE, Op.SUM, Op.ADASUM
 Min, Max, Product = Op.MIN, Op.MAX, Op.PRODUCT
 
@@ -62,6 +64,7 @@ __all__ = [
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
+    "gpu_available",
     "grouped_allgather",
     "handle_average_backwards_compatibility",
     "init",
@@ -76,6 +79,7 @@ __all__ = [
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
+    "num_rank_is_power_2",
     "process_set_included_op",
     "rank",
     "rank_op",

@@ -23,7 +23,7 @@ import hvdtrain.keras, hvdtrain.tensorflow
 
 assert horovod.__version__ == "0.28.1"
 assert hk is again is importlib.import_module("horovod.tensorflow.keras")
-assert hk.DistributedOptimizer is horovod.keras.DistributedOptimizer is hvdtrain.keras.DistributedOptimizer
+assert hk.DistributedOptimizer is hvdtrain.keras.DistributedOptimizer
 assert hvd.DistributedGradientTape is hvdtrain.tensorflow.DistributedGradientTape
 assert hk.callbacks.MetricAverageCallback is callbacks.MetricAverageCallback is MetricAverageCallback
 assert hvd.elastic.run is elastic.run is hk.elastic.run
@@ -37,6 +37,11 @@ try:
 except ModuleNotFoundError as error:
     assert "serves horovod.keras and horovod.tensorflow only" in str(error)
 hvd.init()
+import keras
+in_keras_order = horovod.keras.DistributedOptimizer(
+    keras.optimizers.SGD(0.1), None, "", "", hk.Compression.none, False, 1.0, hk.Sum, 0, None
+)
+assert in_keras_order.gradient_accumulation_steps is None
 assert hvd.size() == hk.size() == rank() + 1 == 1
 print(sys.argv, __name__, __file__)
 """
