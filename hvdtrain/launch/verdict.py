@@ -167,7 +167,7 @@ def _stack(crash: str) -> str:
     """Cuts faulthandler's text down to the user's part."""
     kept = []
     for line in crash.splitlines():
-        if "launch/supervise.py" in line or line.startswith("Extension modules"):
+        if "hvdtrain/script.py" in line or line.startswith("Extension modules"):
             break
         kept.append(line)
     return "\n".join(kept).strip()
