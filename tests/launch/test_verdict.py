@@ -87,7 +87,7 @@ def test_the_words_for_an_end_without_a_report(status, words):
 
 def test_a_crash_shows_the_users_part_of_its_stack():
     crash = 'Fatal Python error: Aborted\n\n  File "a.py", line 3 in f\n'
-    crash += '  File "/x/launch/supervise.py", line 9 in main\n'
+    crash += '  File "/x/hvdtrain/script.py", line 9 in _become_main\n'
     assert Told(1).ends(0, -6, crash).sentence().endswith('File "a.py", line 3 in f')
 
 
