@@ -63,6 +63,7 @@ class Call:
 
 
 JOIN = Call("join")
+RAISED = " raised "  # in the kind of a call by which a rank tells that it has failed and will not come
 
 
 def explained(calls: Sequence[Call], ranks: Sequence[int]) -> str:
@@ -93,6 +94,8 @@ def _advice(calls: Sequence[Call]) -> str:
             "A rank that has called join stands in for sums, means, gathers and barriers only: every other "
             "operation needs all ranks. Move it before the join, or give all ranks the same number of batches."
         )
+    if any(RAISED in call.kind for call in calls):
+        return "The other ranks cannot go on alone. Mend that error; its traceback is that rank's own."
     return (
         "Every rank must run the same operations in the same order on the same model. Look for a condition "
         "on the rank, a layer that is frozen or missing on some ranks, or data that ends earlier on some."

@@ -47,7 +47,11 @@ def reduce_gradients(
     native = engine.native_tensors() if op is not Op.ADASUM else None
     if native is not None:
         call = replace(call, stand_in=_stand_in(dense, op, rows, groups, native=True))
-        with tf.control_dependencies(on_host(engine, lambda: [_agreed(engine, call)], [], [tf.bool])):
+        # Not before backprop has begun: a rank whose data end here must not have promised to take part. The last
+        # variable's gradient is the first one there, so what Horovod overlaps with backprop it still does.
+        with tf.control_dependencies(list(dense[-1:] or rows[-1:])):
+            agreed = on_host(engine, lambda: [_agreed(engine, call)], [], [tf.bool])
+        with tf.control_dependencies(agreed):
             return native.combine(call.kind, dense, rows, op, groups, devices)
     rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
     order = [*groups, rest] if rest or not groups else list(groups)

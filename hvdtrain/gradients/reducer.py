@@ -36,6 +36,12 @@ class GradientReducer:
         self.verification = verification
         self._local: list[Any] = []
 
+    def choose_name(self) -> str:
+        """Returns the name, chosen now if that has not happened: at a moment that all ranks share."""
+        if not self.name:
+            self.name = f"{self._options.name}.{next(_numbers)}"
+        return self.name
+
     def keep_local(self, variable: Any) -> None:
         """Leaves the gradients of a variable, which each rank then trains by itself, on their rank."""
         if not any(variable is each for each in self._local):
@@ -133,8 +139,7 @@ class GradientReducer:
         return tf.convert_to_tensor(gradient) if self._options.sparse_as_dense else gradient
 
     def _call(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Call:
-        if not self.name:
-            self.name = f"{self._options.name}.{next(_numbers)}"
+        self.choose_name()
         details = [
             f"{gradient.dtype.name}{list(variable.shape)}{', sparse' if _is_sparse(gradient) else ''}"
             for gradient, variable in zip(gradients, variables, strict=True)

@@ -34,6 +34,7 @@ from hvdtrain.built import (
     rocm_built,
 )
 from hvdtrain.collectives.base import MismatchError, Op
+from hvdtrain.data import first_on_node, first_overall, shard
 from hvdtrain.gradients.compression import Compression
 from hvdtrain.keras import callbacks, elastic
 from hvdtrain.keras.collectives import (
@@ -46,6 +47,7 @@ from hvdtrain.keras.collectives import (
     broadcast_object,
     reducescatter,
 )
+from hvdtrain.keras.evaluation import evaluate, predict
 from hvdtrain.keras.layers import SyncBatchNormalization
 from hvdtrain.keras.loading import load_model
 from hvdtrain.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
@@ -96,6 +98,9 @@ __all__ = [
     "cuda_built",
     "ddl_built",
     "elastic",
+    "evaluate",
+    "first_on_node",
+    "first_overall",
     "global_process_set",
     "gloo_built",
     "gloo_enabled",
@@ -109,10 +114,12 @@ __all__ = [
     "mpi_enabled",
     "mpi_threads_supported",
     "nccl_built",
+    "predict",
     "rank",
     "reducescatter",
     "remove_process_set",
     "rocm_built",
+    "shard",
     "shutdown",
     "size",
     "start_timeline",

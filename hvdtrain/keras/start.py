@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from hvdtrain import cores, runtime
 from hvdtrain.collectives.base import Engine, ranks_text
+from hvdtrain.keras import fitting, own_part
 from hvdtrain.keras.timeline import start_if_asked
 from hvdtrain.process_sets import register
 
@@ -38,6 +39,8 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
         threads = _take_cores(engine)
         _take_gpu(engine)
         engine.say(_summary(engine, threads))
+    fitting.install()
+    own_part.install()
     start_if_asked()
     if process_sets is not None and process_sets != "dynamic":
         register(list(process_sets))

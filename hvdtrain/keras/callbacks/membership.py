@@ -11,7 +11,8 @@ from hvdtrain.process_sets import ProcessSet
 def optimizers_of(model: Any) -> list[Any]:
     """Lists a model's optimizers: the compiled one, and those that a GAN or its like keeps beside it."""
     distributed = [each for each in vars(model).values() if is_distributed(each)]
-    return distributed or [each for each in [model.optimizer] if each is not None]
+    compiled = getattr(model, "optimizer", None)  # a model that only predicts has none
+    return distributed or [each for each in [compiled] if each is not None]
 
 
 def process_set_of(model: Any) -> ProcessSet:

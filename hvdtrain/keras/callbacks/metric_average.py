@@ -1,76 +1,161 @@
-"""The logs of all ranks become one: means over all samples, not means of means."""
+"""The logs of all ranks become one: loss and metrics over all samples, as one process would compute them."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
-import numpy as np
 
 from hvdtrain import process_sets
-from hvdtrain.collectives.base import Call
+from hvdtrain.collectives.base import Engine
 from hvdtrain.keras.callbacks.membership import process_set_of
+from hvdtrain.keras.metrics import logs as seam
+from hvdtrain.keras.metrics.additivity import watch
+from hvdtrain.keras.metrics.finite import FirstLost, finite
+from hvdtrain.keras.metrics.per_batch import per_batch
 from hvdtrain.process_sets import ProcessSet
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
-    """Reports what all ranks saw together: each rank's metrics weigh as much as the samples it saw.
+    """Reports what all ranks saw together: loss and metrics over all samples, not averages of averages.
 
-    At the end of each epoch the values in `logs` are replaced, on all ranks, by their mean over the ranks,
-    weighted by samples. For loss, accuracy and every other mean over samples this is the value over all
-    samples. For metrics that are not means of samples, such as AUC, it is an approximation.
+    At the end of each epoch's training and of each validation the states of all metrics (sums and counts,
+    confusion counts, AUC's buckets) are combined over the ranks, and the logs are computed from the whole. All
+    callbacks, `History` and what `evaluate` returns have the same values on all ranks. What an earlier
+    callback has put into the logs is averaged. During an epoch each rank shows its own.
 
-    Put it before callbacks that read the logs (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint).
+    A metric of your own is combined if what it keeps adds up, or if it says how: see `docs/metrics.md`. Put
+    the callback before those that read the logs (EarlyStopping, ReduceLROnPlateau, ModelCheckpoint); or use
+    `hvd.callbacks.distributed`, which does.
 
     Args:
         device: Accepted for Horovod's sake.
         process_set: The ranks whose metrics belong together; by default those that train the model: the process
             set of its optimizer, or all.
+
+    Raises:
+        ValueError: On every rank, at the end of an epoch, if the state of a metric cannot be combined.
+        MismatchError: On every rank, if the ranks report different metrics.
     """
 
     def __init__(self, device: str = "", process_set: ProcessSet | None = None) -> None:
         super().__init__()
         self.device = device
         self.process_set = process_set
-        self._trained = self._validated = 0.0
-        self._batches = 0
+        self._training = self._told_lost = self._told_per_batch = False
+        self._stage = ""
+        self._start_epoch(0)
+
+    def set_model(self, model: Any) -> None:
+        """Looks at metrics of the user's own, which may keep what cannot be combined."""
+        super().set_model(model)
+        if self._engine.size > 1:
+            watch(model)
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Begins to stand between the model and its logs."""
+        self._training, self._told_lost = True, False
+        self._begin(alone=True)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Forgets the samples of the epoch before."""
-        self._trained = self._validated = 0.0
-        self._batches = 0
+        self._start_epoch(epoch)
+        self._start_stage("training")
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Counts batches, the weight where the model keeps no loss of its own."""
-        self._batches += 1
+        """Counts batches, and notes where numbers end."""
+        self._batches = batch + 1
+        self._lost.note(batch, logs)
+
+    def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        """Counts batches, and notes where numbers end."""
+        self.on_train_batch_end(batch, logs)
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Notes the samples trained on before validation resets the counters."""
         self._trained = self._samples()
+        self._start_stage("validation")
+        if not self._training:
+            self._begin()
 
     def on_test_end(self, logs: dict[str, Any] | None = None) -> None:
         """Notes the samples validated on."""
         self._validated = self._samples()
+        self._stage = ""
+        if not self._training:
+            seam.end(self.model, self)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Replaces the values in `logs` by their means over the samples of all ranks.
+        """Averages what else there is in `logs`, weighted by samples.
 
         Raises:
             MismatchError: On every rank, if the ranks report different metrics.
         """
-        engine = process_sets.engine_or_alone(self.process_set or process_set_of(self.model))
-        if logs is None or engine.size == 1:
+        self._stage = ""
+        if logs is None or self._engine.size == 1:
             return
-        names = sorted(logs)
-        engine.agree(Call("average of metrics", tuple(names)))
         trained = self._trained or self._samples()
-        weights = np.array([self._validated if name.startswith("val_") else trained for name in names])
-        values = np.array([float(logs[name]) for name in names])
-        totals, seen = engine.grouped_allreduce([values * weights, weights], "sum")
-        plain = engine.allreduce(values)
-        for name, total, count, mean in zip(names, totals, seen, plain, strict=True):
-            logs[name] = float(total / count) if count else float(mean)
+        rest = {name: value for name, value in logs.items() if name not in self._exact}
+        weights = {name: self._validated if name.startswith("val_") else trained for name in rest}
+        logs.update(seam.average(self._engine, rest, "training", weights))
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Ends."""
+        self._training = False
+        seam.end(self.model, self)
+
+    def of_all_ranks(self, compute: Callable[[Any], Any], logs: Any) -> Any:
+        """Returns the logs of all ranks, in place of what Keras computes from this rank's samples."""
+        if not self._stage:
+            return compute(logs)
+        stage, engine = self._stage, self._engine
+        exact = seam.exact(engine, self.model, logs, stage, self._samples())
+        self._exact |= {f"val_{name}" if stage == "validation" else name for name in _names(exact)}
+        self._say(engine, exact)
+        return exact
+
+    @property
+    def _engine(self) -> Engine:
+        return process_sets.engine_or_alone(self.process_set or process_set_of(self.model))
+
+    def _begin(self, alone: bool = False) -> None:
+        if self._engine.size > 1:
+            seam.begin(self.model, self, alone)
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._trained = self._validated = 0.0
+        self._exact: set[str] = set()
+        self._start_stage("")
+
+    def _start_stage(self, stage: str) -> None:
+        self._stage, self._batches, self._lost = stage, 0, FirstLost()
+
+    def _say(self, engine: Engine, logs: dict[str, Any]) -> None:
+        """Says once what a user must know to read the logs; all ranks come here alike."""
+        if not finite(logs) and not self._told_lost:
+            self._told_lost = True
+            when = f"{self._stage} of epoch {self._epoch + 1}" if self._training else "evaluation"
+            self._lost.tell(engine, logs, when)
+        found = per_batch(self.model.metrics, self._batches, self._samples())
+        if found and not self._told_per_batch:
+            self._told_per_batch = True
+            engine.say(
+                f"{', '.join(found)} in the logs: the function returns one number for a batch, and its mean "
+                "depends on how the samples are divided into batches. Return one number a sample, or write a "
+                "keras.metrics.Metric that keeps sums."
+            )
 
     def _samples(self) -> float:
         """Returns how many samples the loss was averaged over since it was last reset."""
         loss = next((each for each in self.model.metrics if each.name == "loss"), None)
         count = getattr(loss, "count", None)
         return float(self._batches if count is None else count.numpy())
+
+
+def _names(logs: dict[str, Any]) -> list[str]:
+    """Lists the names under which callbacks see logs, of which Keras takes nested ones apart."""
+    return [
+        inner
+        for name, value in logs.items()
+        for inner in (_names(value) if isinstance(value, dict) else [name])
+    ]

@@ -1,0 +1,88 @@
+"""Samples in NumPy arrays, shuffled over the whole set and dealt to the ranks."""
+
+import dataclasses
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from hvdtrain.data import nests
+from hvdtrain.data.part import Part, class_weights, refuse_both, weights
+from hvdtrain.data.plan import Plan
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Arrays that every rank holds as a whole, and reads its part of.
+
+    Args:
+        x: Inputs: an array, or a dict or tuple of arrays.
+        y: Targets, likewise, or None.
+        sample_weight: Weights, likewise, or None.
+        plan: Who reads what.
+    """
+
+    x: Any
+    y: Any
+    sample_weight: Any
+    plan: Plan
+
+    @property
+    def steps(self) -> int:
+        """Number of global batches an epoch."""
+        return self.plan.steps
+
+    @property
+    def partial(self) -> bool:
+        """Whether some batch holds filler."""
+        return self.plan.partial and self.plan.size > 1
+
+    def part(self, epoch: int, step: int) -> Part:
+        """Reads this rank's rows of a global batch."""
+        indices, rows = self.plan.part(self._order(epoch), step)
+        x, y, given = (nests.rows(each, indices) for each in (self.x, self.y, self.sample_weight))
+        return Part(x, y, weights(given, y, rows, self.plan.remainder == "pad"), rows)
+
+    def weighted(self, class_weight: dict[int, float]) -> "ArraySource":
+        """Returns the same samples with weights by class."""
+        refuse_both(self.sample_weight)
+        return dataclasses.replace(self, sample_weight=class_weights(self.y, class_weight))
+
+    def facts(self) -> list[tuple[str, str]]:
+        """States what must be the same on all ranks."""
+        parts = zip((self.x, self.y, self.sample_weight), nests.NAMES, strict=True)
+        described = [fact for part, name in parts for fact in nests.described(part, name)]
+        return [("the number of samples", str(self.plan.length)), *described]
+
+    def begin(self, epoch: int) -> None:
+        """Nothing is to be done before an epoch."""
+
+    def end(self, epoch: int) -> None:
+        """Nothing is to be done after an epoch."""
+
+    @cached_property
+    def _orders(self) -> dict[int, np.ndarray]:
+        return {}
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Keeps the order of the epoch being read, and no other."""
+        order = self._orders.get(epoch)
+        if order is None:
+            order = self.plan.order(epoch)
+            self._orders.clear()
+            self._orders[epoch] = order
+        return order
+
+
+def array_source(data: Any, plan_of: Any) -> ArraySource:
+    """Reads what a user calls data.
+
+    Args:
+        data: x, (x, y) or (x, y, sample_weight).
+        plan_of: Makes the plan from a number of samples.
+    """
+    parts = nests.unpacked(data)
+    x, y, given = (nests.arrays(each, name) for each, name in zip(parts, nests.NAMES, strict=True))
+    if given is not None and y is None:
+        raise ValueError("hvd.shard: a sample_weight without targets y has no use in Keras.")
+    return ArraySource(x, y, given, plan_of(nests.length((x, y, given))))

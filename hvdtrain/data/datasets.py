@@ -1,0 +1,298 @@
+"""`hvd.shard` for `tf.data.Dataset`: what comes back is one too."""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdtrain import runtime
+from hvdtrain.collectives.base import Call, Engine
+from hvdtrain.data import lineage, nests
+from hvdtrain.data.pipelines import ByFiles, ByRows, Division, balanced, count_samples, own_files
+from hvdtrain.data.position import Position
+from hvdtrain.data.together import together
+
+BUFFER = 10_000  # samples among which a data set of unknown length is shuffled
+
+_Moments = Iterator[tuple[int, int]]  # epochs, each with the step to begin at
+
+
+class ShardedTFDataset(tf.data.Dataset):
+    """This rank's part of each global batch of a `tf.data.Dataset`, itself a `tf.data.Dataset`.
+
+    Each time it has been read to its end a new epoch begins, with a new order if it is shuffled. Looking
+    into it changes nothing. What is made of it (`.map`, `.prefetch`, …) counts its epochs for itself.
+
+    Args:
+        pipeline: How it is divided.
+        seed: With the epoch, all that the order depends on.
+        position: The epoch and step it is at.
+    """
+
+    def __init__(self, pipeline: ByRows | ByFiles, seed: int, position: Position) -> None:
+        self.pipeline = pipeline
+        self.position = position
+        self._seed = seed
+        self._derived = self._built(_counting(position), False, position)
+        super().__init__(tf.data.experimental.to_variant(self._derived))
+
+    @property
+    def element_spec(self) -> Any:
+        """Structure of a batch."""
+        return self._derived.element_spec
+
+    @property
+    def num_batches(self) -> int | None:
+        """Steps left in this epoch, the same on all ranks; None where only reading can tell."""
+        return None if self.steps is None else self.steps - self.position.step
+
+    @property
+    def steps(self) -> int | None:
+        """Steps of a whole epoch; None where only reading can tell."""
+        return self.pipeline.steps
+
+    @property
+    def partial(self) -> bool:
+        """Whether some batch may hold filler."""
+        return self.pipeline.partial
+
+    def __iter__(self) -> Iterator[Any]:
+        if not tf.executing_eagerly():
+            return super().__iter__()
+        return self._read()
+
+    def begin(self) -> None:
+        """Begins an epoch, or begins it again after a look inside.
+
+        Raises:
+            MismatchError: On every rank, if the ranks would read it in different orders from here on.
+        """
+        if self.pipeline.division.reshuffled and isinstance(self.pipeline, ByRows):
+            runtime.engine().agree(
+                Call(
+                    f"reading number {self.position.readings + 1} of data that shuffle themselves (a look inside "
+                    "on one rank changes their order there; leave that to hvd.shard(…, shuffle=True))"
+                )
+            )
+        self.position.done = 0
+
+    def end(self) -> None:
+        """Ends the epoch: the next one has another order, and all its steps."""
+        self.position.next_epoch()
+
+    def state(self) -> dict[str, int]:
+        """Tells where training is; see `ShardedDataset.state`."""
+        epoch, step = self.position.at(self.position.done, self.steps or 2**62)
+        return {"epoch": epoch, "step": step}
+
+    def reading(
+        self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None
+    ) -> tf.data.Dataset:
+        """Returns the same data from a position on, as an adapter of Keras wants to read it."""
+        if class_weight is not None:
+            return self.weighted(class_weight).reading(position, window, exact, None)
+        exact = exact and self.partial and self.pipeline.division.size > 1
+        return self._built(_at(position, window is not None), exact, position, window)
+
+    def weighted(self, class_weight: dict[int, float]) -> "ShardedTFDataset":
+        """Returns the same data at the same position, weighted by class."""
+        division = dataclasses.replace(self.pipeline.division, class_weight=class_weight)
+        weighted = dataclasses.replace(self.pipeline, division=division)
+        return ShardedTFDataset(weighted, self._seed, self.position)
+
+    def _read(self) -> Iterator[Any]:
+        self.begin()
+        for index, batch in enumerate(self.reading(self.position, None, False, None)):
+            self.position.done = index + 1
+            yield batch
+        self.end()
+
+    def _built(
+        self, moments: Callable[[], _Moments], exact: bool, position: Position, window: int | None = None
+    ) -> tf.data.Dataset:
+        """Makes a data set that asks `moments` for epoch and step whenever it is read from the beginning."""
+
+        def numbers() -> Iterator[np.ndarray]:
+            self.position.readings += 1
+            for epoch, step in moments():
+                # Two zeros would mean: take any seed.
+                seeds = np.random.SeedSequence((self._seed, epoch)).generate_state(2, np.uint32)
+                yield np.array([int(seeds[0]) + 1, int(seeds[1]) + 1, step], np.int64)
+
+        asked = tf.data.Dataset.from_generator(numbers, output_signature=tf.TensorSpec((3,), tf.int64))
+        dataset = asked.flat_map(lambda each: self.pipeline.epoch(each[:2], each[2], exact))
+        if window is not None:
+            dataset = dataset.take(window)
+        elif self.steps is not None and position.step == 0:
+            dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps))
+        options = tf.data.Options()
+        options.deterministic = True
+        return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
+
+    def _inputs(self) -> list[tf.data.Dataset]:
+        return [self._derived]
+
+
+def _at(position: Position, endless: bool) -> Callable[[], _Moments]:
+    """Reads the epoch that the position names when reading begins, and those after it if that is wanted."""
+
+    def moments() -> _Moments:
+        first = position.epoch
+        yield first, position.step
+        yield from ((first + later, 0) for later in (itertools.count(1) if endless else ()))
+
+    return moments
+
+
+def _counting(position: Position) -> Callable[[], _Moments]:
+    """Each reading is an epoch; `position` itself is left alone, since nobody says when this one ends."""
+    readings = itertools.count()
+
+    def moments() -> _Moments:
+        reading = next(readings)
+        yield position.epoch + reading, 0 if reading else position.step
+
+    return moments
+
+
+def tf_pipeline(
+    dataset: tf.data.Dataset, own: int | None, batch_size: int, engine: Engine, shuffle: bool | int, pad: bool
+) -> ByRows | ByFiles:
+    """Chooses how a data set is divided: by files where that is balanced, else by rows. All ranks call it.
+
+    Args:
+        dataset: The user's data set.
+        own: Rows of its batches, None if its elements are samples.
+        batch_size: The global batch.
+        engine: The ranks.
+        shuffle: Whether to shuffle, or among how many samples.
+        pad: Whether a last batch is filled up.
+
+    Raises:
+        ValueError: If the ranks would read it in different orders.
+    """
+    batched = own is not None
+    reshuffled = lineage.reshuffles(dataset)
+    division = Division(batch_size, engine.rank, engine.size, pad, _buffer(dataset, shuffle, own), reshuffled)
+    if engine.size > 1 and lineage.reads_files(dataset):
+        counts = _file_counts(dataset, batched, engine)
+        if counts and balanced(counts, division):
+            mine = own_files(dataset, engine.rank, engine.size)
+            return ByFiles(mine.unbatch() if batched else mine, counts, division)
+    _refuse_other_orders(dataset, engine)
+    return _by_rows(dataset, own, division)
+
+
+def own_batch(dataset: tf.data.Dataset) -> int | None:
+    """Returns the rows of a data set's first batch, None if its elements are samples.
+
+    Raises:
+        ValueError: If the data set is endless or empty.
+    """
+    if any(isinstance(each, tf.SparseTensorSpec) for each in tf.nest.flatten(dataset.element_spec)):
+        raise ValueError(
+            "hvd.shard: sparse tensors cannot be divided by rows. Make them dense after batching: "
+            "dataset.map(lambda x, y: (tf.sparse.to_dense(x), y)); or ragged: tf.RaggedTensor.from_sparse(x)."
+        )
+    if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        raise ValueError(
+            "hvd.shard: this data set is endless, so it has no epochs that all samples could be seen once in. "
+            "Leave out .repeat(), fit's epochs repeat it; or say what an epoch is: dataset.take(…)."
+        )
+    first = next(iter(lineage.before_shuffling(dataset).take(1)), None)
+    if dataset.cardinality() == 0 or first is None:
+        raise ValueError("hvd.shard: the data set holds no samples.")
+    if not lineage.is_batched(dataset):
+        return None
+    known = lineage.batch_size(dataset)
+    if known is not None:
+        return int(known)
+    if lineage.before_shuffling(dataset) is not dataset:
+        first = next(iter(dataset.take(1)))
+    return int(tf.nest.flatten(first)[0].shape[0])
+
+
+def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
+    """Raises ValueError where a run is to go on with data whose order nobody can repeat."""
+    if (epoch or step) and lineage.reshuffles(dataset):
+        raise ValueError(
+            "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
+            f"a run cannot go on with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and type "
+            "hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
+        )
+
+
+def tf_facts(dataset: tf.data.Dataset) -> list[tuple[str, str]]:
+    """States what must be the same on all ranks: structure, length, and what the first targets are."""
+    source = lineage.before_shuffling(dataset)
+    element = next(iter(source.take(1)))
+    _, y, _ = nests.unpacked(element) if source is dataset else (None, None, None)
+    leaves = [each for each in tf.nest.flatten(element if y is None else y) if isinstance(each, tf.Tensor)]
+    sums = " ".join(f"{nests.checksum(each.numpy()):08x}" for each in leaves)
+    length = int(dataset.cardinality())
+    return [
+        ("the number of elements", "unknown" if length < 0 else str(length)),
+        ("the structure of the elements", str(dataset.element_spec)),
+        ("the first sample", f"checksum {sums}"),
+    ]
+
+
+def _by_rows(dataset: tf.data.Dataset, own: int | None, division: Division) -> ByRows:
+    batched, wanted, length = own is not None, division.batch_size, int(dataset.cardinality())
+    inner = [spec.shape[1:] for spec in tf.nest.flatten(dataset.element_spec)] if batched else []
+    whole = batched and own == wanted and not (division.buffer and all(s.is_fully_defined() for s in inner))
+    if whole:
+        steps = length if length >= 0 and division.pad else None
+        return ByRows(dataset, True, division, steps, division.pad)
+    if batched:
+        return ByRows(dataset.unbatch(), False, division, None, division.pad)
+    steps = None
+    if length >= 0:
+        steps = -(-length // wanted) if division.pad else length // wanted
+    if steps == 0:
+        raise ValueError(
+            f"hvd.shard: remainder='drop' would drop everything: {length} samples do not fill one batch of "
+            f"{wanted}. Use remainder='pad', or a smaller batch_size."
+        )
+    return ByRows(dataset, False, division, steps, division.pad and length % wanted != 0)
+
+
+def _buffer(dataset: tf.data.Dataset, shuffle: bool | int, own: int | None) -> int:
+    if not isinstance(shuffle, bool | np.bool_):
+        return int(shuffle)
+    length = int(dataset.cardinality()) * (own or 1)
+    return (length if length > 0 else BUFFER) if shuffle else 0
+
+
+def _file_counts(dataset: tf.data.Dataset, batched: bool, engine: Engine) -> tuple[int, ...] | None:
+    """Counts the samples in each rank's files, reading them once; None if they cannot be divided."""
+
+    def count() -> int | None:
+        try:
+            return count_samples(own_files(dataset, engine.rank, engine.size), batched)
+        except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError):
+            return None  # fewer files than ranks, or files that are opened where it cannot be seen
+
+    counts = engine.allgather_object(together(engine, "hvd.shard, counting samples", count))
+    return None if None in counts else tuple(counts)
+
+
+def _refuse_other_orders(dataset: tf.data.Dataset, engine: Engine) -> None:
+    """Makes sure that all ranks read the same sequence, of which each takes its part."""
+    if engine.size == 1:
+        return
+    orders = engine.allgather_object(
+        "deterministic=False" if lineage.in_any_order(dataset) else f"shuffle seeds {lineage.seeds(dataset)}"
+    )
+    unseeded = lineage.shuffles_without_seed(dataset)
+    if unseeded or len(set(orders)) > 1 or "deterministic=False" in orders:
+        listed = "\n".join(f"  rank {rank}: {each}" for rank, each in enumerate(orders))
+        raise ValueError(
+            f"hvd.shard: each rank would read this data set in an order of its own (0 is no seed).\n{listed}\n"
+            "Each takes its part of the same sequence, so samples would be missed and others seen twice. Leave "
+            "shuffling to hvd.shard(…, shuffle=True); or call keras.utils.set_random_seed(0), the same number "
+            "on all ranks, before you make the data set, and leave out deterministic=False."
+        )

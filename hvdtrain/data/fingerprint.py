@@ -1,0 +1,129 @@
+"""Notices that every rank trains on the same data, and says so."""
+
+import contextlib
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdtrain.collectives.base import Call, Engine
+from hvdtrain.data import lineage
+
+BATCHES = 2  # the first batches of the first epoch: what is equal there is no chance
+
+_SAME_BATCHES = "the first batches are identical on all {size} ranks, so {size} ranks learn no more than one"
+_SAME_SOURCE = (
+    "each of the {size} ranks goes through all of it in an order of its own, "
+    "which takes as long as on one process"
+)
+WARNING = (
+    "every rank trains on the same data: {why}. Type: model.fit(hvd.shard((x, y), batch_size=…), …) without "
+    "batch_size for fit; or let each rank load its own part."
+)
+
+
+class Fingerprint:
+    """Remembers what the first batches were, as they pass by on their way to the model.
+
+    `over` returns the same data set with a look at its first elements: nothing is read ahead and nothing is
+    changed. Only inputs count, so that targets of one class do not look like equal data.
+
+    Args:
+        source: What the batches are drawn from, where each rank may draw in an order of its own; see `of`.
+    """
+
+    def __init__(self, source: int | None = None) -> None:
+        self._source = source
+        self._sums: list[int] = []
+
+    @classmethod
+    def of(cls, fit: Mapping[str, Any]) -> "Fingerprint":
+        """Begins with what is known before the first batch.
+
+        Keras shuffles arrays and PyDatasets with each process's own random numbers, so that equal data need not
+        show in equal batches.
+
+        Args:
+            fit: The arguments of a `fit`, by name.
+        """
+        whole = fit.get("steps_per_epoch") is None  # else each rank may take its share of steps
+        with contextlib.suppress(Exception):  # what cannot be read is reported by who trains on it
+            return cls(_source_digest(fit) if whole and fit.get("shuffle", True) else None)
+        return cls()
+
+    def over(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
+        """Returns a data set with the same elements, whose first ones are noted when they are read."""
+
+        def note(*leaves: Any) -> np.bool_:
+            if len(self._sums) < BATCHES:
+                self._sums.append(digest(list(leaves)))
+            return np.bool_(True)
+
+        def noted(index: tf.Tensor, batch: Any) -> Any:
+            x = batch[0] if isinstance(batch, tuple) else batch
+            leaves = [each for each in tf.nest.flatten(x, expand_composites=True) if tf.is_tensor(each)]
+            seen = tf.cond(
+                index < BATCHES, lambda: tf.numpy_function(note, leaves, tf.bool), lambda: tf.constant(True)
+            )
+            with tf.control_dependencies([seen]):
+                return tf.nest.map_structure(tf.identity, batch, expand_composites=True)
+
+        watched = dataset.enumerate().map(noted)
+        length = dataset.cardinality()
+        return watched.apply(tf.data.experimental.assert_cardinality(length)) if length >= 0 else watched
+
+    def value(self) -> int | None:
+        """Returns the fingerprint of what has been seen; None before the first batch."""
+        return zlib.crc32(repr(self._sums).encode()) if self._sums else None
+
+    def verdict(self, engine: Engine) -> str | None:
+        """Compares all ranks' fingerprints. Every rank must call it; it communicates.
+
+        Returns:
+            The sentence for a user whose ranks all train on the same data, or None.
+        """
+        if engine.size == 1:
+            return None
+        engine.agree(Call("comparison of data"))
+        values, sources = zip(*engine.allgather_object((self.value(), self._source)), strict=True)
+        return verdict(values, _SAME_BATCHES) or verdict(sources, _SAME_SOURCE)
+
+
+def verdict(values: Sequence[int | None], why: str = _SAME_BATCHES) -> str | None:
+    """Returns the warning if all ranks have seen the same, or None."""
+    same = len(values) > 1 and values[0] is not None and all(value == values[0] for value in values)
+    return WARNING.format(why=why.format(size=len(values))) if same else None
+
+
+def digest(x: Any) -> int:
+    """Returns the CRC-32 over all arrays of a nest, their shapes and dtypes included."""
+    value = 0
+    for leaf in keras.tree.flatten(x):
+        array = np.asarray(leaf)
+        content = (
+            repr(array.tolist()).encode() if array.dtype.hasobject else np.ascontiguousarray(array).tobytes()
+        )
+        value = zlib.crc32(content, zlib.crc32(f"{array.dtype}{array.shape}".encode(), value))
+    return value
+
+
+def _source_digest(fit: Mapping[str, Any]) -> int | None:
+    """Returns the CRC-32 of some samples before they are shuffled; None where that tells nothing."""
+    x = fit.get("x")
+    if isinstance(x, keras.utils.PyDataset):
+        return digest([x.num_batches, x[0]]) if x.num_batches else None
+    if isinstance(x, tf.data.Dataset):
+        source = lineage.only_shuffled(x)
+        return None if source is None else digest(list(source.take(BATCHES)))
+    leaves = keras.tree.flatten([fit.get(name) for name in ("x", "y", "sample_weight")])
+    if not all(hasattr(each, "shape") for each in leaves if each is not None):
+        return None
+    return digest([_picked(np.asarray(each)) for each in leaves if each is not None])
+
+
+def _picked(array: np.ndarray) -> list[Any]:
+    rows = np.unique(np.linspace(0, len(array) - 1, min(len(array), 16)).astype(int))
+    return [np.array(array.shape), array[rows]]

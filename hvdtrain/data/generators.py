@@ -1,0 +1,112 @@
+"""A Python generator of batches: each rank runs the whole of it and takes its rows."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdtrain.data import nests
+from hvdtrain.data.part import Part, class_weights, refuse_both, weights
+from hvdtrain.data.plan import deal
+from hvdtrain.data.position import Position
+
+
+class ShardedGenerator:
+    """This rank's part of each batch of a generator, for `fit(…, steps_per_epoch=…)` or a loop of your own.
+
+    A generator can be read once and tells neither its length nor its order, so neither can be checked.
+
+    Args:
+        batches: The user's generator; it yields global batches.
+        batch_size: The global batch.
+        rank: This rank.
+        size: Number of ranks.
+        pad: Whether a batch that is not full is filled up; else it is left out.
+        class_weight: Weights by class, or None.
+    """
+
+    partial = True
+    num_batches = steps = None
+
+    def __init__(
+        self,
+        batches: Iterator[Any],
+        batch_size: int,
+        rank: int,
+        size: int,
+        pad: bool,
+        class_weight: dict[int, float] | None = None,
+    ) -> None:
+        self._batches = batches
+        self._options = (batch_size, rank, size, pad)
+        self._class_weight = class_weight
+        self.position = Position()
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        return self._next().plain()
+
+    def begin(self) -> None:
+        """Nothing is to be done before an epoch, which is whatever its reader says."""
+
+    def end(self) -> None:
+        """Nothing is to be done after it."""
+
+    def reading(
+        self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None
+    ) -> tf.data.Dataset:
+        """Returns what is left, as an adapter of Keras reads it."""
+        if class_weight is not None:
+            self._class_weight = class_weight
+        first = next(self._parts(), None)
+        if first is None:
+            raise ValueError("hvd.shard: the generator is used up; make a new one for another fit.")
+        emitted = (
+            (lambda part: part.exact()) if exact and first.rows.size > 1 else (lambda part: part.plain())
+        )
+        rest = iter([emitted(first)])
+        spec = tf.nest.map_structure(_spec, emitted(first))
+
+        def batches() -> Iterator[Any]:
+            yield from rest
+            yield from (emitted(part) for part in self._parts())
+
+        return tf.data.Dataset.from_generator(batches, output_signature=spec)
+
+    def _parts(self) -> Iterator[Part]:
+        while True:
+            try:
+                yield self._next()
+            except StopIteration:
+                return
+
+    def _next(self) -> Part:
+        batch_size, rank, size, pad = self._options
+        while True:
+            parts = nests.unpacked(next(self._batches))
+            x, y, given = (nests.arrays(each, name) for each, name in zip(parts, nests.NAMES, strict=True))
+            count = nests.length((x, y, given))
+            if count > batch_size:
+                raise ValueError(
+                    f"hvd.shard: the generator yielded a batch of {count}, more than batch_size={batch_size}. "
+                    "Its batches are the global ones; give their size as batch_size."
+                )
+            if pad or count == batch_size:
+                return self._part(x, y, given, deal(count, batch_size, rank, size), pad)
+
+    def _part(self, x: Any, y: Any, given: Any, rows: Any, pad: bool) -> Part:
+        x, y, given = (nests.rows(each, rows.take) for each in (x, y, given))
+        if self._class_weight is not None:
+            refuse_both(given)
+            given = class_weights(y, self._class_weight)
+        return Part(x, y, weights(given, y, rows, pad), rows)
+
+
+def _spec(leaf: Any) -> tf.TensorSpec:
+    array = np.asarray(leaf)
+    return tf.TensorSpec(
+        (None, *array.shape[1:]), tf.as_dtype(array.dtype) if array.dtype != object else tf.string
+    )

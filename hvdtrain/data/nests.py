@@ -1,0 +1,126 @@
+"""Nests of arrays: x, (x, y) and (x, y, sample_weight), each of them an array, a dict or a tuple of arrays."""
+
+import zlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+NAMES = ("x", "y", "sample_weight")
+
+
+def unpacked(data: Any) -> tuple[Any, Any, Any]:
+    """Returns x, y and sample_weight, None for what is not there; a tuple or list is read as Keras does."""
+    if not isinstance(data, tuple | list) or _is_numbers(data):
+        return data, None, None
+    if not 1 <= len(data) <= 3 or data[0] is None:
+        raise ValueError(
+            "hvd.shard: data must be x, (x, y) or (x, y, sample_weight); several inputs go into a dict or a "
+            f"tuple of their own, as in ((x1, x2), y). Received: a {type(data).__name__} of {len(data)}."
+        )
+    return (*data, None, None)[:3]
+
+
+def arrays(value: Any, name: str) -> Any:
+    """Turns the leaves of a nest into NumPy arrays without copying those that are.
+
+    Raises:
+        TypeError: If a leaf cannot be indexed by samples.
+    """
+    return mapped(_array, value, name)
+
+
+def mapped(function: Callable[[Any, str], Any], value: Any, name: str = "") -> Any:
+    """Calls `function(leaf, name)` for each leaf of a nest; None stays None, and lists become tuples."""
+    if value is None:
+        return None
+    if isinstance(value, dict):
+        return {key: mapped(function, each, f"{name}[{key!r}]") for key, each in value.items()}
+    if isinstance(value, tuple | list) and not _is_numbers(value):
+        return tuple(mapped(function, each, f"{name}[{i}]") for i, each in enumerate(value))
+    return function(value, name)
+
+
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the leaves of a nest with names such as x['image'] or y[0]."""
+    found: list[tuple[str, Any]] = []
+    mapped(lambda leaf, path: found.append((path, leaf)), value, name)
+    return iter(found)
+
+
+def length(parts: tuple[Any, Any, Any]) -> int:
+    """Returns the number of samples.
+
+    Raises:
+        ValueError: If arrays have different lengths (each is named), or one has no dimension.
+    """
+    shapes = {
+        name: leaf.shape
+        for part, label in zip(parts, NAMES, strict=True)
+        for name, leaf in leaves(part, label)
+    }
+    if any(len(shape) == 0 for shape in shapes.values()):
+        scalar = next(name for name, shape in shapes.items() if len(shape) == 0)
+        raise ValueError(f"hvd.shard: {scalar} is a single number; its first dimension must be the samples.")
+    if not shapes:
+        raise ValueError("hvd.shard: there are no arrays in the data. Received: None.")
+    if len({shape[0] for shape in shapes.values()}) != 1:
+        listed = ", ".join(f"{name}: {shape[0]}" for name, shape in shapes.items())
+        raise ValueError(f"hvd.shard: all arrays must hold the same number of samples. Received: {listed}.")
+    return next(iter(shapes.values()))[0]
+
+
+def rows(value: Any, indices: np.ndarray) -> Any:
+    """Takes rows from every leaf; floats become `keras.config.floatx()`, as in `fit` with arrays."""
+    return mapped(lambda leaf, _: as_keras(leaf[indices]), value)
+
+
+def as_keras(array: np.ndarray) -> np.ndarray:
+    """Casts floats of other widths to `keras.config.floatx()`."""
+    if array.dtype.kind == "f":
+        return array.astype(keras.config.floatx(), copy=False)
+    return array
+
+
+def described(part: Any, label: str) -> list[tuple[str, str]]:
+    """States what ranks compare: dtype and shape of every leaf, and a checksum of some of its samples."""
+    facts = []
+    for name, leaf in leaves(part, label):
+        picked = np.unique(np.linspace(0, len(leaf) - 1, min(len(leaf), 16)).astype(int))
+        facts.append((name, f"{leaf.dtype} of shape (any, {', '.join(map(str, leaf.shape[1:]))})"))
+        facts.append((f"the content of {name}", f"checksum {checksum(leaf[picked]):08x}"))
+    return facts
+
+
+def checksum(array: Any) -> int:
+    """Returns the CRC-32 of an array's bytes, or of its text where it holds Python objects."""
+    array = np.ascontiguousarray(array)
+    return zlib.crc32(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+
+
+def _array(leaf: Any, name: str) -> np.ndarray:
+    if isinstance(leaf, np.ndarray):
+        return leaf
+    if isinstance(leaf, list | tuple) or (hasattr(leaf, "__array__") and hasattr(leaf, "shape")):
+        try:
+            return np.asarray(leaf)
+        except Exception as error:
+            raise TypeError(f"hvd.shard: {name} cannot be read as an array: {error}") from error
+    if callable(leaf):
+        raise TypeError(
+            f"hvd.shard: {name} is a function. Call it, if it makes a generator: hvd.shard({_called(leaf)}, …); or "
+            "make a tf.data.Dataset of it: tf.data.Dataset.from_generator(…)."
+        )
+    raise TypeError(
+        f"hvd.shard: {name} must be a NumPy array, or something that becomes one. Received: "
+        f"{type(leaf).__module__}.{type(leaf).__name__}. Ragged and sparse data go into a tf.data.Dataset."
+    )
+
+
+def _called(function: Callable[..., Any]) -> str:
+    return f"{getattr(function, '__name__', 'make_batches')}()".replace("<lambda>", "make_batches")
+
+
+def _is_numbers(value: Any) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and isinstance(value[0], int | float | str | bytes)

@@ -1,0 +1,205 @@
+"""How a `tf.data.Dataset` is divided: every rank takes its rows of each global batch, or reads its own files."""
+
+import dataclasses
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdtrain.data.nests import unpacked
+from hvdtrain.data.part import REAL, SHARE, WEIGHT, refuse_both
+
+_FILE_POLICY = 1  # AutoShardPolicy.FILE
+
+
+@dataclasses.dataclass(frozen=True)
+class Division:
+    """How the samples are divided, whatever they come from.
+
+    Args:
+        batch_size: The global batch.
+        rank: This rank.
+        size: Number of ranks.
+        pad: Whether a last batch is filled up; else it is left out.
+        buffer: Samples among which `tf.data` shuffles; 0 keeps the order.
+        reshuffled: Whether the user's data set shuffles itself anew each time it is read.
+        class_weight: Weights by class, or None.
+    """
+
+    batch_size: int
+    rank: int
+    size: int
+    pad: bool
+    buffer: int
+    reshuffled: bool = False
+    class_weight: dict[int, float] | None = None
+
+    @property
+    def rows(self) -> int:
+        """Rows of a rank in each step."""
+        return self.batch_size // self.size
+
+
+@dataclasses.dataclass(frozen=True)
+class ByRows:
+    """Every rank reads everything and takes its rows of each global batch.
+
+    Args:
+        dataset: Samples, or global batches.
+        batched: Whether they are global batches already.
+        division: How they are divided.
+        steps: Global batches an epoch, None where that is unknown.
+        partial: Whether a batch may hold filler.
+    """
+
+    dataset: tf.data.Dataset
+    batched: bool
+    division: Division
+    steps: int | None
+    partial: bool
+
+    def epoch(self, seeds: tf.Tensor, start: tf.Tensor, exact: bool) -> tf.data.Dataset:
+        """Returns this rank's part of the batches of one epoch, from step `start` on."""
+        dataset = shuffled(self.dataset, self.division.buffer, seeds)
+        if not self.batched:
+            dataset = dataset.batch(self.division.batch_size, drop_remainder=not self.division.pad)
+        elif not self.division.pad:
+            dataset = dataset.filter(lambda *batch: _count(batch) == self.division.batch_size)
+        parted = lambda *batch: self._part(batch, exact)  # noqa: E731
+        return dataset.skip(start).map(parted, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def _part(self, batch: Any, exact: bool) -> Any:
+        count, division = _count(batch), self.division
+        if division.size == 1:
+            return _emitted(batch, tf.ones([count], tf.bool), count, division, False)
+        slots = division.rank + division.size * tf.range(division.rows, dtype=tf.int64)
+        taken = tf.nest.map_structure(lambda leaf: tf.gather(leaf, slots % count), batch)
+        return _emitted(taken, slots < count, count, division, exact)
+
+
+@dataclasses.dataclass(frozen=True)
+class ByFiles:
+    """Every rank reads files of its own.
+
+    Args:
+        dataset: The samples of this rank's files.
+        counts: Number of samples of each rank.
+        division: How batches are made of them.
+    """
+
+    dataset: tf.data.Dataset
+    counts: tuple[int, ...]
+    division: Division
+
+    @property
+    def steps(self) -> int:
+        """Steps an epoch, the same on all ranks."""
+        return _steps(self.counts, self.division)
+
+    @property
+    def partial(self) -> bool:
+        """Whether a batch may hold filler."""
+        return self.division.pad and min(self.counts) < self.steps * self.division.rows
+
+    def epoch(self, seeds: tf.Tensor, start: tf.Tensor, exact: bool) -> tf.data.Dataset:
+        """Returns the batches of one epoch, from step `start` on; they end with samples read once more."""
+        rows = self.division.rows
+        samples = shuffled(self.dataset, self.division.buffer, seeds)
+        batches = samples.repeat().take(self.steps * rows).batch(rows, drop_remainder=True).enumerate()
+        parted = lambda step, batch: self._part(step, batch, exact)  # noqa: E731
+        return batches.skip(start).map(parted, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+
+    def _part(self, step: tf.Tensor, batch: Any, exact: bool) -> Any:
+        rows, counts = self.division.rows, tf.constant(self.counts, tf.int64)
+        real = step * rows + tf.range(rows, dtype=tf.int64) < counts[self.division.rank]
+        count = tf.reduce_sum(tf.clip_by_value(counts - step * rows, 0, rows))
+        return _emitted(batch if isinstance(batch, tuple) else (batch,), real, count, self.division, exact)
+
+
+def own_files(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
+    """Makes a rank open every size-th file only: TensorFlow's auto-sharding, which moves the division upstream."""
+    specs = {
+        "output_types": tf.nest.flatten(tf.compat.v1.data.get_output_types(dataset)),
+        "output_shapes": tf.nest.flatten(tf.compat.v1.data.get_output_shapes(dataset)),
+    }
+    variant = tf.raw_ops.AutoShardDataset(
+        input_dataset=tf.data.experimental.to_variant(dataset),
+        num_workers=size,
+        index=rank,
+        auto_shard_policy=_FILE_POLICY,
+        num_replicas=size,
+        **specs,
+    )
+    return tf.data.experimental.from_variant(variant, dataset.element_spec)
+
+
+def count_samples(dataset: tf.data.Dataset, batched: bool) -> int:
+    """Reads a data set once and counts its samples."""
+    rows = (lambda *batch: _count(batch)) if batched else (lambda *sample: tf.constant(1, tf.int64))
+    return int(dataset.map(rows).reduce(tf.constant(0, tf.int64), lambda total, each: total + each))
+
+
+def balanced(counts: tuple[int, ...], division: Division) -> bool:
+    """Tells whether dividing by files costs no step more, and loses no batch, against dividing by samples."""
+    total = sum(counts)
+    best = -(-total // division.batch_size) if division.pad else total // division.batch_size
+    return min(counts) > 0 and _steps(counts, division) == best
+
+
+def shuffled(dataset: tf.data.Dataset, buffer: int, seeds: tf.Tensor) -> tf.data.Dataset:
+    """Shuffles by both seeds and nothing else: `shuffle(seed=)` would mix in each process's global seed."""
+    if not buffer:
+        return dataset
+    variant = tf.raw_ops.ShuffleDataset(
+        input_dataset=tf.data.experimental.to_variant(dataset),
+        buffer_size=tf.constant(buffer, tf.int64),
+        seed=seeds[0],
+        seed2=seeds[1],
+        output_types=tf.nest.flatten(tf.compat.v1.data.get_output_types(dataset)),
+        output_shapes=tf.nest.flatten(tf.compat.v1.data.get_output_shapes(dataset)),
+        reshuffle_each_iteration=False,
+    )
+    return tf.data.experimental.from_variant(variant, dataset.element_spec)
+
+
+def _steps(counts: tuple[int, ...], division: Division) -> int:
+    return -(-max(counts) // division.rows) if division.pad else min(counts) // division.rows
+
+
+def _count(batch: Any) -> tf.Tensor:
+    first = tf.nest.flatten(batch)[0]
+    return first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first, tf.int64)[0]
+
+
+def _emitted(batch: Any, real: tf.Tensor, count: tf.Tensor, division: Division, exact: bool) -> Any:
+    """Returns x, (x, y) or (x, y, sample_weight), as `Part` does for arrays."""
+    x, y, given = unpacked(batch)
+    if division.class_weight is not None:
+        refuse_both(given)
+        given = _class_weights(y, division.class_weight)
+    if given is None and (y is None or not division.pad):
+        return x if y is None else (x, y)
+    weight = tf.nest.map_structure(lambda each: _cleared(each, real), real if given is None else given)
+    share = tf.cast(count, tf.float64) / division.size
+    if exact:
+        return x, y, {WEIGHT: weight, REAL: real, SHARE: share[None]}
+    scale = tf.cast(tf.size(real), tf.float64) / share
+    return x, y, tf.nest.map_structure(lambda each: each * tf.cast(scale, each.dtype), weight)
+
+
+def _cleared(weight: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+    weight = tf.cast(weight, keras.config.floatx())
+    column = tf.reshape(real, tf.concat([tf.shape(real), tf.ones(tf.rank(weight) - 1, tf.int32)], 0))
+    return tf.where(column, weight, tf.zeros_like(weight))
+
+
+def _class_weights(y: Any, class_weight: dict[int, float]) -> tf.Tensor:
+    if not tf.is_tensor(y):
+        raise ValueError("hvd.shard: class_weight needs one tensor of targets. Received: several, or none.")
+    if y.shape.rank > 1:
+        y = tf.argmax(y, -1) if y.shape[-1] != 1 else tf.squeeze(y, -1)
+    numbers = tf.cast(tf.round(y) if y.dtype.is_floating else y, tf.int64)
+    result = tf.ones(tf.shape(numbers), keras.config.floatx())
+    for number, weight in class_weight.items():
+        result = tf.where(numbers == int(number), tf.cast(weight, result.dtype), result)
+    return result

@@ -1,0 +1,190 @@
+"""A user's `keras.utils.PyDataset`: its batches are divided among the ranks, or dealt out whole."""
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+
+from hvdtrain.data import nests
+from hvdtrain.data.part import Part, class_weights, refuse_both, weights
+from hvdtrain.data.plan import Rows, deal, permutation
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchSource:
+    """Batches that the user's own `__getitem__` makes.
+
+    With `batch_size` equal to the rows of a batch, every rank makes every batch and takes its part. With
+    `batch_size` a multiple of it for each rank, a rank makes only the batches that are its own.
+
+    Args:
+        dataset: The user's data set.
+        batch_size: The global batch.
+        rows: Rows of the user's batches.
+        last: Rows of the last one.
+        rank: This rank.
+        size: Number of ranks.
+        shuffle: Whether each epoch takes the batches in a new order.
+        seed: With the epoch, all that the order depends on.
+        remainder: "pad" or "drop".
+        class_weight: Weights by class, or None.
+    """
+
+    dataset: keras.utils.PyDataset
+    batch_size: int
+    rows: int
+    last: int
+    rank: int
+    size: int
+    shuffle: bool
+    seed: int
+    remainder: str
+    class_weight: dict[int, float] | None = None
+
+    @property
+    def batches(self) -> int:
+        """Number of the user's batches that are read; a last one that is not full may be dropped."""
+        count = int(self.dataset.num_batches)
+        return count - 1 if self.remainder == "drop" and self.last < self.rows else count
+
+    @property
+    def steps(self) -> int:
+        """Number of global batches an epoch."""
+        group = self._group
+        return self.batches // group if self.remainder == "drop" else -(-self.batches // group)
+
+    @property
+    def partial(self) -> bool:
+        """Whether some global batch is not full."""
+        full = self.last == self.rows and self.batches % self._group == 0
+        return self.remainder == "pad" and not full and self.size > 1
+
+    def part(self, epoch: int, step: int) -> Part:
+        """Makes the batches of a step and takes this rank's rows."""
+        group = self.order(epoch)[step * self._group : (step + 1) * self._group]
+        batch, rows = self._divided(group[0]) if self._group == 1 else self._whole(group)
+        x, y, given = nests.unpacked(batch)
+        x, y, given = (nests.rows(each, rows.take) for each in (x, y, given))
+        if self.class_weight is not None:
+            refuse_both(given)
+            given = class_weights(y, self.class_weight)
+        return Part(x, y, weights(given, y, rows, self.remainder == "pad"), rows)
+
+    def order(self, epoch: int) -> np.ndarray:
+        """Returns the order of the user's batches; a last one that is not full stays last in whole groups."""
+        if not self.shuffle:
+            return np.arange(self.batches)
+        if self._group == 1 or self.last == self.rows:
+            return permutation(self.batches, self.seed, epoch)
+        full = int(self.dataset.num_batches) - 1
+        return np.append(permutation(full, self.seed, epoch), np.arange(full, self.batches))
+
+    def weighted(self, class_weight: dict[int, float]) -> "BatchSource":
+        """Returns the same batches with weights by class."""
+        return dataclasses.replace(self, class_weight=class_weight)
+
+    def facts(self) -> list[tuple[str, str]]:
+        """States what must be the same on all ranks; inputs may be augmented at random, targets are not."""
+        x, y, _ = _batch(self.dataset, 0)
+        part, name = (x, "x of batch 0") if y is None else (y, "y of batch 0")
+        counts = f"{self.dataset.num_batches} batches of {self.rows}, the last of {self.last}"
+        return [("the number of batches", counts), *nests.described(part, name)]
+
+    def begin(self, epoch: int) -> None:
+        """Lets the user's data set prepare an epoch, with the same random numbers on all ranks."""
+        with _seeded(self.seed, epoch, 0):
+            self.dataset.on_epoch_begin()
+
+    def end(self, epoch: int) -> None:
+        """Lets the user's data set end an epoch; many shuffle themselves here."""
+        with _seeded(self.seed, epoch, 1):
+            self.dataset.on_epoch_end()
+
+    @property
+    def _group(self) -> int:
+        return self.batch_size // self.rows
+
+    def _divided(self, index: int) -> tuple[Any, Rows]:
+        batch = _batch(self.dataset, int(index))
+        count = nests.length(batch)
+        if count > self.batch_size:
+            raise ValueError(
+                f"hvd.shard: batch {index} of the PyDataset holds {count} samples, more than its first with "
+                f"{self.rows}. Only smaller ones can be filled up."
+            )
+        return batch, deal(count, self.batch_size, self.rank, self.size)
+
+    def _whole(self, group: np.ndarray) -> tuple[Any, Rows]:
+        each = self._group // self.size
+        mine = group[self.rank * each : (self.rank + 1) * each]
+        found = [_batch(self.dataset, int(index)) for index in (mine if len(mine) else group[:1])]
+        batch = tuple(_joined(parts) for parts in zip(*found, strict=True))
+        real = nests.length(batch) if len(mine) else 0
+        slots = np.arange(each * self.rows)
+        # Only the last batch may be smaller, and a group holds it or not on all ranks alike.
+        short = self.rows - self.last if int(self.dataset.num_batches) - 1 in group else 0
+        return batch, Rows(
+            slots % nests.length(batch), slots < real, len(group) * self.rows - short, self.size
+        )
+
+
+def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, make: Any) -> BatchSource:
+    """Looks at the first and the last batch of a user's data set.
+
+    Args:
+        dataset: The user's data set.
+        batch_size: The global batch; None for the data set's own.
+        size: Number of ranks.
+        make: Makes the source from what was found.
+
+    Raises:
+        ValueError: If the data set is empty or endless, or its batches cannot be divided.
+    """
+    count = dataset.num_batches
+    if count is None:
+        raise ValueError(
+            "hvd.shard: this PyDataset is endless (num_batches is None), so it has no epochs that all samples "
+            "could be seen once in. Give it a __len__, the number of its batches."
+        )
+    if count < 1:
+        raise ValueError("hvd.shard: the PyDataset holds no batches. Received: length 0.")
+    rows, last = (nests.length(_batch(dataset, index)) for index in (0, int(count) - 1))
+    if count == 1 and batch_size is not None and rows < batch_size:
+        rows = batch_size  # a single batch is also the last, which may be smaller
+    wanted = rows if batch_size is None else batch_size
+    if wanted % size or (wanted != rows and (wanted % rows or wanted // rows % size)):
+        raise ValueError(
+            f"hvd.shard: this PyDataset makes batches of {rows}. On {size} ranks batch_size can be {rows}, if "
+            f"that divides by {size} (each rank takes a part of every batch), or a multiple of {rows * size} "
+            f"(each takes whole batches). Received: batch_size={wanted}."
+        )
+    return make(batch_size=wanted, rows=rows, last=last)
+
+
+def _batch(dataset: keras.utils.PyDataset, index: int) -> tuple[Any, Any, Any]:
+    parts = nests.unpacked(dataset[index])
+    return tuple(nests.arrays(each, name) for each, name in zip(parts, nests.NAMES, strict=True))
+
+
+def _joined(parts: Any) -> Any:
+    flat = [[leaf for _, leaf in nests.leaves(each)] for each in parts]
+    joined = iter([np.concatenate(column) for column in zip(*flat, strict=True)])
+    return nests.mapped(lambda leaf, _: next(joined), parts[0])
+
+
+@contextlib.contextmanager
+def _seeded(seed: int, epoch: int, moment: int) -> Iterator[None]:
+    """Gives `random` and `np.random` the same state on all ranks, and then their own back."""
+    ours, numpys = random.getstate(), np.random.get_state()
+    common = int(np.random.SeedSequence((seed, epoch, moment)).generate_state(1)[0])
+    random.seed(common)
+    np.random.seed(common)
+    try:
+        yield
+    finally:
+        random.setstate(ours)
+        np.random.set_state(numpys)

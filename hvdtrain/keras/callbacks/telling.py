@@ -1,0 +1,25 @@
+"""An error on one rank becomes known to the others, at whatever they do next."""
+
+import contextlib
+from collections.abc import Iterator
+
+from hvdtrain.collectives.base import Engine
+from hvdtrain.data.together import tell
+from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
+
+
+@contextlib.contextmanager
+def telling(engine: Engine, what: str) -> Iterator[None]:
+    """Lets all other ranks know why this one does not come, if the block raises.
+
+    Args:
+        engine: The ranks. Their next operation raises `MismatchError` with the error's text.
+        what: What is done in the block, for the message.
+    """
+    try:
+        yield
+    except (HorovodInternalError, HostsUpdatedInterrupt):
+        raise  # the business of hvd.elastic, which tells the others itself
+    except (Exception, SystemExit) as error:
+        tell(engine, what, error)
+        raise

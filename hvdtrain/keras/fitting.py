@@ -1,0 +1,201 @@
+"""`model.fit` on several ranks: they begin alike, end alike, and none waits for one that has failed."""
+
+import contextlib
+import functools
+import inspect
+import re
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from hvdtrain.collectives.agreement import RAISED
+from hvdtrain.collectives.base import Call, Engine
+from hvdtrain.collectives.single import SingleEngine
+from hvdtrain.data import seams
+from hvdtrain.data.fingerprint import BATCHES, Fingerprint
+from hvdtrain.data.following import preceded
+from hvdtrain.data.together import compare, is_everybodys, tell
+from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
+from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
+from hvdtrain.keras.optimizer import is_distributed
+
+_STEPS = (
+    "Who comes to the end of training first would leave the others waiting. Give every rank the same number of "
+    "batches and epochs: model.fit(hvd.shard((x, y), batch_size=...), ...) with the whole data on every rank, or "
+    "cut all parts to the same length, or pass steps_per_epoch."
+)
+_VALIDATION = (
+    "What the ranks decide by their logs would differ. Give validation_data on every rank or on none: "
+    "validation_data=hvd.shard((x, y), batch_size=..., shuffle=False) divides it among them."
+)
+_METRICS = "Their logs would differ. Compile the model with the same metrics on every rank."
+_GRACE = 1.0  # seconds
+
+_checks_data = True
+_installed = False
+
+
+def install(check_data: bool = True) -> None:
+    """Makes `fit` of models with a distributed optimizer keep the ranks together. Once is enough.
+
+    Args:
+        check_data: Whether data that is the same on all ranks is worth a warning.
+    """
+    global _installed, _checks_data
+    _checks_data = _checks_data and check_data
+    if not _installed:
+        _installed = True
+        seams.install()
+        trainer = next(each for each in keras.Model.__mro__ if "fit" in vars(each))
+        trainer.fit = _in_step(trainer.fit)
+
+
+def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(fit)
+
+    @functools.wraps(fit)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        engine = _engine(self)
+        if engine.size == 1:
+            return fit(self, *args, **kwargs)
+        given = signature.bind(self, *args, **kwargs).arguments
+        fingerprint = Fingerprint.of(given) if _checks_data else None
+        callback = InStep(engine, fingerprint, given)
+        given["callbacks"] = preceded(self, given.get("callbacks"), callback)
+        try:
+            with _told(engine), seams.watching(fingerprint) if fingerprint else contextlib.nullcontext():
+                history = fit(**given)
+                engine.agree(Call("end of training"))  # no rank stops before the others
+                return history
+        finally:
+            callback.leave(self)
+
+    return run
+
+
+@contextlib.contextmanager
+def _told(engine: Engine) -> Iterator[None]:
+    """Tells the other ranks of an error that only this one has met."""
+    try:
+        yield
+    except (HorovodInternalError, HostsUpdatedInterrupt):
+        raise  # the business of hvd.elastic, which tells the others itself
+    except Exception as error:
+        if is_everybodys(engine, error) and RAISED in str(error):
+            # The rank that failed has more to say, and ends the job when it has said it.
+            threading.Event().wait(_GRACE)
+        tell(engine, "model.fit", error)
+        raise
+
+
+class InStep(keras.callbacks.Callback):
+    """Compares what the ranks are about to do, and where each of them is when an epoch or training ends.
+
+    Args:
+        engine: The ranks.
+        fingerprint: Notes what the ranks train on; None if that is not compared.
+        given: The arguments of the `fit`.
+    """
+
+    def __init__(self, engine: Engine, fingerprint: Fingerprint | None, given: Mapping[str, Any]) -> None:
+        super().__init__()
+        self._engine = engine
+        self._fingerprint = fingerprint
+        self._validates = given.get("validation_data") is not None or bool(given.get("validation_split"))
+        self._first = given.get("initial_epoch", 0)
+        self._asked = given.get("steps_per_epoch")
+        self._epoch = self._steps = 0
+        self._train: Any = None
+
+    def on_train_begin(self, logs: Any = None) -> None:
+        """Makes sure that all ranks will take the same steps.
+
+        Raises:
+            MismatchError: On every rank, with what each has been given.
+        """
+        optimizers = [getattr(each, "inner_optimizer", each) for each in optimizers_of(self.model)]
+        names = [each._hvdtrain_reducer.choose_name() for each in optimizers]
+        self._engine.agree(Call(f"start of model.fit with {', '.join(names)}"))
+        steps, epochs = self._asked or self.params.get("steps"), self.params.get("epochs")
+        for name, value, advice in (
+            ("the number of steps an epoch", "unknown" if steps is None else str(steps), _STEPS),
+            ("the number of epochs", f"from {self._first} to {epochs}", _STEPS),
+            ("validation", "has data" if self._validates else "has none", _VALIDATION),
+            ("the list of metrics", _compiled_metrics(self.model), _METRICS),
+        ):
+            compare(self._engine, "model.fit", [(name, value)], advice)
+        self._train = self.model.train_function
+        self.model.train_function = self._step
+
+    def leave(self, model: Any) -> None:
+        """Leaves the model as it was before `fit`, whether that ended well or not."""
+        if self._train is not None:
+            model.train_function, self._train = self._train, None
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Begins to count steps."""
+        self._epoch, self._steps = epoch, 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Compares the fingerprints as soon as they are complete."""
+        self._steps = batch + 1
+        if self._steps >= BATCHES:
+            self._compare_data()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Makes sure that all ranks are here, with logs of the same names.
+
+        Raises:
+            MismatchError: On every rank, if some ranks are still at work, or have other logs.
+        """
+        self._agree_on_end(sorted({_base(name) for name in logs or {}}))
+        self._compare_data()
+
+    def _step(self, iterator: Any) -> Any:
+        """Stands before the model's own step, because of data that end early nobody else hears."""
+        try:
+            return self._train(iterator)
+        except (StopIteration, tf.errors.OutOfRangeError):
+            self._agree_on_end([])
+            raise
+
+    def _agree_on_end(self, details: list[str]) -> None:
+        where = (
+            f"end of epoch {self._epoch + 1} after {self._steps} steps (give every rank as many batches: by "
+            f"hvd.shard, or steps_per_epoch={self._steps})"
+        )
+        self._engine.agree(Call(where, tuple(details)))
+
+    def _compare_data(self) -> None:
+        fingerprint, self._fingerprint = self._fingerprint, None
+        sentence = fingerprint.verdict(self._engine) if fingerprint is not None else None
+        if sentence:
+            self._engine.say(f"warning: {sentence}")
+
+
+def _engine(model: Any) -> Engine:
+    """Returns the ranks that train a model together; this rank alone if its optimizer is not distributed."""
+    if any(is_distributed(each) for each in vars(model).values()):
+        return engine_of(model)
+    return SingleEngine()
+
+
+def _compiled_metrics(model: Any) -> str:
+    """Lists the metrics that a model was compiled with, and where they are the same, the same on all ranks."""
+    compiled = model._compile_metrics
+    given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
+    found = [each for each in keras.tree.flatten(given) if each is not None]
+    return ", ".join(sorted(_base(_name(each)) for each in found)) or "none"
+
+
+def _name(metric: Any) -> str:
+    named = getattr(metric, "name", None) or getattr(metric, "__name__", None)
+    return metric if isinstance(metric, str) else named or type(metric).__name__
+
+
+def _base(name: str) -> str:
+    """Leaves out the number that Keras gives to the second metric of a kind in a process."""
+    return re.sub(r"_\d+$", "", name)
