@@ -1,7 +1,8 @@
 """The `horovod` engine: Horovod's native core, which fuses and overlaps; over MPI, or NCCL where built so."""
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -101,10 +102,11 @@ class HorovodEngine(Engine):
         return whole[start : start + rows[self.rank]].copy()
 
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        sent = self._tf.constant(np.array(splits, np.int32))
-        with self._tf.device("CPU:0"):
+        with self._at_once():
             received, counts = self.horovod.alltoall(
-                self._tf.constant(_as_bytes(array)), sent, name="hvdtrain.alltoall"
+                self._tf.constant(_as_bytes(array)),
+                self._tf.constant(np.array(splits, np.int32)),
+                name="hvdtrain.alltoall",
             )
         rows = counts.numpy().tolist()
         result = np.empty((sum(rows), *array.shape[1:]), array.dtype)
@@ -155,8 +157,14 @@ class HorovodEngine(Engine):
         return array.astype(_CARRIER.get(array.dtype.name, array.dtype), copy=False)
 
     def _on_cpu(self, operation: Any, array: np.ndarray) -> np.ndarray:
-        with self._tf.device("CPU:0"):
+        with self._at_once():
             return operation(self._tf.constant(array)).numpy()
+
+    @contextlib.contextmanager
+    def _at_once(self) -> Iterator[None]:
+        """Lets an operation happen now and on the host, also while TensorFlow traces a function."""
+        with self._tf.init_scope(), self._tf.device("CPU:0"):
+            yield
 
 
 class NativeTensors:

@@ -300,3 +300,18 @@ def test_wrong_arguments_are_answered_with_what_was_expected(engine, call, error
     with pytest.raises(error) as caught:
         call(engine)
     assert words in str(caught.value)
+
+
+def test_operations_while_tensorflow_traces_a_function(engine):
+    tf = pytest.importorskip("tensorflow")
+    seen = []
+
+    @tf.function
+    def traced():
+        seen.append(engine.allreduce(np.array([engine.rank + 1.0]), "sum")[0])
+        seen.append(engine.broadcast_object({"of": engine.rank}, 0)["of"])
+        seen.append(engine.alltoall(np.full(engine.size, engine.rank), [1] * engine.size)[0].tolist())
+        return tf.constant(0)
+
+    traced()
+    assert seen == [engine.size * (engine.size + 1) / 2, 0, list(range(engine.size))]
