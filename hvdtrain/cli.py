@@ -22,6 +22,14 @@ def cli() -> None:
 )
 @click.option("--mpi-args", default="", help="More options for the MPI launcher, as one quoted string.")
 @click.option("--as-horovod", is_flag=True, help="Let `import horovod` mean hvdtrain in SCRIPT.")
+@click.option("--wrap", is_flag=True, help="Divide the work of a SCRIPT that knows nothing of ranks.")
+@click.option("--scale-batch", is_flag=True, help="With --wrap: each rank keeps the whole batch of SCRIPT.")
+@click.option(
+    "--stage", type=click.Path(), help="Data that each node of a Slurm job copies to HVDTRAIN_DATA."
+)
+@click.option(
+    "--done-file", type=click.Path(), help="A file that appears only once every rank has done its work."
+)
 @click.option("--dry-run", is_flag=True, help="Print the command and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorFlow's and MPI's own messages too.")
 @click.argument("script")
@@ -52,6 +60,16 @@ def doctor(as_json: bool) -> None:
     from hvdtrain.diagnose.doctor import doctor
 
     sys.exit(doctor(as_json))
+
+
+@cli.command()
+@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
+@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+def smoke(**options) -> None:
+    """Try the road before the journey: sums of three sizes and ten steps of training, on real ranks."""
+    from hvdtrain.diagnose.smoke import smoke
+
+    sys.exit(smoke(**options))
 
 
 @cli.group()

@@ -42,7 +42,7 @@ def _run_file(path: str, args: Sequence[str]) -> None:
     _search_first(str(Path(path).resolve().parent))
     loader = SourceFileLoader("__main__", path)
     code = loader.source_to_code(loader.get_data(path), path)
-    _become_main(code, __file__=path, __loader__=loader)
+    _become_main(code, __file__=str(Path(path).absolute()), __loader__=loader)
 
 
 def _run_module(name: str, args: Sequence[str]) -> None:

@@ -28,9 +28,13 @@ class RunOptions:
         bind: "auto" gives each rank an equal share of the cores where there is one for each, "core" one
             core, "none" leaves ranks to roam.
         mpi_args: More options for the MPI launcher.
+        stage: A folder or file that every node of a Slurm job copies to a disk of its own before the ranks start.
+        done_file: Where to write, once every rank has come to its end, that they have.
         dry_run: Whether to print the command and stop.
         verbose: Whether to show TensorFlow's and MPI's own messages too.
         as_horovod: Whether `import horovod` means hvdtrain in the script.
+        wrap: Whether the script knows nothing of ranks, and its work is to be divided among them.
+        scale_batch: With `wrap`, whether each rank keeps the script's batch.
     """
 
     num_proc: int
@@ -40,9 +44,13 @@ class RunOptions:
     hostfile: str | None = None
     bind: str = "auto"
     mpi_args: str = ""
+    stage: str | None = None
+    done_file: str | None = None
     dry_run: bool = False
     verbose: bool = False
     as_horovod: bool = False
+    wrap: bool = False
+    scale_batch: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +87,7 @@ def make_plan(options: RunOptions, environ: Mapping[str, str]) -> Plan:
         LaunchError: Where what was asked for, or what is installed, cannot start a job.
     """
     _check_script(options)
+    _check_wrapping(options)
     if options.num_proc < 1:
         raise LaunchError(f"-np {options.num_proc} asks for no rank at all; it must be 1 or more.")
     extra = _split(options.mpi_args)
@@ -91,10 +100,10 @@ def make_plan(options: RunOptions, environ: Mapping[str, str]) -> Plan:
         start, settings = _start_by_mpirun(options, found, environ, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
     mode = [wire.AS_HOROVOD] if options.as_horovod else []
-    words = wire.pack_words([*mode, options.script, *options.args])
+    words = wire.pack_words([*mode, *_wrapping(options), options.script, *options.args])
     return Plan(
         [*start, *extra, sys.executable, "-m", "hvdtrain.launch.supervise", *words],
-        settings | _quiet(options, environ),
+        settings | _quiet(options, environ) | _hashing(options, environ),
         addresses,
     )
 
@@ -158,6 +167,28 @@ def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
     if options.verbose or "TF_CPP_MIN_LOG_LEVEL" in environ:
         return {}
     return {"TF_CPP_MIN_LOG_LEVEL": "2"}
+
+
+def _wrapping(options: RunOptions) -> list[str]:
+    """Returns what runs a script that knows nothing of ranks."""
+    if not options.wrap:
+        return []
+    return ["-m", "hvdtrain.wrap", *(["--scale-batch"] if options.scale_batch else [])]
+
+
+def _hashing(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
+    """Lets sets have one order on all ranks, because each of them makes the vocabulary of such a script."""
+    return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
+
+
+def _check_wrapping(options: RunOptions) -> None:
+    if options.scale_batch and not options.wrap:
+        raise LaunchError("--scale-batch says how --wrap divides the work: type --wrap --scale-batch.")
+    if options.wrap and options.as_horovod:
+        raise LaunchError(
+            "--as-horovod is for a script that trains on several ranks by itself, --wrap for one that knows "
+            "nothing of ranks: type one of them."
+        )
 
 
 def _check_script(options: RunOptions) -> None:

@@ -7,7 +7,9 @@ import signal
 import sys
 from collections.abc import Mapping
 
+from hvdtrain.launch import staging
 from hvdtrain.launch.console import Console
+from hvdtrain.launch.done import DoneFile
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.job import Job
 from hvdtrain.launch.plan import Plan, RunOptions, clean_environ, make_plan
@@ -33,6 +35,7 @@ def run(options: RunOptions) -> int:
     """
     environ = clean_environ(os.environ)
     try:
+        environ |= staging.told(options.stage, environ)
         plan = make_plan(options, environ)
     except LaunchError as error:
         print(f"hvdtrain: {error}", file=sys.stderr)
@@ -41,14 +44,19 @@ def run(options: RunOptions) -> int:
         print(plan)
         return 0
     try:
-        return _start(options, plan, {**environ, **plan.settings})
+        done = DoneFile(options.done_file) if options.done_file else None
+        with staging.staged(options.stage, environ):
+            return _start(options, plan, {**environ, **plan.settings}, done)
+    except LaunchError as error:
+        print(f"hvdtrain: {error}", file=sys.stderr)
+        return 2
     except BrokenPipeError:
         # Nobody reads what the ranks print. Python must not try once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
-def _start(options: RunOptions, plan: Plan, environ: Mapping[str, str]) -> int:
+def _start(options: RunOptions, plan: Plan, environ: Mapping[str, str], done: DoneFile | None) -> int:
     console = Console(options.verbose)
     job = Job(options.num_proc, console, options.verbose, plan.addresses)
     status = job.run(plan.command, environ)
@@ -56,6 +64,8 @@ def _start(options: RunOptions, plan: Plan, environ: Mapping[str, str]) -> int:
     code, sentence = _conclude(job, status)
     if sentence:
         console.say(sentence)
+    if done and job.verdict.succeeded and code == 0:
+        done.write([rank.host for rank in job.verdict.ranks])
     return code
 
 

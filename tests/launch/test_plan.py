@@ -91,6 +91,25 @@ def test_intel_mpi_wants_as_many_slots_on_every_host(machine, capsys):
     assert "the same number of slots each" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("scale_batch", [False, True])
+def test_a_script_that_knows_nothing_of_ranks_is_run_by_what_divides_its_work(machine, capsys, scale_batch):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.sets(PYTHONHASHSEED="random")
+    assert "PYTHONHASHSEED" not in written(capsys, wrap=True)[0]
+    os.environ.pop("PYTHONHASHSEED")
+    settings, words = written(capsys, wrap=True, scale_batch=scale_batch)
+    assert settings["PYTHONHASHSEED"] == "0"
+    wrapped = [
+        "-m",
+        "hvdtrain.wrap",
+        *(["--scale-batch"] if scale_batch else []),
+        "train.py",
+        "--epochs",
+        "3 4",
+    ]
+    assert words[-len(wrapped) - 1 :] == ["hvdtrain.launch.supervise", *wrapped]
+
+
 def test_what_the_user_has_set_stays(machine, capsys):
     machine.has("mpirun", VERSIONS["Open MPI 4"])
     machine.sets(TF_CPP_MIN_LOG_LEVEL="0", OMPI_MCA_mpi_yield_when_idle="0")
@@ -139,7 +158,9 @@ def test_a_hostfile_may_be_written_either_way(tmp_path, monkeypatch, text):
     assert read_hosts(None, str(tmp_path / "hosts"), 5) == (Host("a", 3), Host("b", 2))
 
 
-SRUN = "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v4"
+SRUN = (
+    "MPI plugin types are...\n\tnone\n\tpmi2\n\tpmix\nspecific pmix plugin versions available: pmix_v4\nmet 2"
+)
 
 
 PMI = {"Open MPI 4": "pmix", "Open MPI 5": "pmix", "MPICH": "pmi2", "Intel MPI": "pmi2"}
@@ -174,6 +195,26 @@ def test_mpirun_in_an_allocation_whose_srun_speaks_no_fitting_pmi(machine, capsy
     assert "HVDTRAIN_RUN_ADDRESS" in words
 
 
+@pytest.mark.parametrize("said", ["srun: error: can not load PMIx library", "met 1"])
+def test_mpirun_where_ranks_that_srun_starts_do_not_meet(machine, capsys, said):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", SRUN.replace("met 2", said))
+    machine.sets(SLURM_JOB_ID="7")
+    assert run(RunOptions(4, "train.py", dry_run=True)) == 0
+    printed = capsys.readouterr()
+    assert str(machine.bin / "mpirun") in printed.out
+    assert "srun --mpi=pmix does not bring ranks together" in printed.err
+
+
+def test_a_sites_own_words_for_launcher_and_pmi(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", "nobody asks")
+    machine.sets(SLURM_JOB_ID="7", SLURM_MPI_TYPE="pmix_v5")
+    assert "--mpi=pmix_v5" in written(capsys)[1]
+    machine.sets(HVDTRAIN_LAUNCHER="mpirun")
+    assert written(capsys)[1][0].endswith("mpirun")
+
+
 def test_the_hosts_that_were_named_win_over_the_allocation(machine, capsys):
     machine.has("mpirun", VERSIONS["Open MPI 4"])
     machine.has("srun", SRUN)
@@ -186,6 +227,8 @@ BAD = {
     "fewer than no rank": ({"num_proc": -2}, "-np -2 asks for no rank"),
     "no script": ({"script": "gone.py"}, "The script gone.py is not there"),
     "a folder": ({"script": "bin"}, "bin is a folder"),
+    "scaling nothing": ({"scale_batch": True}, "type --wrap --scale-batch"),
+    "with ranks and without": ({"wrap": True, "as_horovod": True}, "type one of them"),
     "python itself": ({"script": "python3", "args": ("train.py",)}, "type hvdtrain run -np 4 train.py"),
     "an unknown host": (
         {"hosts": "no-such-host.invalid:4"},

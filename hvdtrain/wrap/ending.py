@@ -1,0 +1,25 @@
+"""How a script ends: who comes to its end first waits for the others, because a rank that fails ends the job."""
+
+import contextlib
+from collections.abc import Iterator
+
+from hvdtrain import runtime
+from hvdtrain.collectives.base import Call, MismatchError
+
+
+@contextlib.contextmanager
+def in_step() -> Iterator[None]:
+    """Lets an error or `sys.exit` take effect when all ranks have come to it, or have heard of it."""
+    try:
+        yield
+    except Exception as error:
+        if runtime.is_initialized():
+            from hvdtrain.data import together  # which loads Keras: here the script has done so
+
+            together.tell(runtime.engine(), "the script", error)
+        raise
+    except SystemExit as stop:
+        if stop.code and runtime.is_initialized():
+            with contextlib.suppress(MismatchError):
+                runtime.engine().agree(Call(f"sys.exit({stop.code})"))
+        raise

@@ -1,0 +1,100 @@
+"""What cannot be divided by one who does not know it is refused, before it could go wrong."""
+
+import _thread
+import builtins
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from hvdtrain import script
+from hvdtrain.wrap.replacing import replace
+
+_STRATEGIES = (
+    "CentralStorageStrategy",
+    "MirroredStrategy",
+    "MultiWorkerMirroredStrategy",
+    "OneDeviceStrategy",
+    "ParameterServerStrategy",
+    "TPUStrategy",
+)
+_OURS = ("hvdtrain", "horovod")
+_RANKS = (
+    "hvdtrain run --wrap is for scripts that know nothing of ranks, and this one imports {name}. Start it without "
+    "--wrap: hvdtrain run -np N script.py; a script for Horovod: hvdtrain run --as-horovod -np N script.py"
+)
+_STRATEGY = (
+    "hvdtrain run --wrap: the script {what}, which divides the work in a way of its own. Leave it out, "
+    "with its scope(), or start the script with python."
+)
+_THREAD = (
+    "hvdtrain run --wrap: {what} is called in the thread {thread}. All ranks have to do the same steps in the same "
+    "order, which threads do not keep. Call it in the main thread."
+)
+
+_in_threads: list[RuntimeError] = []
+
+
+def run(words: Sequence[str]) -> None:
+    """Runs the script; what was refused in one of its threads ends it too.
+
+    Args:
+        words: `script.py args...`, or `-m module args...`.
+    """
+    try:
+        script.run(words)
+    except KeyboardInterrupt:
+        if not _in_threads:
+            raise
+    if _in_threads:
+        raise _in_threads[0]
+
+
+def check_thread(what: str) -> None:
+    """Refuses a call that does not come from the main thread.
+
+    Args:
+        what: The call.
+
+    Raises:
+        RuntimeError: In that thread, and in the main thread as well.
+    """
+    thread = threading.current_thread()
+    if thread is not threading.main_thread():
+        _in_threads.append(RuntimeError(_THREAD.format(what=what, thread=thread.name)))
+        _thread.interrupt_main()
+        raise _in_threads[-1]
+
+
+def install() -> None:
+    """Refuses the import of hvdtrain and Horovod by anyone but themselves."""
+    replace(builtins, "__import__", _without_ranks)
+
+
+def install_in_keras() -> None:
+    """Refuses strategies of TensorFlow and distributions of Keras."""
+    import keras
+    import tensorflow as tf
+
+    for owner in (tf.distribute, tf.distribute.experimental):
+        for name in _STRATEGIES:
+            if hasattr(owner, name):
+                replace(getattr(owner, name), "__init__", _refusing(f"makes a {name}"))
+    replace(keras.distribution, "set_distribution", _refusing("sets a keras.distribution"))
+
+
+def _without_ranks(load: Any) -> Any:
+    def import_(name: str, namespace: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if name.partition(".")[0] in _OURS and not (args[1:2] or [kwargs.get("level", 0)])[0]:
+            asker = str((namespace or {}).get("__name__", "")).partition(".")[0]
+            if asker not in _OURS and not str((namespace or {}).get("__package__", "")).startswith(_OURS):
+                raise ImportError(_RANKS.format(name=name.partition(".")[0]))
+        return load(name, namespace, *args, **kwargs)
+
+    return import_
+
+
+def _refusing(what: str) -> Any:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError(_STRATEGY.format(what=what))
+
+    return lambda _: refuse

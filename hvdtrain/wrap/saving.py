@@ -1,0 +1,43 @@
+"""What Keras saves is written by rank 0, and is there for all when they go on."""
+
+import inspect
+import os
+from collections.abc import Callable
+from typing import Any
+
+import keras
+
+from hvdtrain.collectives.base import Engine
+from hvdtrain.wrap import files
+from hvdtrain.wrap.replacing import replace_where_defined
+
+
+def install(engine: Engine) -> None:
+    """Changes what saves models and weights.
+
+    Args:
+        engine: The ranks.
+    """
+    for name in ("save", "save_weights", "export"):
+        replace_where_defined(keras.Model, name, lambda method: _by_rank_zero(engine, method))
+
+
+def _by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs)
+        path = given.arguments.get("filepath")
+        if not isinstance(path, str | os.PathLike):
+            return method(*given.args, **given.kwargs)
+        result = method(*given.args, **given.kwargs) if engine.rank == 0 else None
+        engine.barrier()
+        shared = not engine.rank or files.share(path)
+        engine.barrier()  # only now may rank 0 remove it again, as BackupAndRestore does in the end
+        if not shared:
+            # On a disk that this host does not share with rank 0's: a copy of its own.
+            given.arguments["filepath"] = files.private(path)
+            return method(*given.args, **given.kwargs)
+        return result
+
+    return save

@@ -1,0 +1,69 @@
+"""What is going on: whether Keras is at work on behalf of all ranks, and whether a model computes its rows."""
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+
+from hvdtrain.collectives.base import Engine
+from hvdtrain.wrap.share import Share
+
+_engine: ContextVar[Engine | None] = ContextVar("fit, evaluate or predict is at work", default=None)
+_share: ContextVar[Share | None] = ContextVar("a model is being called on a rank's rows", default=None)
+_trying: ContextVar[bool] = ContextVar("a model is being tried on made-up rows", default=False)
+
+
+@contextlib.contextmanager
+def of_all_ranks(engine: Engine) -> Iterator[None]:
+    """Marks the time in which all ranks do the same step; other threads do not see it."""
+    token = _engine.set(engine)
+    try:
+        yield
+    finally:
+        _engine.reset(token)
+
+
+@contextlib.contextmanager
+def on_rows(share: Share) -> Iterator[None]:
+    """Marks the time in which a model computes a rank's rows."""
+    token = _share.set(share)
+    try:
+        yield
+    finally:
+        _share.reset(token)
+
+
+@contextlib.contextmanager
+def on_no_rows() -> Iterator[None]:
+    """Marks the time in which something is made that has nothing to do with any batch, such as a weight."""
+    tokens = _engine.set(None), _share.set(None)
+    try:
+        yield
+    finally:
+        _engine.reset(tokens[0])
+        _share.reset(tokens[1])
+
+
+@contextlib.contextmanager
+def trying() -> Iterator[None]:
+    """Marks the time in which a model computes made-up rows on this rank alone."""
+    token = _trying.set(True)
+    try:
+        with on_no_rows():
+            yield
+    finally:
+        _trying.reset(token)
+
+
+def is_trying() -> bool:
+    """Tells whether what is computed is thrown away."""
+    return _trying.get()
+
+
+def engine() -> Engine | None:
+    """Returns the ranks that are at the same step, or None where each is by itself."""
+    return _engine.get()
+
+
+def share() -> Share | None:
+    """Returns which rows are being computed, or None where what is computed is the same on all ranks."""
+    return _share.get()
