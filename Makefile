@@ -18,7 +18,7 @@ IN_VENV = PATH="$$PWD/.venv/bin:$$PATH"
 # What TensorFlow prints before its log level counts, on every rank.
 QUIETLY = 2> >(grep -v --line-buffered -e absl::InitializeLog -e 'oneDNN custom operations' >&2)
 
-.PHONY: train test setup clean
+.PHONY: train test test-cluster setup clean
 
 train: setup
 	@if [ -x .venv/bin/horovodrun ]; \
@@ -28,6 +28,10 @@ train: setup
 
 test: setup
 	@$(IN_VENV) python tests/run_all.py
+
+# A real Slurm of four hosts on this machine; as root, with Slurm installed. Says why where it cannot.
+test-cluster: setup
+	@$(IN_VENV) python -m pytest -m cluster -rs tests/cluster
 
 setup:
 	@sh scripts/set_up.sh "$(PYTHON)"

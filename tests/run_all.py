@@ -54,7 +54,7 @@ class Launch:
         return f"{self.engine}, {self.size} rank(s)" if self.size else f"{self.engine}, no launcher"
 
     def command(self, extra: list[str]) -> list[str]:
-        marked = "not ranks" if self.engine == "plain" else "ranks"
+        marked = "not ranks and not cluster" if self.engine == "plain" else "ranks"
         pytest = ["-m", "pytest", "-m", marked, *self.paths, *extra]
         if not self.size:
             return [sys.executable, *pytest]
