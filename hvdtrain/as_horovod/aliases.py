@@ -1,6 +1,7 @@
 """Which module of hvdtrain stands behind each name of Horovod's, and the finder that tells Python so."""
 
 import importlib
+import sys
 from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
@@ -76,6 +77,9 @@ class _Alias(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         source = importlib.import_module(SERVED[module.__name__])
+        if "hvdtrain.keras" in sys.modules:
+            # In Horovod ranks may validate as they like, rank 0 alone for one.
+            importlib.import_module("hvdtrain.keras.fitting").let_each_validate()
         vars(module).update(_content(source))
         module.__doc__ = f"{source.__name__}, by the name that it has in Horovod."
         if module.__name__ != "horovod":

@@ -35,6 +35,7 @@ _METRICS = "Their logs would differ. Compile the model with the same metrics on 
 _GRACE = 1.0  # seconds
 
 _checks_data = True
+_checks_validation = True
 _installed = False
 
 
@@ -51,6 +52,12 @@ def install(check_data: bool = True) -> None:
         seams.install()
         trainer = next(each for each in keras.Model.__mro__ if "fit" in vars(each))
         trainer.fit = _in_step(trainer.fit)
+
+
+def let_each_validate() -> None:
+    """Lets ranks validate each for itself, or not at all, as scripts written for Horovod may."""
+    global _checks_validation
+    _checks_validation = False
 
 
 def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
@@ -120,12 +127,16 @@ class InStep(keras.callbacks.Callback):
         names = [each._hvdtrain_reducer.choose_name() for each in optimizers]
         self._engine.agree(Call(f"start of model.fit with {', '.join(names)}"))
         steps, epochs = self._asked or self.params.get("steps"), self.params.get("epochs")
-        for name, value, advice in (
+        facts = [
             ("the number of steps an epoch", "unknown" if steps is None else str(steps), _STEPS),
             ("the number of epochs", f"from {self._first} to {epochs}", _STEPS),
-            ("validation", "has data" if self._validates else "has none", _VALIDATION),
-            ("the list of metrics", _compiled_metrics(self.model), _METRICS),
-        ):
+        ]
+        if _checks_validation:
+            facts += [
+                ("validation", "has data" if self._validates else "has none", _VALIDATION),
+                ("the list of metrics", _compiled_metrics(self.model), _METRICS),
+            ]
+        for name, value, advice in facts:
             compare(self._engine, "model.fit", [(name, value)], advice)
         self._train = self.model.train_function
         self.model.train_function = self._step
@@ -151,7 +162,7 @@ class InStep(keras.callbacks.Callback):
         Raises:
             MismatchError: On every rank, if some ranks are still at work, or have other logs.
         """
-        self._agree_on_end(sorted({_base(name) for name in logs or {}}))
+        self._agree_on_end(sorted({_base(name) for name in logs or {}}) if _checks_validation else [])
         self._compare_data()
 
     def _step(self, iterator: Any) -> Any:

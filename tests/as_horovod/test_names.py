@@ -50,7 +50,7 @@ print(sys.argv, __name__, __file__)
 def test_every_module_of_horovods(scripts):
     ended = scripts.alone(EVERY_NAME, "--epochs", "3")
     assert ended.returncode == 0, ended.stderr
-    assert ended.stdout == "['old_script.py', '--epochs', '3'] __main__ old_script.py\n"
+    assert ended.stdout == f"['old_script.py', '--epochs', '3'] __main__ {scripts.folder}/old_script.py\n"
 
 
 TWO_ENGINES = """

@@ -264,7 +264,33 @@ for index, some in enumerate(rows):
     + EQUAL
 )
 
+VALIDATION_ON_RANK_0 = (
+    """
+import numpy as np
+import tensorflow as tf
+import horovod.tensorflow.keras as hvd
+import horovod.tensorflow as hvd_tf
+
+hvd.init()
+x = np.random.default_rng(hvd.rank()).random((64, 4)).astype("float32")
+model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(1)])
+model.compile(hvd.DistributedOptimizer(tf.keras.optimizers.SGD(0.1)), "mse")
+history = model.fit(
+    x,
+    x[:, :1],
+    batch_size=16,
+    epochs=2,
+    verbose=0,
+    validation_data=(x, x[:, :1]) if hvd.rank() == 0 else None,
+    callbacks=[hvd.callbacks.BroadcastGlobalVariablesCallback(0)],
+).history
+assert ("val_loss" in history) == (hvd.rank() == 0)
+"""
+    + EQUAL
+)
+
 EXAMPLES = {
+    "validation on rank 0": (VALIDATION_ON_RANK_0, []),
     "keras fit": (KERAS_FIT, []),
     "loop": (LOOP, []),
     "advanced": (ADVANCED, []),

@@ -62,7 +62,7 @@ if rank == 0:
     print(json.dumps([__name__, __file__, sys.path[0], neighbour.answer, type(copy) is Thing]))
 """
     said = json.loads(jobs.run(script).stdout)
-    assert said == ["__main__", "the script.py", str(jobs.folder), 42, True]
+    assert said == ["__main__", str(jobs.folder / "the script.py"), str(jobs.folder), 42, True]
 
 
 def test_two_megabytes_from_each_of_four_ranks_are_complete_and_in_order(jobs):
