@@ -188,6 +188,19 @@ def _fed(tensors: Sequence[Any]) -> frozenset[str]:
 def _turn() -> Any:
     """Returns the variable by which TensorFlow orders host calls, as it orders all uses of a variable."""
     if not _turns:
-        with tf.init_scope(), tf.device("CPU:0"):
-            _turns.append(tf.Variable(0, dtype=tf.int64, trainable=False, name="hvdtrain_turn"))
+        _turns.append(counter("hvdtrain_turn"))
     return _turns[0]
+
+
+def counter(name: str) -> Any:
+    """Makes a variable of zero outside of all graphs, also while a tf.function is traced for a second time.
+
+    Then TensorFlow lets nobody make variables, and asks the graph whose function it is, within `init_scope` too.
+    """
+    with contextlib.ExitStack() as outside:
+        if tf.compat.v1.executing_eagerly_outside_functions():
+            outside.enter_context(tf.Graph().as_default())
+            outside.enter_context(tf.__internal__.eager_context.eager_mode())
+        outside.enter_context(tf.init_scope())
+        outside.enter_context(tf.device("CPU:0"))
+        return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)

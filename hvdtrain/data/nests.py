@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 NAMES = ("x", "y", "sample_weight")
+_MANY = 10  # more arrays than an error names
 
 
 def unpacked(data: Any) -> tuple[Any, Any, Any]:
@@ -66,8 +67,14 @@ def length(parts: tuple[Any, Any, Any]) -> int:
     if not shapes:
         raise ValueError("hvd.shard: there are no arrays in the data. Received: None.")
     if len({shape[0] for shape in shapes.values()}) != 1:
-        listed = ", ".join(f"{name}: {shape[0]}" for name, shape in shapes.items())
-        raise ValueError(f"hvd.shard: all arrays must hold the same number of samples. Received: {listed}.")
+        listed = [f"{name}: {shape[0]}" for name, shape in shapes.items()]
+        if len(listed) > _MANY:
+            listed[_MANY // 2 : -_MANY // 2] = ["…"]
+        lists = " A list is read as several inputs, as in fit: numpy.array(list) makes one of it."
+        raise ValueError(
+            f"hvd.shard: all arrays must hold the same number of samples. Received: {', '.join(listed)}."
+            f"{lists if len(shapes) > _MANY else ''}"
+        )
     return next(iter(shapes.values()))[0]
 
 

@@ -124,7 +124,8 @@ class BatchSource:
         found = [_batch(self.dataset, int(index)) for index in (mine if len(mine) else group[:1])]
         batch = tuple(_joined(parts) for parts in zip(*found, strict=True))
         real = nests.length(batch) if len(mine) else 0
-        slots = np.arange(each * self.rows)
+        # As in `deal`, one rank needs no filler.
+        slots = np.arange(each * self.rows if self.size > 1 else real)
         # Only the last batch may be smaller, and a group holds it or not on all ranks alike.
         short = self.rows - self.last if int(self.dataset.num_batches) - 1 in group else 0
         return batch, Rows(

@@ -88,7 +88,7 @@ def shard(
               each rank whole batches, a rank's;
             - a generator of global batches, of which neither length nor order can be checked.
         batch_size: Samples a step over all ranks together; a multiple of the number of ranks. What is batched
-            already may leave it out.
+            already may leave it out, unless it comes from a generator.
         shuffle: Whether each epoch has a new order. By default arrays and PyDatasets are shuffled, as in
             `fit`, and a `tf.data.Dataset` keeps its own order. For a `tf.data.Dataset` also the number of
             samples to shuffle among; True means all, or 10000 where the length is unknown.
@@ -108,7 +108,8 @@ def shard(
     Raises:
         ValueError: On every rank, if an argument is not one of its values, `batch_size` does not divide (the
             nearest are named), arrays differ in length (each is named), or the data is empty or endless.
-        TypeError: If `batch_size`, `seed`, `epoch` or `step` is no integer, or data is of another kind.
+        TypeError: If `batch_size`, `seed`, `epoch` or `step` is no integer, `class_weight` no dict, or data is of
+            another kind.
         MismatchError: On every rank, if the ranks hold different data or ask for different things.
         RuntimeError: If another rank cannot read its data; its error is quoted.
     """
@@ -149,6 +150,11 @@ class _Local:
         kinds = [("the kind of data", type(self.data).__name__), *request.facts()]
         if isinstance(self.data, seams.Sharded):
             raise ValueError("hvd.shard: this data is sharded already.")
+        if not isinstance(self.class_weight, dict | None):
+            raise TypeError(
+                "hvd.shard: class_weight must be a dict of class numbers and weights, such as {0: 1.0, 1: 2.5}. "
+                f"Received: class_weight={self.class_weight!r}."
+            )
         if isinstance(self.data, tf.data.Dataset):
             make, facts, notice = self._tf(request)
         elif isinstance(self.data, keras.utils.PyDataset):

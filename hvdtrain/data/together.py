@@ -89,6 +89,7 @@ def compare(engine: Engine, what: str, facts: Facts, advice: str) -> None:
     """
     if engine.size == 1:
         return
+    engine.agree(Call(what))
     everyone = [dict(each) for each in engine.allgather_object(list(facts))]
     for name in dict.fromkeys(name for each in everyone for name in each):
         values = [each.get(name, "not given") for each in everyone]

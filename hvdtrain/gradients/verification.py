@@ -100,8 +100,7 @@ class Verification:
         if self._policy.never:
             return None
         if self._steps is None:
-            with tf.init_scope(), tf.device("CPU:0"):
-                self._steps = tf.Variable(0, dtype=tf.int64, trainable=False, name="hvdtrain_steps")
+            self._steps = tensors.counter("hvdtrain_steps")
         step = self._steps.assign_add(1) - 1
         later = step - self._policy.first
         due = later % self._policy.every == 0 if self._policy.every else tf.equal(later, 0)

@@ -1,16 +1,21 @@
-"""Says once where `evaluate` and `predict` of sharded data give a rank's part, and what gives the whole."""
+"""Says once where Keras' `fit`, `evaluate` and `predict` of sharded data do not do what it was divided for."""
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from hvdtrain import runtime
+from hvdtrain.data import lineage
+from hvdtrain.data.datasets import ShardedTFDataset
 from hvdtrain.data.seams import Sharded
 from hvdtrain.keras.callbacks.distributed import Together
+from hvdtrain.keras.callbacks.membership import optimizers_of
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
+from hvdtrain.keras.optimizer import is_distributed
 
 _SENTENCES = {
     "evaluate": (
@@ -22,6 +27,14 @@ _SENTENCES = {
         "hvd.predict(model, data), with the data as they were before hvd.shard, predicts all, in order."
     ),
 }
+_ALONE = (
+    "this model's optimizer, {name}, is not distributed: each rank trains a model of its own on its part of what "
+    "hvd.shard returned. Type: model.compile(hvd.DistributedOptimizer(model.optimizer), …)."
+)
+_MADE_OF_IT = (
+    "this data was made of what hvd.shard returned, by .map, .prefetch or the like: loss and metrics count the "
+    "samples that fill up its last batch. Call hvd.shard last, or with remainder='drop'. What is learned is right."
+)
 _installed = False
 _said: set[str] = set()
 
@@ -35,6 +48,8 @@ def install() -> None:
     trainer = next(each for each in keras.Model.__mro__ if "fit" in vars(each))
     for name in _SENTENCES:
         setattr(trainer, name, _saying(name, getattr(trainer, name)))
+    for name in ("fit", "evaluate"):
+        setattr(trainer, name, _doubting(getattr(trainer, name)))
 
 
 def _saying(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -50,6 +65,39 @@ def _saying(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
         return method(self, *args, **kwargs)
 
     return run
+
+
+def _doubting(method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    @functools.wraps(method)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(self, *args, **kwargs).arguments
+        if runtime.is_initialized() and runtime.engine().size > 1:
+            for sentence in _doubts(self, given, training="epochs" in signature.parameters):
+                if sentence not in _said:
+                    _said.add(sentence)
+                    runtime.engine().say(sentence)
+        return method(self, *args, **kwargs)
+
+    return run
+
+
+def _doubts(model: Any, given: dict[str, Any], training: bool) -> Iterator[str]:
+    x = given.get("x")
+    sharded = isinstance(x, Sharded)
+    made_of = lineage.chain(x) if isinstance(x, tf.data.Dataset) and not sharded else ()
+    if any(isinstance(each, ShardedTFDataset) and each.partial for each in made_of):
+        yield _MADE_OF_IT
+    own_step = type(model).train_step is not keras.Model.train_step  # which may reduce gradients itself
+    if training and sharded and not (own_step or _together(given)) and _plain(model):
+        yield _ALONE.format(name=type(model.optimizer).__name__)
+
+
+def _plain(model: Any) -> bool:
+    """Tells whether a model is compiled, and with optimizers of which none is distributed."""
+    optimizers = optimizers_of(model)
+    return bool(optimizers) and not any(is_distributed(each) for each in optimizers)
 
 
 def _together(given: dict[str, Any]) -> bool:

@@ -71,6 +71,13 @@ class Empty(keras.utils.PyDataset):
         ),
         ((X, None, Y), {"batch_size": 8}, ValueError, "without targets"),
         ((X, Y, Y), {"batch_size": 8, "class_weight": {0: 1.0}}, ValueError, "not both"),
+        ((X, Y), {"batch_size": 8, "class_weight": [1.0, 2.0]}, TypeError, r"a dict.*Received.*\[1.0, 2.0\]"),
+        (
+            ([*X[:, None], X], Y),
+            {"batch_size": 8},
+            ValueError,
+            r"x\[0\]: 1, .*, …, .*y: 16.*numpy.array\(list\)",
+        ),
         (D.from_tensor_slices(X).repeat(), {"batch_size": 8}, ValueError, "endless.*dataset.take"),
         (D.from_tensor_slices(X[:0]), {"batch_size": 8}, ValueError, "no samples"),
         (D.from_tensor_slices(X).filter(lambda x: False), {"batch_size": 8}, ValueError, "no samples"),

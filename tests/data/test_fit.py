@@ -381,3 +381,26 @@ def test_evaluating_on_one_rank_does_not_change_what_comes_next(make):
     if hvd.rank() == hvd.size() - 1:
         network.evaluate(data, verbose=0)
     assert data.state() == {"epoch": 1, "step": 0}
+
+
+def test_fit_says_once_that_an_optimizer_is_not_distributed(capfd, monkeypatch):
+    monkeypatch.setattr(own_part, "_said", set())
+    network = model()
+    network.compile("sgd", "sparse_categorical_crossentropy")
+    for _ in range(2):
+        network.fit(shard((X, Y), BATCH), verbose=0)
+    said = capfd.readouterr().err
+    assert said.count("SGD, is not distributed") == (hvd.size() > 1 and hvd.rank() == 0)
+
+
+@pytest.mark.parametrize("remainder", ["pad", "drop"])
+def test_fit_says_once_that_metrics_of_what_was_made_of_sharded_data_count_filler(
+    capfd, monkeypatch, remainder
+):
+    monkeypatch.setattr(own_part, "_said", set())
+    network = model()
+    compiled(network)
+    for _ in range(2):
+        network.fit(shard(slices(), BATCH, remainder=remainder).prefetch(1), verbose=0)
+    speaks = hvd.size() > 1 and hvd.rank() == 0 and remainder == "pad"
+    assert capfd.readouterr().err.count("Call hvd.shard last") == speaks

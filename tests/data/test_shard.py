@@ -121,6 +121,14 @@ def test_pydatasets_by_whole_batches():
     assert_whole(shard(Users(21, rows), BATCH, remainder="drop"), 21, drop=True)
 
 
+@pytest.mark.parametrize("length", [3, 19, 23])
+def test_one_rank_joins_batches_without_filler(length):
+    if hvd.size() > 1:
+        pytest.skip("for one rank")
+    data = shard(Users(length, BATCH // 2), BATCH)
+    assert sum(len(batch[0]) for batch in data) == length
+
+
 def test_a_rank_that_takes_whole_batches_makes_no_others():
     made = []
 

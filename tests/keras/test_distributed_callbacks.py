@@ -358,6 +358,11 @@ def test_ways_to_give_callbacks(samples, wrap):
     fit(compiled(), samples, None)
 
 
+def test_what_is_no_callback_is_refused():
+    with pytest.raises(TypeError, match=r"keras.callbacks.Callback.*Received: 'EarlyStopping'"):
+        hvd.callbacks.distributed(["EarlyStopping"])
+
+
 def test_an_evaluation_of_all_ranks_inside_a_callback(samples, validation):
     class Evaluates(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):

@@ -318,3 +318,17 @@ def test_what_is_no_tape_or_distributed_already():
         hvd.DistributedGradientTape([tf.GradientTape()])
     with pytest.raises(ValueError, match="distributed already"):
         hvd.DistributedGradientTape(hvd.DistributedGradientTape(tf.GradientTape()))
+
+
+def test_a_function_may_reduce_only_when_it_is_traced_again():
+    """As in Horovod's tensorflow2_mnist_elastic.py, whose first step, without reduction, builds the model."""
+    variable = tf.Variable([1.0])
+
+    @tf.function
+    def step(reducing):
+        tape, loss = taped([variable])
+        return (hvd.DistributedGradientTape(tape) if reducing else tape).gradient(loss, variable)
+
+    alone, together = float(step(False)[0]), [float(step(True)[0]) for _ in range(2)]
+    assert alone == hvd.rank() + 1
+    assert together == [mean()] * 2

@@ -56,10 +56,19 @@ def distributed(callbacks: Any = None, average_batch_norm: bool = True) -> list[
 
     Returns:
         A list of callbacks for `model.fit`.
+
+    Raises:
+        TypeError: If one of them is no callback.
     """
     if isinstance(callbacks, keras.callbacks.CallbackList):
         callbacks = callbacks.callbacks
     given = [inner for each in keras.tree.flatten(callbacks or []) for inner in _taken_apart(each)]
+    strange = next((each for each in given if not isinstance(each, keras.callbacks.Callback)), None)
+    if strange is not None:
+        raise TypeError(
+            "hvd.callbacks.distributed: each of the list must be a keras.callbacks.Callback, such as "
+            f"EarlyStopping(). Received: {strange!r}."
+        )
     top = [each for each in given if isinstance(each, _TOP_LEVEL)]
     return [Together([each for each in given if each not in top], average_batch_norm), *top]
 
