@@ -292,7 +292,7 @@ def test_a_slurm_that_does_not_answer(environment):
 
 def test_ranks_start_by_srun_in_an_allocation(environment):
     starts = '  *) until [ "${1##*/}" = python ]; do shift; done; case "$*" in *allreduce*) '
-    starts += f'{RIGHT_SUM} ;; *) exec "$@" ;; esac ;;\nesac'
+    starts += f'{RIGHT_SUM} ;; *Get_size*) echo met 1 met 2 ;; *) exec "$@" ;; esac ;;\nesac'
     environment.tool("srun", SRUN.format(types="pmix").replace("esac", starts))
     (environment.folder / "tools/mpirun").unlink()
     environment.settings |= {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
