@@ -19,6 +19,9 @@ def install(scale_batch: bool) -> None:
     # TensorFlow may compute before the script imports Keras; the ranks have to share the machine before.
     sys.meta_path.insert(0, _After("tensorflow", lambda: importlib.import_module("keras")))
     sys.meta_path.insert(0, _After("keras", lambda: _change(scale_batch)))
+    if "keras" in sys.modules or "tensorflow" in sys.modules:  # by what Python loads before any script
+        importlib.import_module("keras")
+        _change(scale_batch)
 
 
 class _After(MetaPathFinder):

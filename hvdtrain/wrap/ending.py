@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Call, MismatchError
+from hvdtrain.wrap import files
 
 
 @contextlib.contextmanager
@@ -17,9 +18,12 @@ def in_step() -> Iterator[None]:
             from hvdtrain.data import together  # which loads Keras: here the script has done so
 
             together.tell(runtime.engine(), "the script", error)
+        files.forget()  # a job that fails may end before Python does
         raise
     except SystemExit as stop:
         if stop.code and runtime.is_initialized():
             with contextlib.suppress(MismatchError):
                 runtime.engine().agree(Call(f"sys.exit({stop.code})"))
+        if stop.code:
+            files.forget()
         raise

@@ -81,6 +81,7 @@ class _Copies:
 
 
 _copies: _Copies | None = None
+_rmtree = shutil.rmtree
 _lstat, _stat, _mkdir, _listdir, _open, _scandir = (
     os.lstat,
     os.stat,
@@ -96,7 +97,7 @@ def install() -> None:
     global _copies
     folder = tempfile.mkdtemp(prefix="hvdtrain-wrap-")
     _copies = copies = _Copies(folder, time.time())
-    atexit.register(shutil.rmtree, folder, True)
+    atexit.register(forget)
     builtins.open = io.open = _opening(copies, _open)
     replace(os, "open", lambda opening: _opening_by_flags(copies, opening))
     replace(os, "mkdir", lambda make: _making(copies, make))
@@ -112,6 +113,12 @@ def install() -> None:
     replace(os, "listdir", lambda _: lambda path=".": _names(copies, path))
     replace(os, "scandir", lambda _: lambda path=".": _Entries(copies, path))
     _follow_pathlib()
+
+
+def forget() -> None:
+    """Removes this rank's own files."""
+    if _copies is not None:
+        _rmtree(_copies.folder, ignore_errors=True)
 
 
 def see_until(moment: float) -> None:

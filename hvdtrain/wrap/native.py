@@ -15,6 +15,7 @@ import tensorflow as tf
 
 from hvdtrain.collectives.base import Engine
 from hvdtrain.wrap import files
+from hvdtrain.wrap.once import on_rank_zero
 from hvdtrain.wrap.replacing import replace
 
 _get_file = keras.utils.get_file
@@ -67,7 +68,7 @@ def _by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., A
     """Lets rank 0 write or download something; the others see it when it is there."""
 
     def by_rank_zero(*args: Any, **kwargs: Any) -> Any:
-        result = engine.broadcast_object(method(*args, **kwargs) if engine.rank == 0 else None)
+        result = on_rank_zero(engine, lambda: method(*args, **kwargs))
         follow(engine)
         return result
 

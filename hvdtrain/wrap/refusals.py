@@ -2,6 +2,7 @@
 
 import _thread
 import builtins
+import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,8 @@ _STRATEGIES = (
     "TPUStrategy",
 )
 _OURS = ("hvdtrain", "horovod")
+# These, and what unpickles their objects.
+_MAY_IMPORT = {*_OURS, *sys.stdlib_module_names, "cloudpickle", "mpi4py"} - {"__main__"}
 _RANKS = (
     "hvdtrain run --wrap is for scripts that know nothing of ranks, and this one imports {name}. Start it without "
     "--wrap: hvdtrain run -np N script.py; a script for Horovod: hvdtrain run --as-horovod -np N script.py"
@@ -86,7 +89,7 @@ def _without_ranks(load: Any) -> Any:
     def import_(name: str, namespace: Any = None, *args: Any, **kwargs: Any) -> Any:
         if name.partition(".")[0] in _OURS and not (args[1:2] or [kwargs.get("level", 0)])[0]:
             asker = str((namespace or {}).get("__name__", "")).partition(".")[0]
-            if asker not in _OURS and not str((namespace or {}).get("__package__", "")).startswith(_OURS):
+            if asker and asker not in _MAY_IMPORT:
                 raise ImportError(_RANKS.format(name=name.partition(".")[0]))
         return load(name, namespace, *args, **kwargs)
 

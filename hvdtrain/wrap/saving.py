@@ -9,6 +9,7 @@ import keras
 
 from hvdtrain.collectives.base import Engine
 from hvdtrain.wrap import files
+from hvdtrain.wrap.once import on_rank_zero
 from hvdtrain.wrap.replacing import replace_where_defined
 
 
@@ -25,19 +26,18 @@ def install(engine: Engine) -> None:
 def _by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
-    def save(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def save(self: Any, *args: Any, **kwargs: Any) -> None:
         given = signature.bind(self, *args, **kwargs)
         path = given.arguments.get("filepath")
         if not isinstance(path, str | os.PathLike):
-            return method(*given.args, **given.kwargs)
-        result = method(*given.args, **given.kwargs) if engine.rank == 0 else None
-        engine.barrier()
+            method(*given.args, **given.kwargs)
+            return
+        on_rank_zero(engine, lambda: method(*given.args, **given.kwargs))
         shared = not engine.rank or files.share(path)
         engine.barrier()  # only now may rank 0 remove it again, as BackupAndRestore does in the end
         if not shared:
             # On a disk that this host does not share with rank 0's: a copy of its own.
             given.arguments["filepath"] = files.private(path)
-            return method(*given.args, **given.kwargs)
-        return result
+            method(*given.args, **given.kwargs)
 
     return save

@@ -108,7 +108,7 @@ class _Outcome:
 
     Args:
         outputs: The outputs, flat.
-        losses: Those that layers have added.
+        losses: Those that layers have added, each as these rows' part of the mean over the batch.
         state: What the call may have changed.
         rows: On how many rows the model was called.
     """
@@ -119,10 +119,10 @@ class _Outcome:
     rows: int
 
     def made_of(self, parts: Sequence["_Outcome"], tolerance: float) -> bool:
-        """Tells whether this is what parts of the rows give: rows of outputs in order, and means over rows."""
+        """Tells whether this is what parts of the rows give: rows in their order."""
         weights = [each.rows / self.rows for each in parts]
         outputs = [_joined(each, weights) for each in zip(*(part.outputs for part in parts), strict=True)]
-        losses = [np.dot(weights, each) for each in zip(*(part.losses for part in parts), strict=True)]
+        losses = [sum(each) for each in zip(*(part.losses for part in parts), strict=True)]
         pairs = [*zip(self.outputs, outputs, strict=True), *zip(self.losses, losses, strict=True)]
         for each in parts:
             pairs += zip(self.state, each.state, strict=True)
@@ -145,7 +145,7 @@ def _called(model: keras.Model, call: Call, made: Any, share: Share | None) -> _
         outputs = [
             _array(each) for each in keras.tree.flatten(call(model, *args, **kwargs)) if each is not None
         ]
-        losses = [float(np.mean(_array(each))) for each in model.losses]
+        losses = [float(np.mean(_array(each))) for layer in model._flatten_layers() for each in layer._losses]
         state = [np.array(each.numpy()) for each in _state(model)]
     rows = share.real if share else _ROWS
     if any(each.ndim and len(each) != rows for each in outputs):

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,6 +44,7 @@ def results(ranks: int, names: list[str], folder: Path) -> dict[str, dict[str, f
         line.split(" ", 1) for line in ended.stdout.splitlines() if line.startswith(("SCRIPT ", "RESULT "))
     ]
     assert [text for kind, text in lines if kind == "SCRIPT"] == names, "a script did not print once"
+    (folder / "said").write_text(ended.stderr)
     found = [json.loads(text) for kind, text in lines if kind == "RESULT"]
     return dict(zip(names, map(dict, map(numbers, found)), strict=True))
 
@@ -96,6 +98,15 @@ def test_two_ranks_give_what_one_process_gives(name, alone, two):
 @pytest.mark.parametrize("name", ON_FOUR)
 def test_four_ranks_give_what_one_process_gives(name, alone, four):
     assert_same(name, alone, four)
+
+
+def test_only_models_that_look_at_several_rows_are_computed_whole(folder, two):
+    said = re.findall(
+        r"the model (\S+) (.+), so every rank computes whole", (folder / "2" / "said").read_text()
+    )
+    assert said.count(("recommender_net", "looks at several rows of a batch at once")) == 1
+    # Of mixing.py: the endpoint, the sum of squares, the mixup, and the moving average.
+    assert len(said) == 5
 
 
 def test_files_are_those_of_one_process(folder, alone, two):
@@ -259,6 +270,19 @@ REFUSED = {
 }
 
 
+ROWS = """
+class Rows(keras.layers.Layer):
+    seen = []
+    def call(self, x):
+        Rows.seen.append(x.shape[0])
+        return x
+eager = keras.Sequential([keras.Input((3,)), Rows(), keras.layers.Dense(1)])
+eager.compile("sgd", "mse", run_eagerly=True)
+eager.fit(x, x[:, 0], batch_size=8, verbose=0)
+print("ROWS", Rows.seen[-1])
+"""
+
+
 def test_each_refusal_is_a_sentence_and_nothing_is_trained(tmp_path):
     attempts = [
         f"try:\n    {code}\nexcept (RuntimeError, ImportError) as error:\n    print('REFUSED', *str(error).split())"
@@ -268,14 +292,37 @@ def test_each_refusal_is_a_sentence_and_nothing_is_trained(tmp_path):
         BEGINNING
         + "before = model.get_weights()\n"
         + "\n".join(attempts)
-        + "\nassert all((a == b).all() for a, b in zip(before, model.get_weights()))\nloop()\n"
+        + "\nassert all((a == b).all() for a, b in zip(before, model.get_weights()))\n"
+        + ROWS
+        + "loop()\n"
     )
     ended = run(*LAUNCH, "-np", "2", "refused.py", folder=tmp_path)
-    said = [line for line in ended.stdout.splitlines() if line.startswith("REFUSED")]
+    *said, rows = ended.stdout.splitlines()
+    assert rows == "ROWS 4", "each rank computes half a batch of 8"
     for line, (what, (_, sentence)) in zip(said, REFUSED.items(), strict=True):
         assert sentence in line, what
     assert ended.returncode == 1
     assert "Nothing was updated." in ended.stderr
+
+
+def test_what_cannot_be_saved_is_an_error_of_all_ranks_and_one_rank_alone_ends_all(tmp_path):
+    (tmp_path / "saves.py").write_text(
+        BEGINNING
+        + "import os\n"
+        + "class Saves(keras.callbacks.Callback):\n"
+        + "    def on_epoch_end(self, epoch, logs=None):\n"
+        + "        self.model.save('gone/away.txt')\n"
+        + "try:\n    model.fit(x, x[:, 0], callbacks=[Saves()], verbose=0)\n"
+        + "except ValueError as error:\n    print('CAUGHT', error)\n"
+        + "fit()\nprint('went on')\n"
+        + "if '1' in map(os.environ.get, ['OMPI_COMM_WORLD_RANK', 'PMI_RANK']):\n    raise KeyError('of rank 1')\n"
+        + "fit()\nprint('too far')\n"
+    )
+    ended = run(*LAUNCH, "-np", "2", "saves.py", folder=tmp_path)
+    assert ended.stdout.startswith("CAUGHT Invalid filepath extension")
+    assert ended.stdout.endswith("went on\n")
+    assert ended.returncode == 1
+    assert ended.stderr.rstrip().endswith("KeyError: 'of rank 1'")
 
 
 def test_fit_in_threads_ends_the_job(tmp_path):

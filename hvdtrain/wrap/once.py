@@ -1,0 +1,36 @@
+"""What only rank 0 does, and all ranks get the result of, or the error."""
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+from hvdtrain.collectives.base import Engine
+
+
+def on_rank_zero(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Returns on every rank what `work` returns on rank 0.
+
+    Args:
+        engine: The ranks.
+        work: Is called on rank 0 only, and must not communicate.
+
+    Raises:
+        Exception: On every rank, what rank 0 has met.
+    """
+    result, error = None, None
+    if engine.rank == 0:
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+    result, failure = engine.broadcast_object((result, _portable(error)))
+    if failure is not None:
+        raise failure if error is None else error
+    return result
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
