@@ -33,7 +33,8 @@ def main() -> None:
         f"{STEPS} steps of training: the same weights on all ranks, loss {loss[0]:.3f} to {loss[-1]:.3f}",
     )
     hosts = sorted(set(engine.allgather_object(socket.gethostname())))
-    _say(engine, f"smoke test passed: {engine.size} ranks on {len(hosts)} hosts ({', '.join(hosts[:8])})")
+    where = f"{len(hosts)} host{'s' * (len(hosts) > 1)} ({', '.join(hosts[:8])})"
+    _say(engine, f"smoke test passed: {engine.size} ranks on {where}")
     hvd.shutdown()
 
 
