@@ -45,17 +45,23 @@ NATIVE = [
     "tests/keras/test_saving.py",
     "tests/data/test_bad_fits.py",
 ]
+# Where only the number of ranks is another, or the engine.
+WIRE = ["tests/collectives", "tests/keras/test_contract.py"]
 # Several ranks share the cores: more threads a rank would only get into each other's way.
 ENVIRON = {"TF_CPP_MIN_LOG_LEVEL": "2", "OMP_NUM_THREADS": "1", "PY_COLORS": "0"}
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One start of pytest: on which engine, on how many ranks; size 0 is a process without mpirun."""
+    """One start of pytest: on which engine, on how many ranks; size 0 is a process without mpirun.
+
+    `full` lets test files run what they leave out to save time.
+    """
 
     engine: str
     size: int
     paths: tuple[str, ...] = ("tests",)
+    full: bool = False
 
     def __str__(self) -> str:
         return f"{self.engine}, {self.size} rank(s)" if self.size else f"{self.engine}, no launcher"
@@ -70,6 +76,8 @@ class Launch:
 
     def environ(self) -> dict[str, str]:
         chosen = {} if self.engine == "plain" else {"HVDTRAIN_ENGINE": self.engine}
+        if self.full:
+            chosen["HVDTRAIN_TESTS"] = "full"
         return os.environ | ENVIRON | lenient_settings() | chosen
 
 
@@ -141,7 +149,7 @@ def _planned(engines: list[str], sizes: list[int] | None, full: bool) -> list[La
     alone = [("plain", 0), ("single", 0)]
     together = [(engine, size) for engine in ("mpi", "horovod") for size in sizes or [1, 2, 4]]
     return [
-        Launch(engine, size, ("tests",) if full or (sizes and size) else _chosen(engine, size))
+        Launch(engine, size, ("tests",) if full or (sizes and size) else _chosen(engine, size), full)
         for engine, size in alone + together
         if engine in engines
     ]
@@ -151,7 +159,7 @@ def _chosen(engine: str, size: int) -> tuple[str, ...]:
     """Gives the tests that fit into half an hour."""
     if engine == "plain" or (engine, size) == ("mpi", 2):
         return ("tests",)
-    chosen = [*CORE, *NATIVE] if (engine, size) == ("horovod", 2) else CORE
+    chosen = {("mpi", 4): CORE, ("horovod", 2): [*CORE, *NATIVE]}.get((engine, size), WIRE)
     # A file that lies in a folder of the list would run twice.
     return tuple(each for each in chosen if not any(Path(other) in Path(each).parents for other in chosen))
 
