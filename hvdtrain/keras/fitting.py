@@ -208,5 +208,13 @@ def _name(metric: Any) -> str:
 
 
 def _base(name: str) -> str:
-    """Leaves out the number that Keras gives to the second metric of a kind in a process."""
-    return re.sub(r"_\d+$", "", name)
+    """Leaves out the number that Keras gives to the second metric of a kind in a process, and writes names out.
+
+    A model that was loaded calls "mean_absolute_error" what `compile` was told as "mae".
+    """
+    validation, short = re.fullmatch(r"(val_)?(.*?)(?:_\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
+    try:
+        found = keras.metrics.get("accuracy" if short == "acc" else short)
+    except ValueError:
+        return validation + short
+    return validation + (getattr(found, "__name__", None) or type(found).__name__)

@@ -143,7 +143,8 @@ def test_validation_on_one_rank(fit):
 def test_a_metric_that_one_rank_lacks(fit):
     error = fit(X, Y, metrics=odd([], ["mae", keras.metrics.MeanSquaredError()]))
     everywhere(
-        error, "list of metrics differs.*ranks? 0.*: mae, mean_squared_error\n.*rank 1: none\n.*Compile"
+        error,
+        "list of metrics differs.*ranks? 0.*: MeanAbsoluteError, MeanSquaredError\n.*rank 1: none\n.*Compile",
     )
 
 
