@@ -30,6 +30,12 @@ def cli() -> None:
 @click.option(
     "--done-file", type=click.Path(), help="A file that appears only once every rank has done its work."
 )
+@click.option("--python", default="", help="What runs Python for a rank: 'apptainer exec image.sif python3'.")
+@click.option("--max-restarts", type=int, default=0, help="How often to start again what has failed [0].")
+@click.option(
+    "--min-np", type=int, help="With --max-restarts: how few ranks will do if hosts are lost [-np]."
+)
+@click.option("--walltime", help="Stop in time, with a checkpoint: 8:00:00 [the end of the Slurm job].")
 @click.option("--dry-run", is_flag=True, help="Print the command and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorFlow's and MPI's own messages too.")
 @click.argument("script")
@@ -39,6 +45,43 @@ def run(**options) -> None:
     from hvdtrain.launch.run import RunOptions, run
 
     sys.exit(run(RunOptions(**options)))
+
+
+@cli.command(context_settings={"allow_interspersed_args": False})
+@click.option("-N", "--nodes", help="How many nodes: 4, or 2-4.")
+@click.option("--ntasks-per-node", type=click.IntRange(1), help="Ranks a node [one a GPU, else 1].")
+@click.option("-c", "--cpus-per-task", type=click.IntRange(1), help="CPUs a rank.")
+@click.option("--gpus-per-node", help="GPUs a node: 4, or with their kind a100:4.")
+@click.option("-t", "--time", help="Time limit: 8:00:00, 2-00:00:00.")
+@click.option("--mem", help="Memory of a node: 32G.")
+@click.option("-p", "--partition", help="Where to run.")
+@click.option("-A", "--account", help="Who pays.")
+@click.option("-q", "--qos", help="Quality of service.")
+@click.option("-J", "--job-name", help="Name of job, log and proof.")
+@click.option("-a", "--array", help="Trials of a sweep: 0-8, or 0-8%4 for four at once.")
+@click.option(
+    "--template", help="cpu, gpu, preemptible, container, array_sweep, smoke, or a file of your own."
+)
+@click.option("--preemptible", is_flag=True, help="Requeue the job, which goes on from its checkpoint.")
+@click.option("--image", help="The container's image.")
+@click.option("--sbatch", default="", help="More options for sbatch, as one quoted string.")
+@click.option(
+    "--cluster", help="A profile: NAME is ~/.config/hvdtrain/NAME.toml [HVDTRAIN_CLUSTER, cluster]."
+)
+@click.option("--as-horovod", is_flag=True, help="Let `import horovod` mean hvdtrain in the script.")
+@click.option("--wrap", is_flag=True, help="Divide the work of a script that knows nothing of ranks.")
+@click.option("--scale-batch", is_flag=True, help="With --wrap: each rank keeps the whole batch.")
+@click.option("--dry-run", is_flag=True, help="Print what was checked and the sbatch command, and stop.")
+@click.option(
+    "--follow", is_flag=True, help="Show the log until the job has ended; Ctrl-C leaves it running."
+)
+@click.option("--force", is_flag=True, help="Submit although a check objects.")
+@click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]...")
+def submit(**typed) -> None:
+    """Submit SCRIPT with ARGS to Slurm, checked before it waits in the queue."""
+    from hvdtrain.launch.submit import read_typed, submit
+
+    sys.exit(submit(read_typed(typed)))
 
 
 @cli.command("build-horovod")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from hvdtrain import topology
+from hvdtrain import heartbeat, topology, unwatched
 from hvdtrain.collectives.base import Call, Engine, MismatchError
 from hvdtrain.collectives.single import SingleEngine
 
@@ -44,10 +44,12 @@ def init(comm: Any = None) -> Engine:
         if choice not in CHOICES:
             raise ValueError(f"HVDTRAIN_ENGINE must be one of {', '.join(CHOICES)}. Received: {choice!r}.")
         place = topology.detect()
-        engine = _open(choice, place, comm)
+        with heartbeat.Waiting(b"in hvd.init()"):
+            engine = _open(choice, place, comm)
         _check_world(engine, None if comm else place)
         _end_all_on_error(engine)
         atexit.register(_end_together, engine)
+        unwatched.start(engine)
         _engine = engine
     return _engine
 

@@ -1,10 +1,17 @@
 """What the ranks compare before an operation, and the sentence they all get when they do not agree."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hvdtrain.collectives.operands import Op
+
+# Kinds of calls that say by themselves what is done; any other names a place in the script, or a reducer.
+_OPERATIONS = {
+    *("allreduce", "grouped_allreduce", "reducescatter", "allgather", "alltoall", "broadcast", "barrier"),
+    *("allgather_object", "gather_object", "broadcast_object", "join"),
+}
 
 
 class MismatchError(ValueError):
@@ -60,6 +67,20 @@ class Call:
         text = "\n".join((self.kind, *self.details)).encode()
         value = int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "big")
         object.__setattr__(self, "digest", value)
+
+    @functools.cached_property
+    def where(self) -> bytes:
+        """Where a rank is that waits in this call, as its heartbeat says it: "in allreduce of dense/kernel"."""
+        first = "".join((self.shown or self.details)[:1])
+        if self.kind in _OPERATIONS:
+            return f"in {self.kind} ({first})".replace(" ()", "").encode()
+        if not self.shown:
+            return f"at {self.kind.partition(' (')[0]}".encode()
+        more = f" and {len(self.shown) - 1} more" if len(self.shown) > 1 else ""
+        variables = first.partition(": ")[0] + more
+        if self.kind.startswith("broadcast"):
+            return f"in {self.kind}: {variables}".encode()
+        return f"in allreduce of {variables} ({self.kind})".encode()  # a reducer's own name
 
 
 JOIN = Call("join")

@@ -17,6 +17,7 @@ from typing import Any
 import cloudpickle
 import numpy as np
 
+from hvdtrain import heartbeat
 from hvdtrain.collectives import adasum, fusion
 from hvdtrain.collectives.agreement import (
     JOIN,
@@ -64,6 +65,8 @@ class Engine(ABC):
     _members: tuple[int, ...] | None = None
     _joined: tuple[int, ...] = ()
     _doing: str = ""
+    _where: bytes = b""
+    _among: bytes = b""  # the members of a process set, in words
 
     @property
     def rank(self) -> int:
@@ -83,8 +86,8 @@ class Engine(ABC):
     # What an engine implements.
 
     @abstractmethod
-    def _same_everywhere(self, number: int) -> bool:
-        """Tells on all ranks alike whether all passed the same number of at most 63 bits."""
+    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
+        """Tells on all ranks alike whether all passed the same number of at most 63 bits, and the largest wish."""
 
     @abstractmethod
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
@@ -290,13 +293,15 @@ class Engine(ABC):
     def allgather_object(self, value: Any) -> list[Any]:
         """Returns the picklable values of all ranks, in their order, on every rank; of one that joined, None."""
         self.agree(Call("allgather_object", stand_in=StandIn(objects=True)))
-        return self._gather_objects(value)
+        with self._waiting():
+            return self._gather_objects(value)
 
     def gather_object(self, value: Any, root_rank: int = 0) -> list[Any] | None:
         """Returns the picklable values of all ranks on `root_rank`, and None on the others."""
         root = self.check_root(root_rank, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
-        values = self._gather_objects(value)
+        with self._waiting():
+            values = self._gather_objects(value)
         return values if self.rank == root else None
 
     def broadcast_object(self, value: Any = None, root_rank: int = 0) -> Any:
@@ -304,9 +309,11 @@ class Engine(ABC):
         root = self.check_root(root_rank, "broadcast_object")
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
         data = _pickled(value) if self.rank == root else np.empty(0, np.uint8)
-        length = int(self._broadcast(np.array([len(data)]), root)[0])
-        buffer = data if self.rank == root else np.empty(length, np.uint8)
-        return pickle.loads(self._broadcast(buffer, root).tobytes())
+        with self._waiting():
+            length = int(self._broadcast(np.array([len(data)]), root)[0])
+            buffer = data if self.rank == root else np.empty(length, np.uint8)
+            data = self._broadcast(buffer, root)
+        return pickle.loads(data.tobytes())
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
@@ -324,7 +331,7 @@ class Engine(ABC):
         Raises:
             MismatchError: On every rank, if another operation needs this rank.
         """
-        while self.size > 1 and not self._same_everywhere(JOIN.digest):
+        while self.size > 1 and not self._all_have_joined():
             self._stand_in_for(self._settled(JOIN))
         late = set(self.ranks) - set(self._joined) or set(self.ranks)
         self._joined = ()
@@ -353,6 +360,7 @@ class Engine(ABC):
         part = self._subset(ordered)
         if part is not None:
             part.timeline = self.timeline
+            part._among = ranks_text(part.ranks).encode()
         return part
 
     def check_root(self, root_rank: int, function: str) -> int:
@@ -369,11 +377,15 @@ class Engine(ABC):
         if self.rank == 0:
             print(f"hvdtrain: {sentence}", file=sys.stderr, flush=True)
 
-    def agree(self, call: Call) -> None:
+    def agree(self, call: Call, wish: int = 0) -> int:
         """Makes sure that all ranks make this call now, before any of them may wait for another.
 
         Args:
             call: What this rank is about to do.
+            wish: A number of which all ranks learn the largest, at no further cost.
+
+        Returns:
+            The largest wish of all ranks.
 
         Raises:
             MismatchError: On every rank, if one rank's call differs; the message names ranks and calls.
@@ -382,10 +394,18 @@ class Engine(ABC):
             raise ValueError(
                 f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
             )
-        self._doing = call.kind
+        self._doing, self._where = call.kind, call.where
         with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
-            if self.size > 1 and not self._same_everywhere(call.digest):
+            if self.size == 1:
+                return wish
+            same, largest = self._compared(call.digest, wish)
+            if not same:
                 self._settled(call)
+            return largest
+
+    def leave_to_core(self) -> None:
+        """Notes that the engine's own graph operations now do what the ranks have agreed on."""
+        heartbeat.left_to_core(self._where, self._among)
 
     def _settled(self, call: Call) -> Call:
         """Finds out what the ranks will do that do not all ask for the same: only those that joined may not.
@@ -502,12 +522,24 @@ class Engine(ABC):
         return [count // self.size + (rank < count % self.size) for rank in range(self.size)]
 
     def _span(self, phase: str) -> AbstractContextManager[Any]:
-        """Records a phase of the operation in hand while a timeline is written."""
+        """Notes a phase of the operation in hand: in the heartbeat, and in the timeline while one is written."""
         timeline = self.timeline  # another thread may end it
         if timeline is None:
-            return contextlib.nullcontext()
+            return self._waiting()
         whose = f" of {ranks_text(self.ranks)}" if self._members else ""
-        return timeline.span(self._doing + whose, phase)
+        both = contextlib.ExitStack()
+        both.enter_context(timeline.span(self._doing + whose, phase))
+        both.enter_context(self._waiting())
+        return both
+
+    def _waiting(self) -> AbstractContextManager[Any]:
+        """Notes for who may ask that this rank is in the operation in hand and needs the others."""
+        return heartbeat.Waiting(self._where, self._among) if self.size > 1 else contextlib.nullcontext()
+
+    def _all_have_joined(self) -> bool:
+        self._where = JOIN.where
+        with self._waiting():
+            return self._compared(JOIN.digest)[0]
 
 
 def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdtrain import heartbeat, processes
 from hvdtrain.collectives import horovod_timeline, mpi
 from hvdtrain.collectives.base import Engine, Op, StandIn, World
 from hvdtrain.collectives.horovod_library import find_horovod, load_horovod
@@ -36,8 +37,12 @@ class HorovodEngine(Engine):
         horovod = load_horovod()
         self._tf = tf
         self.horovod = horovod
+        before = processes.threads()
         with horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records:
             horovod.init(comm) if comm else horovod.init()
+        heartbeat.set_aside(
+            processes.threads() - before
+        )  # they turn for ever, whether or not anything goes on
         self._ops = {
             Op.SUM: horovod.Sum,
             Op.MIN: horovod.Min,
@@ -58,13 +63,13 @@ class HorovodEngine(Engine):
         same_world = (comm or self._mpi.COMM_WORLD).size == self.size
         self._side_channel = mpi.MpiEngine(comm) if many_threads and same_world else None
 
-    def _same_everywhere(self, number: int) -> bool:
+    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
         if self._side_channel:  # microseconds, where Horovod waits for its next cycle
-            return self._side_channel._same_everywhere(number)
-        mine = np.array([number, -number])
+            return self._side_channel._compared(number, wish)
+        mine = np.array([number, -number, -wish])
         lowest = np.empty_like(mine)
         self._reduce(mine, lowest, Op.MIN)
-        return bool((mine == lowest).all())
+        return bool((mine[:2] == lowest[:2]).all()), -int(lowest[2])
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         receive[...] = self._on_cpu(

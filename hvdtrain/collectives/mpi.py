@@ -34,15 +34,16 @@ class MpiEngine(Engine):
         self._members = tuple(ranks) if ranks else None
         self._ops = {Op.SUM: mpi.SUM, Op.MIN: mpi.MIN, Op.MAX: mpi.MAX, Op.PRODUCT: mpi.PROD}
         self._bool_ops = {Op.MIN: mpi.LAND, Op.MAX: mpi.LOR, Op.PRODUCT: mpi.LAND}
-        self._mine, self._lowest = np.empty(2, np.int64), np.empty(2, np.int64)
+        self._mine, self._lowest = np.empty(3, np.int64), np.empty(3, np.int64)
         self.library = library_name(mpi)
         self.world = world_of(self._comm)
 
-    def _same_everywhere(self, number: int) -> bool:
+    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
         # The lowest of all n and of all -n are n and -n only if every rank has the same n.
-        self._mine[:] = number, -number
+        self._mine[:] = number, -number, -wish
         self._comm.Allreduce(self._mine, self._lowest, self._mpi.MIN)
-        return bool((self._mine == self._lowest).all())
+        lowest, opposite, wished = self._lowest.tolist()
+        return lowest == number == -opposite, -wished
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         operation = self._operation(send.dtype, op)

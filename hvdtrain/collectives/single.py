@@ -16,8 +16,8 @@ class SingleEngine(Engine):
     def __init__(self) -> None:
         self.world = World()
 
-    def _same_everywhere(self, number: int) -> bool:
-        return True
+    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
+        return True, wish
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         if receive is not send:

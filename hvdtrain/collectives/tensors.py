@@ -132,6 +132,7 @@ def on_host(
 
 def _agreed(engine: Engine, call: Call) -> np.ndarray:
     engine.agree(call)
+    engine.leave_to_core()
     return np.array(True)
 
 

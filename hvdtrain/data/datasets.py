@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,17 @@ class ShardedTFDataset(tf.data.Dataset):
         """Tells where training is; see `ShardedDataset.state`."""
         epoch, step = self.position.at(self.position.done, self.steps or 2**62)
         return {"epoch": epoch, "step": step}
+
+    def go_on(self, epoch: int, step: int, read: int) -> None:
+        """Goes to a position; see `ShardedDataset.go_on`."""
+        if self.pipeline.division.reshuffled and runtime.engine().rank == 0:
+            warnings.warn(
+                "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, "
+                "so the run that goes on sees another order than the one before. Leave its .shuffle() out and type "
+                "hvd.shard(…, shuffle=True).",
+                stacklevel=2,
+            )
+        self.position.epoch, self.position.step, self.position.done = epoch, step, 0
 
     def reading(
         self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None

@@ -82,6 +82,13 @@ def _understanding(model: keras.Model, original: Callable[[Any], Any]) -> Callab
     return step
 
 
+def as_keras(batch: Any) -> Any:
+    """Returns a batch, or what describes one, without what only a model's steps understand."""
+    if isinstance(batch, tuple | list) and len(batch) == 3 and _is_exact(batch[2]):
+        return batch[0], batch[1], batch[2][WEIGHT]
+    return batch
+
+
 def _is_exact(value: Any) -> bool:
     return isinstance(value, dict) and set(value) == {WEIGHT, REAL, SHARE}
 

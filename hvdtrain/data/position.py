@@ -28,6 +28,10 @@ class Position:
         self.epoch, self.step = self.at(count, steps)
         self.done = 0
 
+    def origin(self) -> dict[str, int]:
+        """Returns where the epoch, or the window of one, began that is being read."""
+        return {"epoch": self.epoch, "step": self.step}
+
     def next_epoch(self) -> None:
         """Goes to the beginning of the next epoch."""
         self.epoch, self.step, self.done = self.epoch + 1, 0, 0

@@ -96,6 +96,19 @@ class ShardedDataset(keras.utils.PyDataset):
         epoch, step = self.position.at(self.position.done, self.steps)
         return {"epoch": epoch, "step": step}
 
+    def go_on(self, epoch: int, step: int, read: int) -> None:
+        """Goes to a position without reading what lies before it; a user's PyDataset sees the epochs pass.
+
+        Args:
+            epoch: The epoch.
+            step: The step in it.
+            read: Batches that lie before.
+        """
+        for past in range(self.position.epoch, epoch):
+            self.source.begin(past)
+            self.source.end(past)
+        self.position.epoch, self.position.step, self.position.done = epoch, step, 0
+
     def reading(
         self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None
     ) -> "ShardedDataset":

@@ -50,6 +50,11 @@ class Inquiry:
             self.launcher = mpirun.find(self.environ)
         except LaunchError as error:
             self.launcher_problem = str(error)
+        tasks = self.environ.get("SLURM_NTASKS", "1")  # srun refuses to start more than were allocated
+        self._tasks = int(tasks) if slurm.in_allocation(self.environ) and tasks.isdigit() else 0
+        if self._tasks:
+            mpi = self.launcher.mpi if self.launcher else None
+            self.environ |= slurm.settle(self._tasks, mpi, self.environ)
         self._mpi = self._start([*(self.start_of_ranks(1) or []), *_probe("mpi")])
         self._stack = self._start(_probe("stack"))
         self._sums = {engine: self._start_sum(engine) for engine in engines if self.start_of_ranks(2)}
@@ -73,12 +78,9 @@ class Inquiry:
 
     def start_of_ranks(self, ranks: int) -> list[str] | None:
         """Writes what starts ranks here as `hvdtrain run` would; None where nothing can."""
-        tasks = self.environ.get("SLURM_NTASKS", "1")  # srun refuses to start more than were allocated
-        if slurm.in_allocation(self.environ) and tasks.isdigit() and int(tasks) >= ranks:
-            mpi = self.launcher.mpi if self.launcher else None
-            command = slurm.srun_command(ranks, mpi, "none", self.environ)
-            if command:
-                return command
+        command = slurm.srun_command(ranks, "none", self.environ) if self._tasks >= ranks else None
+        if command is not None:
+            return command
         return self.launcher.command(ranks, (), ()) if self.launcher else None
 
     def allreduce(self, engine: str) -> dict[str, Any]:

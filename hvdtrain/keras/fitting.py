@@ -18,9 +18,12 @@ from hvdtrain.data import seams
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.following import preceded
 from hvdtrain.data.together import compare, is_everybodys, tell
+from hvdtrain.keras.callbacks import checkpoint
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
+from hvdtrain.keras.checkpointing.placing import steps_passed_over
 from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
 from hvdtrain.keras.optimizer import is_distributed
+from hvdtrain.keras.progress import Progress
 
 _STEPS = (
     "Who comes to the end of training first would leave the others waiting. Give every rank the same number of "
@@ -65,13 +68,19 @@ def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fit)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = _engine(self)
-        if engine.size == 1:
-            return fit(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs).arguments
+        with checkpoint.over(self, given):
+            return begin(self, given)
+
+    def begin(self: Any, given: dict[str, Any]) -> Any:
+        engine = _engine(self)
+        progress = Progress(steps_passed_over(given))
+        if engine.size == 1:
+            return fit(**{**given, "callbacks": preceded(self, given.get("callbacks"), progress)})
         fingerprint = Fingerprint.of(given) if _checks_data else None
         callback = InStep(engine, fingerprint, given)
         given["callbacks"] = preceded(self, given.get("callbacks"), callback)
+        given["callbacks"] = preceded(self, given["callbacks"], progress)
         try:
             with _told(engine), seams.watching(fingerprint) if fingerprint else contextlib.nullcontext():
                 history = fit(**given)

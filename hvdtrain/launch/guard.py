@@ -6,6 +6,7 @@ its exit status is known exactly, under every MPI.
 
 import contextlib
 import json
+import mmap
 import os
 import selectors
 import signal
@@ -17,9 +18,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hvdtrain.launch import wire
+from hvdtrain.launch.pulse import Pulse
 
 RELAYED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-PATIENCE = 2.0  # seconds between asking a rank to end and ending it
+PATIENCE = 2.0  # seconds between asking a rank to end and ending it, where it asks for no more
+LOST = 30.0  # seconds after which what a lost host was sent is no longer tried again
 CHUNK = 65536
 
 
@@ -32,6 +35,7 @@ class Pipes:
         stderr: What it prints there.
         reports: How its script ended, a line of JSON.
         crash: The Python stack that faulthandler writes when a signal kills it.
+        stacks: The stacks of all threads that faulthandler writes when it is asked for them.
         receipt: Where the guard answers that a report is on its way.
     """
 
@@ -39,6 +43,7 @@ class Pipes:
     stderr: int
     reports: int
     crash: int
+    stacks: int
     receipt: int
 
 
@@ -134,12 +139,15 @@ class Guard:
         child: The rank's process id.
         pipes: What the rank writes.
         link: Where to send it.
+        page: Where the rank notes what it does.
     """
 
-    def __init__(self, child: int, pipes: Pipes, link: Link) -> None:
+    def __init__(self, child: int, pipes: Pipes, link: Link, page: mmap.mmap) -> None:
         self._child, self._pipes, self._link = child, pipes, link
+        self._pulse = Pulse(child, page, pipes.stacks, link.send)
         self._status: int | None = None
         self._kill_at: float | None = None
+        self._ordered = False
         self._crash = bytearray()
         self._selector = selectors.DefaultSelector()
         signal.pthread_sigmask(signal.SIG_BLOCK, RELAYED)
@@ -155,12 +163,15 @@ class Guard:
             for key, _ in self._selector.select(timeout=0.1):
                 key.data()
             self._relay_signals()
+            if self._link.receiver() is not None:
+                self._pulse.turn()
             if self._kill_at and time.monotonic() > self._kill_at:
                 self._signal(signal.SIGKILL)
             self._reap()
         self._read_streams()
         self._read_reports()
         self._drain(self._pipes.crash, self._crash.extend)
+        self._pulse.last()
         exit_record = {"status": self._status, "crash": self._crash.decode(errors="replace")}
         self._link.send(wire.EXIT, json.dumps(exit_record).encode())
         return self._status
@@ -171,6 +182,7 @@ class Guard:
             self._pipes.stderr: self._read_streams,
             self._pipes.reports: self._read_reports,
             self._pipes.crash: lambda: self._drain(self._pipes.crash, self._crash.extend),
+            self._pipes.stacks: self._read_stacks,
         }
         for pipe, reader in readers.items():
             os.set_blocking(pipe, False)
@@ -187,6 +199,10 @@ class Guard:
         # What was written before the report is sent before it.
         self._read_streams()
         self._drain(self._pipes.reports, self._send_reports)
+
+    def _read_stacks(self) -> None:
+        if not self._pulse.hear():
+            self._forget(self._pipes.stacks)
 
     def _send_reports(self, data: bytes) -> None:
         while not data.endswith(b"\n"):
@@ -225,11 +241,21 @@ class Guard:
         except OSError:
             orders = b""
         for number in orders:
-            self._signal(number)
+            self._follow(number)
         if not orders:
             self._forget(receiver)
             self._signal(signal.SIGTERM)
-            self._kill_at = time.monotonic() + PATIENCE
+            # A launcher that orders the end has waited; one that is gone has not.
+            wanted = 0.0 if self._ordered else self._pulse.patience
+            self._kill_at = time.monotonic() + max(PATIENCE, wanted)
+
+    def _follow(self, order: int) -> None:
+        if order == wire.LOOK:
+            self._pulse.look()
+        elif order == wire.END:
+            self._ordered = True
+        else:
+            self._signal(order)
 
     def _relay_signals(self) -> None:
         while (caught := signal.sigtimedwait(RELAYED, 0)) is not None:
@@ -267,7 +293,9 @@ def connect() -> socket.socket | None:
 def keep_alive(sock: socket.socket) -> None:
     """Lets a connection to a host that was lost end within half a minute."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 3)):
+    # With something on its way nothing is asked; then the last of these tells.
+    lost = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(LOST * 1000)}
+    for option, value in lost.items():
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 

@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
+from hvdtrain.heartbeat import Beat
 from hvdtrain.launch import wire
 from hvdtrain.launch.console import Console
+from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.server import CLOSED, Event, Server
+from hvdtrain.launch.stall import Stall
 from hvdtrain.launch.verdict import Verdict
+from hvdtrain.limits import Limits, stack_file
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
@@ -33,6 +37,9 @@ class Job:
         console: Where the ranks' output goes.
         verbose: Whether the MPI launcher's own words are shown.
         addresses: Names of this host for ranks on other hosts; empty when all are here.
+
+    Raises:
+        LaunchError: If HVDTRAIN_STALL_SECONDS or HVDTRAIN_STALL_ABORT_SECONDS is no number of seconds.
     """
 
     def __init__(self, size: int, console: Console, verbose: bool, addresses: Sequence[str] = ()) -> None:
@@ -40,11 +47,12 @@ class Job:
         self.interrupted: int | None = None
         self._console, self._verbose = console, verbose
         self._selector = selectors.DefaultSelector()
+        self._stall = Stall(self.verdict, self._order, console.say, _limits(), stack_file())
         self._server = Server(self._selector, addresses)
         self._process: subprocess.Popen[bytes] | None = None
         self._agenda: list[tuple[float, Callable[[], None]]] = []
         self._signals: list[int] = []
-        self._given_up = False
+        self._given_up = self._hung = False
         self._said = b""
         self._stdout_rest = b""
         self._relays_stdout = False
@@ -81,6 +89,11 @@ class Job:
         return self._process.wait()
 
     @property
+    def beats(self) -> dict[int, Beat]:
+        """Where each rank was last heard of."""
+        return self._stall.beats
+
+    @property
     def said(self) -> str:
         """The MPI launcher's own words."""
         return self._said.decode(errors="replace")
@@ -101,19 +114,36 @@ class Job:
         # The cause first: the end of other ranks, and what they say about it, may come in the same turn.
         events.sort(key=lambda event: event[1] == CLOSED)
         reported = {rank for rank, known in enumerate(self.verdict.ranks) if known.report}
+        now = time.monotonic()
         for rank, kind, payload in events:
-            self.verdict.note(rank, kind, payload)
+            # What a rank says that is ended because it hung explains nothing.
+            if not (self._hung and kind == wire.REPORT):
+                self.verdict.note(rank, kind, payload)
+            self._stall.hear(rank, kind, payload, now)
         for rank, kind, payload in events:
             # What a rank said before it ended is its own explanation: argparse's, say.
             if kind == wire.REPORT:
                 reported.add(rank)
             self._show(rank, kind, payload, rank in reported)
         self._console.tick()
-        if self.verdict.first is not None:
+        self._end_hang(now)
+        if self.verdict.resumable is not None:
+            self._end_patiently()
+        elif self.verdict.first is not None:
             self._end_in(AFTER_FAILURE)
         self._answer_signals()
         while self._agenda and time.monotonic() >= self._agenda[0][0]:
             self._agenda.pop(0)[1]()
+
+    def _end_hang(self, now: float) -> None:
+        """Ends the job in the name of the rank that the others wait for, where that has become hopeless."""
+        blame = self._stall.turn(now) if self.verdict.first is None and not self._agenda else None
+        if blame is not None:
+            self._hung = True
+            self.verdict.note(blame.rank, wire.REPORT, blame.report)
+
+    def _order(self, number: int) -> None:
+        self._server.order(number)
 
     def _show(self, rank: int, kind: bytes, payload: bytes, reported: bool) -> None:
         """Shows output, but not what dying ranks say on standard error after the first failure."""
@@ -133,6 +163,22 @@ class Job:
                 (now + seconds + 3, self._kill),
                 (now + seconds + 4, self._give_up),
             ]
+
+    def _end_patiently(self) -> None:
+        """Plans the end for when the ranks have had the time to end by themselves that they ask for, even late."""
+        begun = time.monotonic()
+
+        def look() -> None:
+            failed = self.verdict.first is not None and self.verdict.resumable is None
+            asked = [beat.patience for beat in self.beats.values() if not failed]
+            end, now = begun + max([AFTER_SIGNAL, *asked]), time.monotonic()
+            self._agenda = [(min(end, now + 0.5), look)]
+            if self.verdict.all_gone or now >= end:
+                self._agenda = []
+                self._end_in(AFTER_LAST if self.verdict.all_gone else 0)
+
+        if not self._agenda and not self._given_up:
+            look()
 
     def _terminate(self) -> None:
         self._server.end()
@@ -158,15 +204,15 @@ class Job:
                 self._end_in(0)
             elif number in ENDING:
                 self.interrupted = number
-                self._end_in(AFTER_SIGNAL if self._server.connected else 0)
-            self._server.signal(number)
+                self._end_patiently() if self._server.connected else self._end_in(0)
+            self._order(number)
 
     @contextlib.contextmanager
     def _hearing_signals(self) -> Iterator[None]:
         def hear(number: int, frame: FrameType | None) -> None:
             self._signals.append(number)
 
-        before = {number: signal.signal(number, hear) for number in (*ENDING, *PASSED_ON)}
+        before = {number: signal.signal(number, hear) for number in heard(*ENDING, *PASSED_ON)}
         try:
             yield
         finally:
@@ -204,6 +250,19 @@ class Job:
             else:
                 self._hear_chatter(line + b"\n" if line else b"")
         return events
+
+
+def heard(*numbers: int) -> list[int]:
+    """Leaves out a hang-up that nohup has asked to ignore, so that a job outlives its terminal."""
+    ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    return [number for number in numbers if number != signal.SIGHUP or not ignored]
+
+
+def _limits() -> Limits:
+    try:
+        return Limits.read()
+    except ValueError as error:
+        raise LaunchError(str(error)) from error
 
 
 def _read_record(line: bytes) -> list[Event]:

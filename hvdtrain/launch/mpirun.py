@@ -3,12 +3,12 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from hvdtrain.launch.asking import ask
 from hvdtrain.launch.hosts import Host, LaunchError
 
 
@@ -182,18 +182,8 @@ def forwarded_names(environ: Iterable[str]) -> list[str]:
 
 
 def _identify(program: str, environ: Mapping[str, str]) -> Mpi:
-    try:
-        done = subprocess.run(
-            [program, "--version"],
-            env={**environ, **_AS_ROOT, "PATH": path_for(program, environ)},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=60,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LaunchError(f"{program} was found but does not run: {error}.") from error
+    path = {"PATH": path_for(program, environ)}
+    done = ask([program, "--version"], {**environ, **_AS_ROOT, **path}, 60)
     said = done.stdout + done.stderr
     for mpi in KNOWN:
         if re.search(mpi.version, said):

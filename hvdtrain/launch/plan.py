@@ -3,13 +3,13 @@
 import os
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain import topology
 from hvdtrain.launch import binding, mpirun, slurm, wire
-from hvdtrain.launch.hosts import LaunchError, addresses_towards, all_local, read_hosts
+from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
 
 # What an MPI launcher leaves in the environment of its ranks, beside the variables in topology.py.
 _INHERITED = ("OMPI_", "OPAL_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL")
@@ -35,6 +35,10 @@ class RunOptions:
         as_horovod: Whether `import horovod` means hvdtrain in the script.
         wrap: Whether the script knows nothing of ranks, and its work is to be divided among them.
         scale_batch: With `wrap`, whether each rank keeps the script's batch.
+        python: What runs Python for a rank, "apptainer exec image.sif python3" for one; this Python by default.
+        max_restarts: How often ranks that failed are started again.
+        min_np: The smallest number of ranks to go on with when hosts are lost; `num_proc` by default.
+        walltime: How long the training may take from now, as Slurm writes it: "8:00:00".
     """
 
     num_proc: int
@@ -51,6 +55,10 @@ class RunOptions:
     as_horovod: bool = False
     wrap: bool = False
     scale_batch: bool = False
+    python: str = ""
+    max_restarts: int = 0
+    min_np: int | None = None
+    walltime: str | None = None
 
 
 @dataclass(frozen=True)
@@ -73,12 +81,13 @@ class Plan:
         return " ".join([*settings, shlex.join(self.command)])
 
 
-def make_plan(options: RunOptions, environ: Mapping[str, str]) -> Plan:
+def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Host] = ()) -> Plan:
     """Decides how the ranks are started, by the MPI, the hosts and the allocation at hand.
 
     Args:
         options: What was asked for.
         environ: The environment, as `clean_environ` leaves it.
+        left: The hosts to start on, where some of those asked for are lost.
 
     Returns:
         The plan.
@@ -87,25 +96,27 @@ def make_plan(options: RunOptions, environ: Mapping[str, str]) -> Plan:
         LaunchError: Where what was asked for, or what is installed, cannot start a job.
     """
     _check_script(options)
-    _check_wrapping(options)
-    if options.num_proc < 1:
-        raise LaunchError(f"-np {options.num_proc} asks for no rank at all; it must be 1 or more.")
-    extra = _split(options.mpi_args)
-    hosts = read_hosts(options.hosts, options.hostfile, options.num_proc)
+    check_wrapping(options)
+    _check_numbers(options)
+    extra = _split("--mpi-args", options.mpi_args)
+    hosts = tuple(left) or read_hosts(options.hosts, options.hostfile, options.num_proc)
     found = mpirun.find(environ)
-    if slurm.in_allocation(environ) and not hosts:
-        start, settings = _start_in_allocation(options, found, environ)
+    told = _quiet(options, environ) | _hashing(options, environ)
+    if in_allocation(options, environ):
+        start, settings = _start_in_allocation(options, found, {**environ, **told}, hosts)
         addresses = addresses_towards(slurm.first_hosts(environ))
     else:
-        start, settings = _start_by_mpirun(options, found, environ, all_local(hosts))
+        start, settings = _start_by_mpirun(options, found, {**environ, **told}, hosts, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
     mode = [wire.AS_HOROVOD] if options.as_horovod else []
     words = wire.pack_words([*mode, *_wrapping(options), options.script, *options.args])
-    return Plan(
-        [*start, *extra, sys.executable, "-m", "hvdtrain.launch.supervise", *words],
-        settings | _quiet(options, environ) | _hashing(options, environ),
-        addresses,
-    )
+    command = [*start, *extra, *_python(options), "-m", "hvdtrain.launch.supervise", *words]
+    return Plan(command, settings | told, addresses)
+
+
+def in_allocation(options: RunOptions, environ: Mapping[str, str]) -> bool:
+    """Says whether the hosts are those of a Slurm allocation; hosts that were named win over them."""
+    return slurm.in_allocation(environ) and not (options.hosts or options.hostfile)
 
 
 def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
@@ -129,7 +140,11 @@ def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def _start_by_mpirun(
-    options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], local: bool
+    options: RunOptions,
+    found: mpirun.Launcher | None,
+    environ: Mapping[str, str],
+    hosts: Sequence[Host],
+    local: bool,
 ) -> tuple[list[str], dict[str, str]]:
     """Writes mpirun's part of the command, and what it needs in the environment."""
     if found is None:
@@ -139,7 +154,6 @@ def _start_by_mpirun(
         )
     if local:
         _check_cores(options)
-    hosts = read_hosts(options.hosts, options.hostfile, options.num_proc)
     settings = {wire.BIND: options.bind, **found.settings(environ)}
     if local and binding.should_yield(len(os.sched_getaffinity(0)), options.num_proc):
         settings |= {name: value for name, value in binding.YIELDING.items() if name not in environ}
@@ -149,18 +163,23 @@ def _start_by_mpirun(
 
 
 def _start_in_allocation(
-    options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str]
+    options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], nodes: Sequence[Host]
 ) -> tuple[list[str], dict[str, str]]:
     """Writes srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
-    command = slurm.srun_command(options.num_proc, found.mpi if found else None, options.bind, environ)
+    # The MPI inside of a container may be another than that of the mpirun here.
+    mpi = found.mpi if found and not options.python else None
+    settled = slurm.settle(options.num_proc, mpi, environ, _python(options))
+    environ = {**environ, **settled}
+    command = slurm.srun_command(options.num_proc, options.bind, environ, [node.name for node in nodes])
     if command is not None:
-        return command, {}
+        return command, settled
     if found is None:
         raise LaunchError(
             "This is a Slurm allocation, but `srun --mpi=list` names neither pmix nor pmi2, and no mpirun "
             "was found: load your cluster's MPI module."
         )
-    return _start_by_mpirun(options, found, environ, local=False)
+    start, settings = _start_by_mpirun(options, found, environ, nodes, local=False)
+    return start, settled | settings
 
 
 def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
@@ -181,7 +200,8 @@ def _hashing(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
     return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
 
 
-def _check_wrapping(options: RunOptions) -> None:
+def check_wrapping(options: RunOptions) -> None:
+    """Refuses ways of running a script that contradict each other."""
     if options.scale_batch and not options.wrap:
         raise LaunchError("--scale-batch says how --wrap divides the work: type --wrap --scale-batch.")
     if options.wrap and options.as_horovod:
@@ -189,6 +209,20 @@ def _check_wrapping(options: RunOptions) -> None:
             "--as-horovod is for a script that trains on several ranks by itself, --wrap for one that knows "
             "nothing of ranks: type one of them."
         )
+
+
+def _check_numbers(options: RunOptions) -> None:
+    ranks, fewest = options.num_proc, options.min_np
+    if ranks < 1:
+        raise LaunchError(f"-np {ranks} asks for no rank at all; it must be 1 or more.")
+    if options.max_restarts < 0:
+        raise LaunchError(f"--max-restarts {options.max_restarts} must be 0 or more.")
+    if fewest is None:
+        return
+    if not options.max_restarts:
+        raise LaunchError("--min-np says with how few ranks to start again: type it with --max-restarts 3.")
+    if not 1 <= fewest <= ranks:
+        raise LaunchError(f"--min-np {fewest} must be from 1 to the {ranks} ranks of -np.")
 
 
 def _check_script(options: RunOptions) -> None:
@@ -213,8 +247,12 @@ def _check_cores(options: RunOptions) -> None:
         )
 
 
-def _split(mpi_args: str) -> list[str]:
+def _python(options: RunOptions) -> list[str]:
+    return _split("--python", options.python) or [sys.executable]
+
+
+def _split(option: str, words: str) -> list[str]:
     try:
-        return shlex.split(mpi_args)
+        return shlex.split(words)
     except ValueError as error:
-        raise LaunchError(f"--mpi-args={mpi_args!r} cannot be taken apart: {error}.") from error
+        raise LaunchError(f"{option}={words!r} cannot be taken apart: {error}.") from error

@@ -1,26 +1,25 @@
 """`hvdtrain run`: starts a script on several ranks with the MPI found here, and says what became of it."""
 
-import itertools
 import os
-import re
 import signal
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 
-from hvdtrain.launch import staging
+from hvdtrain.launch import restart, staging, walltime
 from hvdtrain.launch.console import Console
 from hvdtrain.launch.done import DoneFile
+from hvdtrain.launch.ending import Ending, conclude, interrupted
 from hvdtrain.launch.hosts import LaunchError
+from hvdtrain.launch.interrupt import Interrupted, hearing
 from hvdtrain.launch.job import Job
 from hvdtrain.launch.plan import Plan, RunOptions, clean_environ, make_plan
+from hvdtrain.launch.restart import Start
+from hvdtrain.launch.survivors import World, world
+from hvdtrain.preempted import RESUMABLE
 
 __all__ = ["RunOptions", "run"]
-
-# What MPI launchers say whenever a rank has ended badly; how it did is known better here.
-_ROUTINE = re.compile(
-    r"Primary job +terminated normally|noticed that process rank|exited with non-zero|BAD TERMINATION"
-    r"|EXIT STRING|ORTE_ERROR_LOG|Process name:|MPI_ABORT|MPI_Abort|problem with your application|KILLED BY"
-)
 
 
 def run(options: RunOptions) -> int:
@@ -30,83 +29,98 @@ def run(options: RunOptions) -> int:
         options: What was asked for.
 
     Returns:
-        0 when every rank has shown that its script came to its end; else the exit code of the rank that
-        failed first, 128 plus the number of a signal, or 2 when nothing could be started.
+        0 when every rank has shown that its script came to its end; 75 when the training was asked to stop and
+        the same command goes on from there; else the exit code of the rank that failed first, 128 plus the
+        number of a signal, or 2 when nothing could be started.
     """
-    environ = clean_environ(os.environ)
+    console, starts, begun = Console(options.verbose), list[Start](), time.monotonic()
     try:
-        environ |= staging.told(options.stage, environ)
-        plan = make_plan(options, environ)
+        with hearing():
+            code, words = _run(options, console, starts)
     except LaunchError as error:
-        print(f"hvdtrain: {error}", file=sys.stderr)
-        return 2
-    if options.dry_run:
-        print(plan)
-        return 0
-    try:
-        done = DoneFile(options.done_file) if options.done_file else None
-        with staging.staged(options.stage, environ):
-            return _start(options, plan, {**environ, **plan.settings}, done)
-    except LaunchError as error:
-        print(f"hvdtrain: {error}", file=sys.stderr)
-        return 2
+        code, words = 2, f"hvdtrain: {error}"
+    except Interrupted as stop:
+        code, words = _between_starts(stop.number, time.monotonic() - begun)
     except BrokenPipeError:
         # Nobody reads what the ranks print. Python must not try once more when it ends.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
-
-
-def _start(options: RunOptions, plan: Plan, environ: Mapping[str, str], done: DoneFile | None) -> int:
-    console = Console(options.verbose)
-    job = Job(options.num_proc, console, options.verbose, plan.addresses)
-    status = job.run(plan.command, environ)
-    console.finish()
-    code, sentence = _conclude(job, status)
-    if sentence:
-        console.say(sentence)
-    if done and job.verdict.succeeded and code == 0:
-        done.write([rank.host for rank in job.verdict.ranks])
+    if len(starts) > 1:
+        console.say(restart.report(starts))
+    if words:
+        console.say(words)
     return code
 
 
-def _conclude(job: Job, status: int) -> tuple[int, str]:
-    """Gives the exit code and the last words."""
-    verdict = job.verdict
-    if job.interrupted:
-        return 128 + job.interrupted, ""
-    if verdict.succeeded:
+def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[int, str]:
+    """Starts the ranks, as often as need be, and gives the exit code and the last words."""
+    environ = clean_environ(os.environ)
+    restart.pause(environ, 0)
+    environ |= staging.told(options.stage, environ) | walltime.told(options.walltime, environ)
+    environ[restart.RESTART] = "0"
+    plan = make_plan(options, environ)
+    if options.dry_run:
+        print(plan)
         return 0, ""
-    if verdict.first is not None:
-        return verdict.code(), _explanation(job) + verdict.sentence()
-    if status < 0:
+    done = DoneFile(options.done_file) if options.done_file else None
+    with staging.staged(options.stage, environ):
+        ending = _persevere(options, plan, environ, console, starts)
+        if done and ending.code == 0:
+            done.write(starts[-1].hosts)
+    return ending.code, ending.words
+
+
+def _persevere(
+    options: RunOptions, plan: Plan, environ: dict[str, str], console: Console, starts: list[Start]
+) -> Ending:
+    """Starts the ranks until there is nothing more to be had from it."""
+    asked = World(options.num_proc)
+    while True:
+        # What the first plan has found out need not be found out again.
+        environ = {**environ, **plan.settings}
+        starts.append(_start(options, plan, environ, asked.ranks, console))
+        last = starts[-1].ending
+        reason = restart.objection(starts, options.max_restarts)
+        if reason is not None:
+            return replace(last, words="\n".join(filter(None, (reason, last.words))))
+        console.say(last.words)
+        asked = _wait(options, environ, len(starts), console)
+        environ[restart.RESTART] = str(len(starts))
+        plan = make_plan(replace(options, num_proc=asked.ranks), environ, asked.left)
+
+
+def _start(
+    options: RunOptions, plan: Plan, environ: Mapping[str, str], ranks: int, console: Console
+) -> Start:
+    """Starts the ranks once and stays with them to their end."""
+    begun = time.monotonic()
+    job = Job(ranks, console, options.verbose, plan.addresses)
+    status = job.run(plan.command, environ)
+    console.finish()
+    seconds = time.monotonic() - begun
+    hosts = [rank.host for rank in job.verdict.ranks if rank.up]
+    return Start(ranks, hosts, seconds, conclude(job, status, seconds))
+
+
+def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, console: Console) -> World:
+    """Lets some time pass before a restart, and finds out where it can be."""
+    seconds = restart.pause(environ, restarts - 1)
+    after = f"hvdtrain: start {restarts + 1} of at most {options.max_restarts + 1} follows"
+    console.say(f"{after} in {seconds:g} s.")
+    time.sleep(seconds)
+    found = world(options, environ)
+    if found.note:
+        console.say(f"hvdtrain: {found.note}.")
+    return found
+
+
+def _between_starts(number: int, seconds: float) -> tuple[int, str]:
+    """Gives the exit code and the last words for a signal that came while no ranks were up."""
+    if number == signal.SIGUSR1:
+        words = "hvdtrain: asked to stop by SIGUSR1 while no ranks were up"
         return (
-            128 - status,
-            f"hvdtrain: the MPI launcher was killed by signal {-status} before its ranks had ended.",
+            RESUMABLE,
+            f"{words}; the same command goes on from the last checkpoint (exit code {RESUMABLE}).",
         )
-    return status or 1, _never_up(job, status)
-
-
-def _explanation(job: Job) -> str:
-    """Adds what the MPI launcher said about a rank that could not say anything itself."""
-    words = "" if job.verdict.explained else _first_words(job.said)
-    return f"hvdtrain: the MPI launcher said: {words}\n" if words else ""
-
-
-def _never_up(job: Job, status: int) -> str:
-    """Says what the MPI launcher said when ranks never came to life."""
-    missing, size = job.verdict.missing, len(job.verdict.ranks)
-    named = f"rank(s) {', '.join(map(str, missing))} of {size} never"
-    who = f"none of the {size} ranks" if len(missing) == size else named
-    words = _first_words(job.said)
-    said = f" It said: {words}" if words else " Type the same with -v to see what it says."
-    return f"hvdtrain: {who} came to life; the MPI launcher ended with exit code {status}.{said}"
-
-
-def _first_words(said: str) -> str:
-    """Takes the beginning of an MPI launcher's message, without its rules and tags, as one line."""
-    lines = [re.sub(r"^\[[^\]]*\] ", "", line).strip(" -=|#*") for line in said.splitlines()]
-    paragraphs = [" ".join(lines) for told, lines in itertools.groupby(lines, bool) if told]
-    told = [words for words in paragraphs if not _ROUTINE.search(words)]
-    # A paragraph may be no more than the heading of the next.
-    words = " ".join(told[: 1 if not told or len(told[0]) > 80 else 2])
-    return words if len(words) < 600 else words[:600].rpartition(" ")[0] + " ..."
+    ending = interrupted(number, seconds)
+    return ending.code, ending.words

@@ -54,14 +54,15 @@ class Server:
         """Whether any guard is on the line."""
         return any(peer.rank is not None for peer in self._peers)
 
-    def signal(self, number: int) -> None:
-        """Passes a signal on to every rank."""
+    def order(self, number: int) -> None:
+        """Gives every guard an order: a signal for its rank, or one of those in `wire`."""
         for peer in self._peers:
             with contextlib.suppress(OSError):
-                peer.socket.send(bytes([number]))
+                peer.socket.send(bytes([number]), socket.MSG_DONTWAIT)
 
     def end(self) -> None:
         """Tells every guard to end its rank; what they still have to say is still heard."""
+        self.order(wire.END)
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_WR)

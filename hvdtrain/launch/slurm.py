@@ -3,10 +3,11 @@
 import os
 import re
 import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 
+from hvdtrain.launch.asking import ask
+from hvdtrain.launch.hosts import Host, LaunchError
 from hvdtrain.launch.mpirun import Mpi
 
 # What to try when no mpirun shows which MPI the ranks will load.
@@ -22,45 +23,67 @@ def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environ and shutil.which("srun", path=environ.get("PATH")) is not None
 
 
-def srun_command(ranks: int, mpi: Mpi | None, bind: str, environ: Mapping[str, str]) -> list[str] | None:
+def settle(
+    ranks: int, mpi: Mpi | None, environ: Mapping[str, str], python: Sequence[str] = (sys.executable,)
+) -> dict[str, str]:
+    """Finds out once, by starting ranks, how srun and this MPI meet.
+
+    Args:
+        ranks: How many ranks there will be.
+        mpi: The MPI that the ranks will load, as far as it is known.
+        environ: The environment of the allocation.
+        python: What runs Python for a rank.
+
+    Returns:
+        What a site would write to decide it: SLURM_MPI_TYPE, or HVDTRAIN_LAUNCHER where no PMI of this srun
+        brings ranks of this MPI together, so that mpirun has to; nothing where the site has decided.
+    """
+    if environ.get("HVDTRAIN_LAUNCHER") == "mpirun" or "SLURM_MPI_TYPE" in environ:
+        return {}
+    pmi = _fitting_pmi(ranks, mpi, environ, python)
+    return {"SLURM_MPI_TYPE": pmi} if pmi else {"HVDTRAIN_LAUNCHER": "mpirun"}
+
+
+def srun_command(
+    ranks: int, bind: str, environ: Mapping[str, str], nodes: Sequence[str] = ()
+) -> list[str] | None:
     """Writes the `srun` part of the command line.
 
     Args:
         ranks: How many ranks to start.
-        mpi: The MPI that the ranks will load, as far as it is known.
         bind: "auto" leaves binding to the cluster's configuration.
-        environ: The environment of the allocation.
+        environ: The environment of the allocation, in which `settle` has decided.
+        nodes: The nodes of the allocation to start them on, when some are lost; all if none is named.
 
     Returns:
-        The program and its options, or None where no PMI of this srun brings ranks of this MPI together, or
-        HVDTRAIN_LAUNCHER is mpirun; the MPI's own mpirun can then start the ranks inside the allocation.
+        The program and its options, or None where the MPI's own mpirun has to start the ranks.
     """
-    pmi = None if environ.get("HVDTRAIN_LAUNCHER") == "mpirun" else _fitting_pmi(ranks, mpi, environ)
-    if pmi is None:
+    if environ.get("HVDTRAIN_LAUNCHER") == "mpirun":
         return None
     # Slurm 22.05 and later do not hand --cpus-per-task from sbatch on to srun.
     threads = environ.get("SLURM_CPUS_PER_TASK")
     binding = {"core": ["--cpu-bind=cores"], "none": ["--cpu-bind=none"]}.get(bind, [])
+    # What was lost with a node may look busy to Slurm for a while.
+    some = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--overlap"] if nodes else []
     return [
         "srun",
         f"--ntasks={ranks}",
-        f"--mpi={pmi}",
+        f"--mpi={environ['SLURM_MPI_TYPE']}",
         # Without it the other ranks wait for ever for the one that failed.
         "--kill-on-bad-exit=1",
         "--export=ALL",
         *(["-c", threads] if threads else []),
         *binding,
-        *overlap(environ),
+        *(some or overlap(environ)),
     ]
 
 
-def _fitting_pmi(ranks: int, mpi: Mpi | None, environ: Mapping[str, str]) -> str | None:
-    """Finds the PMI by which srun and this MPI really meet; SLURM_MPI_TYPE is a site's own word for it."""
-    if "SLURM_MPI_TYPE" in environ:
-        return environ["SLURM_MPI_TYPE"]
+def _fitting_pmi(
+    ranks: int, mpi: Mpi | None, environ: Mapping[str, str], python: Sequence[str]
+) -> str | None:
     offered = pmi_types(environ)
     for pmi in [name for name in (mpi.pmi if mpi else ANY_PMI) if name in offered]:
-        trouble = _trouble(pmi, min(2, ranks), environ)
+        trouble = _trouble(pmi, min(2, ranks), environ, python)
         if trouble is None:
             return pmi
         print(
@@ -70,20 +93,12 @@ def _fitting_pmi(ranks: int, mpi: Mpi | None, environ: Mapping[str, str]) -> str
     return None
 
 
-def _trouble(pmi: str, ranks: int, environ: Mapping[str, str]) -> str | None:
+def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[str]) -> str | None:
     """Starts a world of two and returns what went wrong, or None if they met."""
     command = ["srun", f"--ntasks={ranks}", f"--mpi={pmi}", "--kill-on-bad-exit=1", *overlap(environ)]
     try:
-        done = subprocess.run(
-            [*command, sys.executable, "-c", _MEET],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=120,
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
+        done = ask([*command, *python, "-c", _MEET], environ, 120)
+    except LaunchError as error:
         return str(error)
     if f"met {ranks}" in done.stdout:
         return None
@@ -105,14 +120,26 @@ def first_hosts(environ: Mapping[str, str]) -> Sequence[str]:
 def pmi_types(environ: Mapping[str, str]) -> set[str]:
     """Asks `srun` which PMI types it speaks."""
     try:
-        done = subprocess.run(
-            ["srun", "--mpi=list"],
-            env=dict(environ),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-    except (OSError, subprocess.TimeoutExpired):
+        done = ask(["srun", "--mpi=list"], environ, 60)
+    except LaunchError:
         return set()
     return set(re.findall(r"[\w.]+", done.stdout + done.stderr))
+
+
+def nodes(environ: Mapping[str, str]) -> tuple[Host, ...]:
+    """Lists the nodes of the allocation, with the tasks that each of them takes.
+
+    Raises:
+        LaunchError: If Slurm cannot say.
+    """
+    done = ask(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")], environ, 60)
+    names = done.stdout.split()
+    # "2(x3),1" is two tasks on each of three nodes, and one on the last.
+    counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_TASKS_PER_NODE", ""))
+    tasks = [int(number) for number, times in counts for _ in range(int(times or 1))]
+    if not names or len(names) != len(tasks):
+        raise LaunchError(
+            f"Slurm says that this job has the nodes {names} and {tasks} tasks on them (SLURM_JOB_NODELIST, "
+            "SLURM_TASKS_PER_NODE): expected a number of tasks for each node."
+        )
+    return tuple(map(Host, names, tasks))

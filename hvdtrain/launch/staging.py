@@ -2,11 +2,11 @@
 
 import contextlib
 import shlex
-import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hvdtrain.launch import slurm
+from hvdtrain.launch.asking import ask
 from hvdtrain.launch.hosts import LaunchError
 
 
@@ -45,7 +45,7 @@ def staged(source: str | None, environ: Mapping[str, str]) -> Iterator[None]:
         yield
     finally:
         with contextlib.suppress(LaunchError):
-            _on_each_node(f"rm -rf {folder}", environ)
+            _on_each_node(f"rm -rf {folder}", environ, 60)
 
 
 def _place(source: str, environ: Mapping[str, str]) -> Path:
@@ -54,17 +54,10 @@ def _place(source: str, environ: Mapping[str, str]) -> Path:
     return Path(disk) / f"hvdtrain-{environ['SLURM_JOB_ID']}" / Path(source).resolve().name
 
 
-def _on_each_node(command: str, environ: Mapping[str, str]) -> None:
+def _on_each_node(command: str, environ: Mapping[str, str], seconds: float | None = None) -> None:
     nodes = environ.get("SLURM_JOB_NUM_NODES", "1")
     step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", *slurm.overlap(environ)]
-    done = subprocess.run(
-        [*step, "sh", "-c", command],
-        env=dict(environ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        errors="replace",
-    )
+    done = ask([*step, "sh", "-c", command], environ, seconds)
     if done.returncode:
         said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
         raise LaunchError(f"--stage: not every node could copy the data ({command}): {said}")

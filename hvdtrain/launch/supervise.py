@@ -20,9 +20,10 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain import script, topology
+from hvdtrain import heartbeat, preempted, script, topology
 from hvdtrain.launch import binding, wire
 from hvdtrain.launch.guard import Connection, Guard, Link, Pipes, Terminal, connect
+from hvdtrain.launch.pulse import STACKS
 
 PR_SET_PDEATHSIG = 1
 SUCCESS: dict[str, Any] = {"done": True, "code": 0, "text": "", "traceback": ""}
@@ -33,20 +34,29 @@ def main() -> None:
     if len(sys.argv) < 2:
         sys.exit("Expected a script: python -m hvdtrain.launch.supervise script.py [args]")
     words = wire.unpack_words(sys.argv[1:])
-    reading, (stdout, stderr, reports, crash) = zip(*(os.pipe() for _ in range(4)), strict=True)
+    reading, (stdout, stderr, reports, crash, stacks) = zip(*(os.pipe() for _ in range(5)), strict=True)
     awaited, receipt = os.pipe()
     place = topology.detect()
+    page = heartbeat.share()
     child = os.fork()
-    for end in (stdout, stderr, reports, crash, awaited) if child else (*reading, receipt):
+    for end in (stdout, stderr, reports, crash, stacks, awaited) if child else (*reading, receipt):
         os.close(end)
     if child:
-        pipes = Pipes(reading[0], reading[1], reading[2], reading[3], receipt)
-        _leave(Guard(child, pipes, _link(place)).watch())
-    _redirect(stdout, stderr, crash)
+        pipes = Pipes(reading[0], reading[1], reading[2], reading[3], reading[4], receipt)
+        link = _link(place)
+        if link.receiver() is not None:
+            heartbeat.watch(page)
+        _leave(Guard(child, pipes, link, page).watch())
+    _redirect(stdout, stderr, crash, stacks)
+    heartbeat.keep_workers_away()
     os.register_at_fork(after_in_child=lambda: _close(reports))
     _take_cores(place, os.environ.pop(wire.BIND, "none"))
     report = _run(words)
+    # Whoever asks the training to stop is too late, and must not make a failure of its end.
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _deliver(report, reports, awaited)
+    if report.get("resumable"):
+        sys.exit(report["code"])  # the others end by themselves, in this same moment
     if not report["done"]:
         _end_job(report["code"])
 
@@ -78,7 +88,7 @@ def _leave(status: int) -> None:
     os._exit(status if status >= 0 else 128 - status)
 
 
-def _redirect(stdout: int, stderr: int, crash: int) -> None:
+def _redirect(stdout: int, stderr: int, crash: int, stacks: int) -> None:
     """Turns the forked child into the rank: its output goes to the guard, and it ends when the guard does."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -88,6 +98,7 @@ def _redirect(stdout: int, stderr: int, crash: int) -> None:
     os.close(stderr)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     faulthandler.enable(crash, all_threads=False)
+    faulthandler.register(STACKS, stacks, all_threads=True)
     for name in (wire.ADDRESS, wire.TOKEN):
         os.environ.pop(name, None)
 
@@ -112,6 +123,8 @@ def _take_cores(place: topology.Place | None, bind: str) -> None:
 
 def _run(words: Sequence[str]) -> dict[str, Any]:
     """Runs the script and reports how it ended."""
+    # A batch script may ask before the script has come to where it listens.
+    signal.signal(signal.SIGUSR1, preempted.note)
     try:
         if words[0] == wire.AS_HOROVOD:
             from hvdtrain import as_horovod
@@ -139,6 +152,8 @@ def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
 
 def _stopped(stop: SystemExit) -> dict:
     """Reports a `sys.exit()`, which means success without a code and a sentence with a text."""
+    if isinstance(stop, preempted.Preempted):
+        return {**_failure(preempted.RESUMABLE, stop.sentence, ""), "resumable": True}
     if stop.code is None or (isinstance(stop.code, int) and stop.code == 0):
         return SUCCESS
     if isinstance(stop.code, int):

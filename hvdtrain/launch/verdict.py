@@ -1,11 +1,13 @@
 """What became of each rank, which failed first, and how to say so in a sentence."""
 
 import json
+import re
 import signal
 from dataclasses import dataclass, field
 
 from hvdtrain.launch import wire
 from hvdtrain.launch.server import CLOSED
+from hvdtrain.preempted import RESUMABLE
 
 HINTS: dict[int, str] = {
     signal.SIGKILL: "The kernel does this when memory runs out (`dmesg | tail` would say so); a smaller "
@@ -89,6 +91,18 @@ class Verdict:
         return bool(rank.report) or ((rank.status or 0) < 0 and rank.status != -signal.SIGTERM)
 
     @property
+    def resumable(self) -> str | None:
+        """What the rank said that stopped first in order to go on later; None where something failed before."""
+        report = self.ranks[self.first].report if self.first is not None else {}
+        if report.get("code") != RESUMABLE:
+            return None
+        if report.get("resumable"):
+            return report["text"]
+        return (
+            f"rank {self.first} called sys.exit({RESUMABLE}), which says that the same command goes on later"
+        )
+
+    @property
     def missing(self) -> list[int]:
         """The ranks that were never heard of."""
         return [number for number, rank in enumerate(self.ranks) if not rank.up]
@@ -110,6 +124,14 @@ class Verdict:
         rank = self.ranks[self.first]
         name = f"hvdtrain: rank {self.first} of {len(self.ranks)} (host {rank.host})"
         return self._chorus() + name + _ending(rank)
+
+    def summary(self) -> str:
+        """Says in a few words how that rank ended."""
+        assert self.first is not None
+        rank = self.ranks[self.first]
+        if rank.report and not rank.done:
+            return f"failed: {rank.report['text']}"
+        return re.split(r"[.:,] |[.:]$", _ending(rank).strip(), maxsplit=1)[0]
 
     def _blame(self, rank: int, failed: bool, telling: bool = True) -> None:
         """Remembers the first failure; one that tells nothing makes way for a later one that does."""

@@ -1,7 +1,7 @@
-"""What a rank's guard and the launcher say to each other: frames up, signal numbers down.
+"""What a rank's guard and the launcher say to each other: frames up, orders of one byte down.
 
-A frame is one byte of kind, four of length, and the payload. Downwards every byte is the number of a
-signal for the rank, and the end of the stream means: end your rank.
+A frame is one byte of kind, four of length, and the payload. Downwards a byte below LOOK is the number of a
+signal for the rank. The end of the stream means: end your rank; without END before it, the launcher is gone.
 """
 
 import base64
@@ -10,6 +10,11 @@ import struct
 from collections.abc import Sequence
 
 HELLO, STDOUT, STDERR, REPORT, EXIT = b"H", b"O", b"E", b"R", b"X"
+# Where a rank is, when that has changed; the answer to LOOK, with its stacks.
+BEAT, STACK = b"B", b"S"
+
+# Orders: tell where your rank is, with its stacks; end it now, the launcher has been patient.
+LOOK, END = 128, 129
 
 ADDRESS = "HVDTRAIN_RUN_ADDRESS"
 TOKEN = "HVDTRAIN_RUN_TOKEN"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.launch import binding, plan
+from hvdtrain.launch import binding, plan, slurm
 from hvdtrain.launch.hosts import Host, LaunchError, read_hosts
 from hvdtrain.launch.run import RunOptions, run
 
@@ -222,6 +222,45 @@ def test_the_hosts_that_were_named_win_over_the_allocation(machine, capsys):
     assert written(capsys, hosts="localhost:4")[1][0].endswith("mpirun")
 
 
+def test_the_nodes_of_an_allocation_that_are_left(machine, capsys):
+    machine.has("srun", SRUN)
+    machine.has("scontrol", "n1\nn2\nn5")
+    machine.sets(SLURM_JOB_ID="7", SLURM_TASKS_PER_NODE="2(x2),1", SLURM_MPI_TYPE="pmix")
+    assert slurm.nodes(os.environ) == (Host("n1", 2), Host("n2", 2), Host("n5", 1))
+    words = plan.make_plan(RunOptions(3, "train.py"), os.environ, (Host("n1", 2), Host("n5", 1))).command
+    assert {"--ntasks=3", "--nodes=2", "--nodelist=n1,n5", "--overlap"} <= {*words}
+    machine.sets(SLURM_TASKS_PER_NODE="2")
+    with pytest.raises(LaunchError, match=r"'n5'\] and \[2\] tasks"):
+        slurm.nodes(os.environ)
+
+
+def test_srun_is_tried_once_for_all_starts(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    settings, _ = written(capsys)
+    assert settings["SLURM_MPI_TYPE"] == "pmix"
+    machine.has("srun", "not met")
+    assert "--mpi=pmix" in plan.make_plan(RunOptions(4, "train.py"), {**os.environ, **settings}).command
+
+
+def test_another_python_runs_the_ranks_and_tries_srun(machine, capsys):
+    machine.has("mpirun", VERSIONS["MPICH"])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    _, words = written(capsys, python="apptainer exec 'my image.sif' python3")
+    assert "--mpi=pmix" in words  # the MPI of the image may be another than that of the mpirun here
+    place = words.index("apptainer")
+    assert words[place : place + 6] == [
+        "apptainer",
+        "exec",
+        "my image.sif",
+        "python3",
+        "-m",
+        "hvdtrain.launch.supervise",
+    ]
+
+
 BAD = {
     "no rank": ({"num_proc": 0}, "-np 0 asks for no rank"),
     "fewer than no rank": ({"num_proc": -2}, "-np -2 asks for no rank"),
@@ -240,6 +279,14 @@ BAD = {
     "two places for hosts": ({"hosts": "localhost:4", "hostfile": "x"}, "not with both"),
     "no hostfile": ({"hostfile": "gone"}, "The hostfile gone cannot be read"),
     "an empty hostfile": ({"hostfile": "/dev/null"}, "names 0 slot(s)"),
+    "restarts in the past": ({"max_restarts": -1}, "--max-restarts -1 must be 0 or more"),
+    "fewer ranks for no restart": ({"min_np": 2}, "type it with --max-restarts 3"),
+    "fewer ranks that are more": (
+        {"max_restarts": 1, "min_np": 5},
+        "--min-np 5 must be from 1 to the 4 ranks",
+    ),
+    "no time": ({"walltime": "8h"}, "--walltime 8h is no length of time"),
+    "an open quotation for Python": ({"python": "x 'y"}, '--python="x \'y" cannot be taken apart'),
     "an open quotation": ({"mpi_args": "--mca 'x"}, "No closing quotation"),
     "more cores than there are": ({"bind": "core", "num_proc": 5000}, "--bind none"),
 }

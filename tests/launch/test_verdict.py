@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvdtrain.launch import run, wire
+from hvdtrain.launch import wire
+from hvdtrain.launch.ending import conclude as conclude_job
 from hvdtrain.launch.server import CLOSED
 from hvdtrain.launch.verdict import Verdict
 
@@ -102,7 +103,8 @@ ROUTINE = "Primary job  terminated normally, but 1 process returned\na non-zero 
 
 
 def conclude(told, said, status=1):
-    return run._conclude(SimpleNamespace(verdict=told, said=said, interrupted=None), status)
+    ending = conclude_job(SimpleNamespace(verdict=told, said=said, interrupted=None), status, 1.0)
+    return ending.code, ending.words
 
 
 def test_what_mpi_said_comes_before_a_rank_that_could_say_nothing():

@@ -8,6 +8,7 @@ import numpy as np
 from hvdtrain.collectives.base import Op
 from hvdtrain.keras.callbacks.batch_norm import AverageBatchNormStatistics
 from hvdtrain.keras.callbacks.broadcast import BroadcastGlobalVariablesCallback
+from hvdtrain.keras.callbacks.checkpoint import Checkpoint
 from hvdtrain.keras.callbacks.forwarding import Forwarding
 from hvdtrain.keras.callbacks.membership import engine_of, writes
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
@@ -16,8 +17,8 @@ from hvdtrain.keras.callbacks.rank_zero import WRITERS, RankZeroCallback
 from hvdtrain.keras.callbacks.telling import telling
 from hvdtrain.keras.callbacks.validation import DivideValidation
 
-# Keras finds these by looking through its own list.
-_TOP_LEVEL = (keras.callbacks.History, keras.callbacks.ProgbarLogger)
+# What looks for these, Keras or we, looks through its own list.
+_TOP_LEVEL = (keras.callbacks.History, keras.callbacks.ProgbarLogger, Checkpoint)
 _ADDED = (
     BroadcastGlobalVariablesCallback,
     MetricAverageCallback,

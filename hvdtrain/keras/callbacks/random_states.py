@@ -24,23 +24,23 @@ class RandomStatesCallback(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Sets the generators' states."""
-        engine, states = engine_of(self.model), _states(self.model)
+        engine, states = engine_of(self.model), states_of(self.model)
         if engine.size == 1:
             return
         engine.agree(Call("states of random generators", (f"{len(states)} generators",)))
         roots = engine.broadcast_object([each.numpy() for each in states], engine.ranks[0])
         for state, root in zip(states, roots, strict=True):
-            state.assign(_folded(root, engine.rank))
+            state.assign(folded(root, engine.rank))
 
 
-def _states(model: keras.Model) -> list[Any]:
+def states_of(model: keras.Model) -> list[Any]:
     """Lists the states of a model's random generators, and of the one that Keras uses where there is none."""
     generators = [each for layer in model._flatten_layers() for each in layer._seed_generators]
     states = [each.state for each in (*generators, global_seed_generator())]
     return list({id(each): each for each in states}.values())
 
 
-def _folded(state: np.ndarray, rank: int) -> np.ndarray:
+def folded(state: np.ndarray, rank: int) -> np.ndarray:
     """Returns the state (seed, count) with a rank folded into the seed; that of rank 0 is the state itself."""
     seed, *rest = state
     if rank:

@@ -1,0 +1,1 @@
+"""Checkpoints on disk: whole or absent, proven by checksums, of one training at a time."""

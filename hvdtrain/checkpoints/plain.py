@@ -1,0 +1,110 @@
+"""Plain Python values and arrays in one `.npz`, exact to the bit, which NumPy opens and nothing executes."""
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+_DEEPEST = 20
+_JSON = "json"
+
+
+class NotPlainError(TypeError):
+    """A value that is neither a number, a text, an array, nor a list, tuple or dict of such."""
+
+
+def is_plain(value: Any) -> bool:
+    """Tells whether `packed` takes a value."""
+    try:
+        _pack(value, [])
+    except NotPlainError:
+        return False
+    return True
+
+
+def packed(value: Any) -> bytes:
+    """Writes a value as the bytes of an `.npz` file.
+
+    Args:
+        value: None, a bool, int, float, str or NumPy array, or a list, tuple or dict of these, to any depth that a
+            person would write.
+
+    Returns:
+        The file's bytes: the arrays, and under "json" how they lie in the value.
+
+    Raises:
+        NotPlainError: If there is anything else in it.
+    """
+    arrays: list[np.ndarray] = []
+    text = json.dumps(_pack(value, arrays))
+    buffer = io.BytesIO()
+    named = {f"array_{index}": _storable(each) for index, each in enumerate(arrays)}
+    np.savez(buffer, **{_JSON: np.array(text), **named})  # type: ignore[arg-type]
+    return buffer.getvalue()
+
+
+def unpacked(content: bytes) -> Any:
+    """Reads what `packed` has written."""
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
+        return _unpack(json.loads(str(file[_JSON])), file)
+
+
+def digest(value: Any) -> bytes:
+    """Returns 16 bytes that are the same for two plain values only if these are the same to the bit."""
+    arrays: list[np.ndarray] = []
+    hashed = hashlib.blake2b(json.dumps(_pack(value, arrays)).encode(), digest_size=16)
+    for each in arrays:
+        hashed.update(np.ascontiguousarray(each).reshape(-1).view(np.uint8).data)
+    return hashed.digest()
+
+
+def _pack(value: Any, arrays: list[np.ndarray], depth: int = 0) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if (
+        isinstance(value, np.ndarray | np.generic)
+        and value.dtype.kind in "biufcVUS"
+        and not value.dtype.names
+    ):
+        arrays.append(np.asarray(value))
+        shape, kind = list(arrays[-1].shape), "array" if isinstance(value, np.ndarray) else "number"
+        return {kind: len(arrays) - 1, "dtype": value.dtype.name, "shape": shape}
+    if depth == _DEEPEST:
+        raise NotPlainError("nested too deeply")
+    if type(value) in (list, tuple):
+        items = [_pack(each, arrays, depth + 1) for each in value]
+        return items if type(value) is list else {"tuple": items}
+    if isinstance(value, Mapping) and type(value) is dict:
+        pairs = [[_pack(part, arrays, depth + 1) for part in pair] for pair in value.items()]
+        return {"dict": pairs}
+    raise NotPlainError(type(value).__name__)
+
+
+def _unpack(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
+    if isinstance(value, list):
+        return [_unpack(each, arrays) for each in value]
+    if not isinstance(value, dict):
+        return value
+    if "tuple" in value:
+        return tuple(_unpack(each, arrays) for each in value["tuple"])
+    if "dict" in value:
+        return {_unpack(key, arrays): _unpack(each, arrays) for key, each in value["dict"]}
+    kind = "array" if "array" in value else "number"
+    array = _restored(arrays[f"array_{value[kind]}"], value["dtype"], value["shape"])
+    return array if kind == "array" else array[()]
+
+
+def _storable(array: np.ndarray) -> np.ndarray:
+    """NumPy's files do not know bfloat16 and its like, whose bytes do as well."""
+    return np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.dtype.kind == "V" else array
+
+
+def _restored(array: np.ndarray, dtype: str, shape: list[int]) -> np.ndarray:
+    if array.dtype.name == dtype or array.dtype.kind in "US":
+        return array
+    import ml_dtypes
+
+    return array.view(getattr(ml_dtypes, dtype)).reshape(shape)

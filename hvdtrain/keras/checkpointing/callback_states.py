@@ -1,0 +1,94 @@
+"""What callbacks have learned while training, so that one that goes on decides as if it had never stopped."""
+
+import collections
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import keras
+
+from hvdtrain.checkpoints import plain
+
+# Set by Keras, or a matter of the screen.
+_NOT_STATE = ("params", "_params", "validation_data", "model", "_model", "verbose")
+_WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
+# Of a CSVLogger's file the end counts; the rest is made anew when it begins.
+_CSV = ("keys",)
+_END = "end of the file"
+
+
+class CallbackStates:
+    """The attributes of callbacks that have changed since training began, as far as they are plain values.
+
+    What the constructor sets and nothing changes (EarlyStopping's patience) is the script's, which may be edited.
+
+    Args:
+        callbacks: The callbacks of a `fit`.
+    """
+
+    def __init__(self, callbacks: Sequence[Any]) -> None:
+        numbers: collections.Counter[str] = collections.Counter()
+        self._named: dict[str, Any] = {}
+        for each in callbacks:
+            if not isinstance(each, _WITHOUT_STATE):
+                name = type(each).__name__
+                self._named[f"{name}/{numbers[name]}"] = each
+                numbers[name] += 1
+        self._at_first: dict[str, bytes] = {}
+        self._restored: set[str] = set()
+
+    def begin(self) -> None:
+        """Notes what is so before the first epoch."""
+        self._at_first = {name: plain.digest(value) for name, value in self._all()}
+
+    def prepare(self) -> None:
+        """Lets callbacks that would begin anew go on where they were; called before they begin."""
+        for each in self._named.values():
+            if isinstance(each, keras.callbacks.CSVLogger):
+                each.append = True
+
+    def capture(self) -> dict[str, Any]:
+        """Returns what has changed, by names that are the same in the next run."""
+        return {
+            name: value
+            for name, value in self._all()
+            if name in self._restored or plain.digest(value) != self._at_first.get(name)
+        }
+
+    def restore(self, values: Mapping[str, Any]) -> list[str]:
+        """Sets what was captured.
+
+        Returns:
+            The callbacks of which a state is there that are not.
+        """
+        lost = set()
+        for name, value in values.items():
+            owner, _, attribute = name.rpartition("/")
+            callback = self._named.get(owner)
+            if callback is None:
+                lost.add(owner.partition("/")[0])
+            elif attribute == _END:
+                _cut(callback.csv_file, value)
+            else:
+                setattr(callback, attribute, _copied(value))
+                self._restored.add(name)
+        return sorted(lost)
+
+    def _all(self) -> Iterator[tuple[str, Any]]:
+        for name, callback in self._named.items():
+            csv = isinstance(callback, keras.callbacks.CSVLogger)
+            for attribute, value in sorted(vars(callback).items()):
+                if attribute not in _NOT_STATE and (not csv or attribute in _CSV) and plain.is_plain(value):
+                    yield f"{name}/{attribute}", value
+            if csv and getattr(callback, "csv_file", None) and not callback.csv_file.closed:
+                yield f"{name}/{_END}", callback.csv_file.tell()
+
+
+def _cut(file: Any, end: int) -> None:
+    """Takes rows back that were written after the checkpoint, since they will be written again."""
+    if file is not None and not file.closed and end <= file.seek(0, 2):
+        file.truncate(end)
+        file.seek(end)
+
+
+def _copied(value: Any) -> Any:
+    return plain.unpacked(plain.packed(value))

@@ -1,0 +1,34 @@
+"""A model's weights in Keras' own format, in memory, where no disk can be full."""
+
+import io
+
+import h5py
+import keras
+import numpy as np
+from keras.src.saving import saving_lib
+
+from hvdtrain.checkpoints import plain
+
+NAME = "model.weights.h5"
+
+
+def weights_file(model: keras.Model) -> bytes:
+    """Returns the bytes that `model.save_weights` writes: weights and the optimizer's state."""
+    buffer = io.BytesIO()
+    store = saving_lib.H5IOStore(buffer, mode="w")
+    saving_lib._save_state(model, store, None, inner_path="", visited_saveables=set())
+    store.h5_file.close()  # the store's own close would close the buffer too
+    return buffer.getvalue()
+
+
+def digests_in(content: bytes) -> set[bytes]:
+    """Returns the digests of all arrays in such a file."""
+    found: set[bytes] = set()
+
+    def take(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biufc":
+            found.add(plain.digest(np.asarray(item[()])))
+
+    with h5py.File(io.BytesIO(content), "r") as file:
+        file.visititems(take)
+    return found

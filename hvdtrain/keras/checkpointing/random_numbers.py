@@ -1,0 +1,37 @@
+"""The generators of random numbers outside of a model: Python's, NumPy's and TensorFlow's."""
+
+import random
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+_PYTHON, _NUMPY, _TENSORFLOW = "random/python", "random/numpy", "random/tensorflow"
+
+
+def capture() -> dict[str, Any]:
+    """Returns their states as plain values."""
+    return {
+        _PYTHON: random.getstate(),
+        _NUMPY: np.random.get_state(),
+        _TENSORFLOW: tf.random.get_global_generator().state.numpy(),
+    }
+
+
+def restore(states: dict[str, Any], newcomer: int | None = None) -> None:
+    """Sets their states.
+
+    Args:
+        states: What `capture` returned.
+        newcomer: The rank, where it did not exist when they were captured: it goes its own way from there.
+    """
+    if _PYTHON in states:
+        random.setstate(states[_PYTHON])
+    if _NUMPY in states:
+        np.random.set_state(states[_NUMPY])
+    if _TENSORFLOW in states:
+        tf.random.get_global_generator().state.assign(states[_TENSORFLOW])
+    if newcomer is not None:
+        drawn = np.random.SeedSequence((random.getrandbits(64), newcomer)).generate_state(2)
+        random.seed(int(drawn[0]))
+        np.random.seed(int(drawn[1]))

@@ -1,0 +1,1 @@
+"""Slurm jobs as a user submits them: put together, checked, submitted, followed."""
