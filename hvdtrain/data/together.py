@@ -1,7 +1,7 @@
 """Local work that all ranks do at the same point: an error on one is an error on all, and nobody waits."""
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
 from hvdtrain.collectives.agreement import RAISED
@@ -81,8 +81,14 @@ def is_everybodys(engine: Engine, error: BaseException) -> bool:
     )
 
 
-def compare(engine: Engine, what: str, facts: Facts, advice: str) -> None:
+def compare(engine: Engine, what: str, facts: Facts, advice: str | Mapping[str, str]) -> None:
     """Makes sure that all ranks state the same facts, each a pair of a name and a value.
+
+    Args:
+        engine: The ranks.
+        what: What the facts are about.
+        facts: The facts of this rank.
+        advice: What to do where one differs, or for each name what to do.
 
     Raises:
         MismatchError: On every rank, with the first fact that differs, as each rank states it.
@@ -94,7 +100,8 @@ def compare(engine: Engine, what: str, facts: Facts, advice: str) -> None:
     for name in dict.fromkeys(name for each in everyone for name in each):
         values = [each.get(name, "not given") for each in everyone]
         if len(set(values)) > 1:
-            raise MismatchError(f"{what}: {name} differs between the ranks.\n{_listed(values)}\n{advice}")
+            words = advice if isinstance(advice, str) else advice[name]
+            raise MismatchError(f"{what}: {name} differs between the ranks.\n{_listed(values)}\n{words}")
 
 
 def _listed(values: Sequence[str]) -> str:

@@ -17,11 +17,11 @@ from hvdtrain.collectives.single import SingleEngine
 from hvdtrain.data import seams
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.following import preceded
-from hvdtrain.data.together import compare, is_everybodys, tell
+from hvdtrain.data.together import compare, is_everybodys
 from hvdtrain.keras.callbacks import checkpoint
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
+from hvdtrain.keras.callbacks.telling import telling
 from hvdtrain.keras.checkpointing.placing import steps_passed_over
-from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.keras.progress import Progress
 
@@ -35,6 +35,12 @@ _VALIDATION = (
     "validation_data=hvd.shard((x, y), batch_size=..., shuffle=False) divides it among them."
 )
 _METRICS = "Their logs would differ. Compile the model with the same metrics on every rank."
+_ADVICE = {
+    "the number of steps an epoch": _STEPS,
+    "the number of epochs": _STEPS,
+    "validation": _VALIDATION,
+    "the list of metrics": _METRICS,
+}
 _GRACE = 1.0  # seconds
 
 _checks_data = True
@@ -95,16 +101,14 @@ def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
 @contextlib.contextmanager
 def _told(engine: Engine) -> Iterator[None]:
     """Tells the other ranks of an error that only this one has met."""
-    try:
-        yield
-    except (HorovodInternalError, HostsUpdatedInterrupt):
-        raise  # the business of hvd.elastic, which tells the others itself
-    except Exception as error:
-        if is_everybodys(engine, error) and RAISED in str(error):
-            # The rank that failed has more to say, and ends the job when it has said it.
-            threading.Event().wait(_GRACE)
-        tell(engine, "model.fit", error)
-        raise
+    with telling(engine, "model.fit", (Exception,)):
+        try:
+            yield
+        except Exception as error:
+            if is_everybodys(engine, error) and RAISED in str(error):
+                # The rank that failed has more to say, and ends the job when it has said it.
+                threading.Event().wait(_GRACE)
+            raise
 
 
 class InStep(keras.callbacks.Callback):
@@ -136,17 +140,14 @@ class InStep(keras.callbacks.Callback):
         names = [each._hvdtrain_reducer.choose_name() for each in optimizers]
         self._engine.agree(Call(f"start of model.fit with {', '.join(names)}"))
         steps, epochs = self._asked or self.params.get("steps"), self.params.get("epochs")
-        facts = [
-            ("the number of steps an epoch", "unknown" if steps is None else str(steps), _STEPS),
-            ("the number of epochs", f"from {self._first} to {epochs}", _STEPS),
-        ]
+        facts = {
+            "the number of steps an epoch": "unknown" if steps is None else str(steps),
+            "the number of epochs": f"from {self._first} to {epochs}",
+        }
         if _checks_validation:
-            facts += [
-                ("validation", "has data" if self._validates else "has none", _VALIDATION),
-                ("the list of metrics", _compiled_metrics(self.model), _METRICS),
-            ]
-        for name, value, advice in facts:
-            compare(self._engine, "model.fit", [(name, value)], advice)
+            facts["validation"] = "has data" if self._validates else "has none"
+            facts["the list of metrics"] = _compiled_metrics(self.model)
+        compare(self._engine, "model.fit", [*facts.items()], _ADVICE)
         self._train = self.model.train_function
         self.model.train_function = self._step
 

@@ -221,11 +221,11 @@ def test_where_all_are_damaged_it_begins_anew_and_says_so(folder, capfd):
     assert hvd.rank() or "training begins anew" in capfd.readouterr().err
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder, number):
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGUSR1, 7), (signal.SIGTERM, 11)])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder, number, at):
     class Signal(keras.callbacks.Callback):
         def on_train_batch_end(self, batch, logs=None):
-            if batch == 7 and hvd.rank() == hvd.size() - 1:
+            if batch == at and hvd.rank() == hvd.size() - 1:
                 os.kill(os.getpid(), number)
 
     before = signal.getsignal(number)

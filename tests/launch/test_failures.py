@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -41,6 +42,36 @@ world.barrier()
     assert done.stderr.endswith(words), done.stderr
     assert "hvdtrain: rank 1 of 3 (host " in done.stderr
     assert "MPI_ABORT" not in done.stderr
+    jobs.assert_gone(jobs.pids(3))
+
+
+@pytest.fixture
+def little_memory():
+    """Files of a control group of 200 MB: what is written its processes into, and its limit."""
+    for root, limit in (("/sys/fs/cgroup/memory", "memory.limit_in_bytes"), ("/sys/fs/cgroup", "memory.max")):
+        group = Path(root) / f"hvdtrain-test-{os.getpid()}"
+        try:
+            group.mkdir()
+            (group / limit).write_text(str(200 << 20))
+        except OSError:
+            continue
+        yield group / "cgroup.procs"
+        group.rmdir()
+        return
+    pytest.skip("a control group that limits memory needs root")
+
+
+def test_out_of_memory(jobs, little_memory):
+    script = f"""{jobs.leave_pids}
+world.barrier()
+if rank == 1:
+    Path({str(little_memory)!r}).write_text(str(os.getpid()))
+    everything = [b"x" * (1 << 20) for _ in range(4096)]
+world.barrier()
+"""
+    done = jobs.run(script, np=3)
+    assert done.returncode == 128 + signal.SIGKILL
+    assert "rank 1 of 3" in done.stderr and "when memory runs out" in done.stderr
     jobs.assert_gone(jobs.pids(3))
 
 

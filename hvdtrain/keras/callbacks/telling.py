@@ -9,17 +9,20 @@ from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInte
 
 
 @contextlib.contextmanager
-def telling(engine: Engine, what: str) -> Iterator[None]:
+def telling(
+    engine: Engine, what: str, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
+) -> Iterator[None]:
     """Lets all other ranks know why this one does not come, if the block raises.
 
     Args:
         engine: The ranks. Their next operation raises `MismatchError` with the error's text.
         what: What is done in the block, for the message.
+        kinds: Of which errors they are told.
     """
     try:
         yield
     except (HorovodInternalError, HostsUpdatedInterrupt):
         raise  # the business of hvd.elastic, which tells the others itself
-    except (Exception, SystemExit) as error:
+    except kinds as error:
         tell(engine, what, error)
         raise

@@ -25,16 +25,11 @@ class Opening(keras.callbacks.Callback):
     def __init__(self, state: TrainingState, saved: Saved | None) -> None:
         super().__init__()
         self._state, self._saved = state, saved
-        self._already = saved.place.step if saved else 0
+        self.already = saved.place.step if saved else 0  # steps of the first epoch that were done before
         self._seen = 0
         self.replaying = False  # whether the last batch was one that had been trained on before
         self._begun = self._whole = False
         self._train: Any = None
-
-    @property
-    def already(self) -> int:
-        """How many steps of the first epoch were done before."""
-        return self._saved.place.step if self._saved else 0
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Stands before the model's own step, within what other callbacks put there."""
@@ -58,16 +53,6 @@ class Opening(keras.callbacks.Callback):
             if not self._whole:
                 _set_rates(self.model, self._saved.facts["rates"])
 
-    def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Sets it once more where the new batches begin."""
-        if self._already and batch >= self._already:
-            self._go_on()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Sets it once more where no batch was left."""
-        if self._already:
-            self._go_on()
-
     def on_train_end(self, logs: Any = None) -> None:
         """Sets the state where nothing was left to train."""
         if self._begun or self._saved is None:
@@ -80,16 +65,16 @@ class Opening(keras.callbacks.Callback):
         self._state.callbacks.begin()
         self._state.restore(self._saved)
 
-    def _go_on(self) -> None:
-        self._already = 0
-        if self._saved is not None:
+    def replayed(self, steps: int) -> None:
+        """Sets the state once more, when all callbacks have seen the last of the steps that were done before."""
+        if self._saved is not None and steps >= self.already:
             self._state.restore(self._saved)
 
     def _step(self, iterator: Any) -> Any:
         steps = self.model.steps_per_execution
         if self._saved is not None and not self._whole:
             self._build(iterator)
-        self.replaying = self._seen < self._already
+        self.replaying = self._seen < self.already
         if not self.replaying:
             return self._train(iterator)
         if self._seen == 0:

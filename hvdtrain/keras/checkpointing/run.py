@@ -105,9 +105,10 @@ class Run:
         self._epoch, self._step = epoch, 0
 
     def after_step(self, step: int) -> None:
-        """Counts, and writes or stops if it is time; what is due at an epoch's last step waits for its end."""
+        """Counts, and writes or stops if it is time; to write at an epoch's last step waits for its end."""
         if self._opening.replaying:
             self._step = step
+            self._opening.replayed(step)
             return
         before = self._total
         self._total += step - self._step
@@ -115,7 +116,7 @@ class Run:
         every = self._plan.every_steps
         counted = every is not None and before // every != self._total // every
         self._due = max(self._due, self.wishes.after_step(), int(counted))
-        if self._due and step != self._model_steps:
+        if self._due and (step != self._model_steps or self._due == STOP):
             self._act(Place(self._epoch, step, self._total, self._model_steps))
 
     def after_epoch(self, epochs: int) -> None:

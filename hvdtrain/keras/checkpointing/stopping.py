@@ -35,7 +35,8 @@ class Wishes:
         self._deadline = _deadline()
         self._interval, self._steps, self._asked = 1, 0, 0
         self._saved_at = self._last_step = time.monotonic()
-        self._cheapest, self._longest_step, self._longest_save = math.inf, 0.0, 0.0
+        self._asked_at: float | None = None
+        self._cheapest, self._longest_gap, self._longest_save = math.inf, 0.0, 0.0
         self._times: list[float] = []
         self._listening = ExitStack()
 
@@ -51,12 +52,13 @@ class Wishes:
     def saved(self, seconds: float) -> None:
         """Notes that a checkpoint was made, and how long the training stood still for it."""
         self._saved_at = self._last_step = time.monotonic()
+        self._asked_at = None
         self._longest_save = max(self._longest_save, seconds)
 
     @property
     def patience(self) -> float:
         """Seconds that stopping may take."""
-        return _SLACK + 3 * self._longest_save + 2 * self._interval * self._longest_step
+        return _SLACK + 3 * self._longest_save + 1.5 * self._longest_gap
 
     def after_step(self) -> int:
         """Returns what the ranks want, after each step."""
@@ -64,15 +66,16 @@ class Wishes:
         now = time.monotonic()
         self._times.append(now - self._last_step)
         self._last_step = now
-        if len(self._times) > 1:  # the first is longer, for it compiles
-            self._longest_step = max(self._longest_step, self._times[-1])
         return NOTHING if self._steps % self._interval else self.ask()
 
     def ask(self) -> int:
         """Returns what the ranks want; all of them ask."""
         before = time.monotonic()
+        if self._asked_at is not None:  # before the first step is compiled, and that happens once
+            self._longest_gap = max(self._longest_gap, before - self._asked_at)
         wish = self._engine.agree(Call("a step's end"), self._mine())
-        self._cheapest = min(self._cheapest, time.monotonic() - before)
+        self._asked_at = time.monotonic()
+        self._cheapest = min(self._cheapest, self._asked_at - before)
         self._asked += 1
         if self._asked == _TRIED:
             self._choose_interval()
