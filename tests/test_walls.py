@@ -34,6 +34,7 @@ FLOORS = [
     "processes",
     "mpi_identity",
     "script",
+    "replacing",
 ]
 # launch and diagnose stand side by side.
 BESIDE = {"diagnose": {"launch"}}

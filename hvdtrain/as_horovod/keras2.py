@@ -10,6 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
+from hvdtrain.replacing import definer
+
 # Arguments that decided nothing a result depends on: how data is fetched, how the step is traced.
 _DROPPED = {
     "compile": ("experimental_run_tf_function",),
@@ -36,7 +38,7 @@ def install() -> None:
     if keras.__version__.startswith("2.") or keras.backend.backend() != "tensorflow":
         return  # hvdtrain.keras refuses both, and says why
     _change_models(keras.Model)
-    _change_optimizers(_owner(keras.optimizers.Optimizer, "variables"))
+    _change_optimizers(definer(keras.optimizers.Optimizer, "variables"))
     for api in (keras, importlib.import_module("keras._tf_keras.keras")):
         api.backend.get_value, api.backend.set_value = _get_value, _set_value
         legacy = importlib.import_module(f"{api.__name__}.optimizers.legacy")
@@ -76,9 +78,9 @@ class _AfterKeras(MetaPathFinder):
 
 def _change_models(model: Any) -> None:
     for method, names in _DROPPED.items():
-        owner = _owner(model, method)
+        owner = definer(model, method)
         setattr(owner, method, _without(vars(owner)[method], names))
-    trainer = _owner(model, "fit")
+    trainer = definer(model, "fit")
     trainer.fit_generator, trainer.evaluate_generator = _fit_generator, _evaluate_generator
     trainer.predict_generator = _predict_generator
 
@@ -195,11 +197,6 @@ def _get_value(x: Any) -> Any:
 
 def _set_value(x: Any, value: Any) -> None:
     x.assign(value)
-
-
-def _owner(kind: Any, name: str) -> Any:
-    """Returns the class among `kind` and its bases that defines `name`."""
-    return next(each for each in kind.__mro__ if name in vars(each))
 
 
 def _with_subclasses(kind: Any) -> Iterator[Any]:

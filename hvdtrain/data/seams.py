@@ -21,6 +21,7 @@ from hvdtrain.data.following import Follow, preceded
 from hvdtrain.data.generators import ShardedGenerator
 from hvdtrain.data.position import Position
 from hvdtrain.data.sharded import ShardedDataset
+from hvdtrain.replacing import replace_where_defined
 
 Sharded = ShardedDataset | ShardedTFDataset | ShardedGenerator
 
@@ -41,9 +42,8 @@ def install() -> None:
         return
     _installed = True
     data_adapters.get_data_adapter = _adapting(data_adapters.get_data_adapter)
-    trainer = next(each for each in keras.Model.__mro__ if "fit" in vars(each))
-    trainer.fit = _exactly(trainer.fit)
-    trainer.evaluate = _exactly(trainer.evaluate)
+    replace_where_defined(keras.Model, "fit", _exactly)
+    replace_where_defined(keras.Model, "evaluate", _exactly)
     keras.metrics.Mean.update_state = exact.mean_update(keras.metrics.Mean.update_state)
     compile_metrics = compile_utils.CompileMetrics
     compile_metrics.update_state = exact.metrics_update(compile_metrics.update_state)
@@ -110,7 +110,6 @@ def _watched(adapter: Any) -> Any:
 def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
-    @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs)
         x, validation = given.arguments.get("x"), given.arguments.get("validation_data")

@@ -1,7 +1,6 @@
 """`model.fit` on several ranks: they begin alike, end alike, and none waits for one that has failed."""
 
 import contextlib
-import functools
 import inspect
 import re
 import threading
@@ -24,6 +23,7 @@ from hvdtrain.keras.callbacks.telling import telling
 from hvdtrain.keras.checkpointing.placing import steps_passed_over
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.keras.progress import Progress
+from hvdtrain.replacing import replace_where_defined
 
 _STEPS = (
     "Who comes to the end of training first would leave the others waiting. Give every rank the same number of "
@@ -59,8 +59,7 @@ def install(check_data: bool = True) -> None:
     if not _installed:
         _installed = True
         seams.install()
-        trainer = next(each for each in keras.Model.__mro__ if "fit" in vars(each))
-        trainer.fit = _in_step(trainer.fit)
+        replace_where_defined(keras.Model, "fit", _in_step)
 
 
 def let_each_validate() -> None:
@@ -72,7 +71,6 @@ def let_each_validate() -> None:
 def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(fit)
 
-    @functools.wraps(fit)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs).arguments
         with checkpoint.over(self, given):

@@ -16,6 +16,7 @@ from hvdtrain.keras.callbacks.distributed import Together
 from hvdtrain.keras.callbacks.membership import optimizers_of
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
 from hvdtrain.keras.optimizer import is_distributed
+from hvdtrain.replacing import replace_where_defined
 
 _SENTENCES = {
     "evaluate": (
@@ -40,41 +41,22 @@ _said: set[str] = set()
 
 
 def install() -> None:
-    """Makes `evaluate` and `predict` speak; once is enough."""
+    """Makes `fit`, `evaluate` and `predict` speak; once is enough."""
     global _installed
     if _installed:
         return
     _installed = True
-    trainer = next(each for each in keras.Model.__mro__ if "fit" in vars(each))
-    for name in _SENTENCES:
-        setattr(trainer, name, _saying(name, getattr(trainer, name)))
-    for name in ("fit", "evaluate"):
-        setattr(trainer, name, _doubting(getattr(trainer, name)))
+    for name in ("fit", "evaluate", "predict"):
+        replace_where_defined(keras.Model, name, functools.partial(_speaking, name))
 
 
-def _saying(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _speaking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
-    @functools.wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
-        if isinstance(given.get("x"), Sharded) and name not in _said and not _together(given):
-            _said.add(name)
-            if runtime.engine().size > 1:
-                runtime.engine().say(_SENTENCES[name])
-        return method(self, *args, **kwargs)
-
-    return run
-
-
-def _doubting(method: Callable[..., Any]) -> Callable[..., Any]:
-    signature = inspect.signature(method)
-
-    @functools.wraps(method)
-    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = signature.bind(self, *args, **kwargs).arguments
         if runtime.is_initialized() and runtime.engine().size > 1:
-            for sentence in _doubts(self, given, training="epochs" in signature.parameters):
+            given = signature.bind(self, *args, **kwargs).arguments
+            for sentence in _sentences(self, given, name):
                 if sentence not in _said:
                     _said.add(sentence)
                     runtime.engine().say(sentence)
@@ -83,14 +65,18 @@ def _doubting(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _doubts(model: Any, given: dict[str, Any], training: bool) -> Iterator[str]:
+def _sentences(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
     x = given.get("x")
     sharded = isinstance(x, Sharded)
+    if name in _SENTENCES and sharded and not _together(given):
+        yield _SENTENCES[name]
+    if name == "predict":
+        return
     made_of = lineage.chain(x) if isinstance(x, tf.data.Dataset) and not sharded else ()
     if any(isinstance(each, ShardedTFDataset) and each.partial for each in made_of):
         yield _MADE_OF_IT
     own_step = type(model).train_step is not keras.Model.train_step  # which may reduce gradients itself
-    if training and sharded and not (own_step or _together(given)) and _plain(model):
+    if name == "fit" and sharded and not (own_step or _together(given)) and _plain(model):
         yield _ALONE.format(name=type(model.optimizer).__name__)
 
 

@@ -1,6 +1,5 @@
 """The two places where Keras decides for one process what concerns all ranks, and what is put there."""
 
-import functools
 from typing import Any
 
 import keras
@@ -8,6 +7,7 @@ import keras
 from hvdtrain import runtime
 from hvdtrain.collectives import tensors
 from hvdtrain.process_sets import engine_or_alone
+from hvdtrain.replacing import replace, replace_where_defined
 
 _installed = False
 
@@ -23,15 +23,12 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    scaler = keras.optimizers.LossScaleOptimizer
-    scaler.check_finite = _finite_everywhere(scaler.check_finite)
-    # Where it is defined, because a loaded model compiles itself only if its class did not override it.
-    trainer = next(each for each in keras.Model.__mro__ if "compile" in vars(each))
-    trainer.compile = _compiled_without_xla(trainer.compile)
+    replace(keras.optimizers.LossScaleOptimizer, "check_finite", _finite_everywhere)
+    # A loaded model compiles itself only if its class did not override compile.
+    replace_where_defined(keras.Model, "compile", _compiled_without_xla)
 
 
 def _finite_everywhere(check_finite: Any) -> Any:
-    @functools.wraps(check_finite)
     def decide(self: Any, grads: Any) -> Any:
         finite = check_finite(self, grads)
         if not _needs_all_ranks(self):
@@ -42,7 +39,6 @@ def _finite_everywhere(check_finite: Any) -> Any:
 
 
 def _compiled_without_xla(compile_model: Any) -> Any:
-    @functools.wraps(compile_model)
     def compile_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = compile_model(self, *args, **kwargs)
         if _needs_all_ranks(self.optimizer) and self.jit_compile:

@@ -8,8 +8,8 @@ import keras
 import tensorflow as tf
 from keras.src import backend
 
+from hvdtrain.replacing import replace
 from hvdtrain.wrap import trial, work
-from hvdtrain.wrap.replacing import replace
 from hvdtrain.wrap.share import Share
 
 # Of each model, by whether it is training, why it needs whole batches.

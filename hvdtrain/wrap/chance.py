@@ -9,8 +9,8 @@ import tensorflow as tf
 from keras.src.backend.tensorflow import random as keras_random
 
 from hvdtrain.collectives.base import Engine
+from hvdtrain.replacing import replace
 from hvdtrain.wrap import work
-from hvdtrain.wrap.replacing import replace
 from hvdtrain.wrap.share import Share
 
 # Draws whose numbers belong to rows; the first argument is a shape.

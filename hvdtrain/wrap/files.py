@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hvdtrain.wrap.replacing import replace
+from hvdtrain.replacing import replace
 
 _EXEMPT = ("/dev/", "/proc/", "/sys/")
 # Functions of `os` that ask about a path, by which argument says on which folder it is relative.

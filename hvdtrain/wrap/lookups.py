@@ -11,8 +11,8 @@ import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow import numpy as keras_numpy
 
+from hvdtrain.replacing import replace
 from hvdtrain.wrap import work
-from hvdtrain.wrap.replacing import replace
 from hvdtrain.wrap.share import Share
 
 

@@ -14,9 +14,9 @@ import keras
 import tensorflow as tf
 
 from hvdtrain.collectives.base import Engine
+from hvdtrain.replacing import replace
 from hvdtrain.wrap import files
 from hvdtrain.wrap.once import on_rank_zero
-from hvdtrain.wrap.replacing import replace
 
 _get_file = keras.utils.get_file
 _ADAPTED = ("Discretization", "IntegerLookup", "Normalization", "StringLookup", "TextVectorization")

@@ -9,8 +9,8 @@ import tensorflow as tf
 from hvdtrain.collectives import operations
 from hvdtrain.collectives.base import Op
 from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.replacing import replace
 from hvdtrain.wrap import work
-from hvdtrain.wrap.replacing import replace
 from hvdtrain.wrap.share import Share
 
 

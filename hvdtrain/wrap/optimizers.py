@@ -7,8 +7,8 @@ import keras
 import tensorflow as tf
 
 from hvdtrain.keras.optimizer import DistributedOptimizer, is_distributed
+from hvdtrain.replacing import replace_where_defined
 from hvdtrain.wrap import work
-from hvdtrain.wrap.replacing import replace_where_defined
 
 LOOP = (
     "hvdtrain run --wrap: {name}.apply is called outside of model.fit and model.train_on_batch. In a training "

@@ -12,8 +12,8 @@ import tensorflow as tf
 from keras.src.trainers import data_adapters
 
 from hvdtrain.collectives.base import Engine
+from hvdtrain.replacing import replace
 from hvdtrain.wrap import data, work
-from hvdtrain.wrap.replacing import replace
 
 _FIRST_READS = {
     "fit": ["train_step", "test_step"],

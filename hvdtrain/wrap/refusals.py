@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain import script
-from hvdtrain.wrap.replacing import replace
+from hvdtrain.replacing import replace
 
 _STRATEGIES = (
     "CentralStorageStrategy",

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 
 from hvdtrain.collectives.base import Engine
+from hvdtrain.replacing import replace_where_defined
 from hvdtrain.wrap import files
 from hvdtrain.wrap.once import on_rank_zero
-from hvdtrain.wrap.replacing import replace_where_defined
 
 
 def install(engine: Engine) -> None:

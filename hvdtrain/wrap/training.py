@@ -9,9 +9,9 @@ from typing import Any
 import keras
 
 from hvdtrain.collectives.base import Engine
+from hvdtrain.replacing import replace_where_defined
 from hvdtrain.wrap import chance, data, native, optimizers, reading, refusals, scaled, work
 from hvdtrain.wrap.lockstep import followed
-from hvdtrain.wrap.replacing import replace_where_defined
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
 _ARRAYS = ("x", "y", "sample_weight")

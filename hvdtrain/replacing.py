@@ -1,4 +1,4 @@
-"""How a function of Keras, TensorFlow or Python is changed while a script runs."""
+"""How a function of Keras, TensorFlow or Python is changed while a script runs, and which class to change."""
 
 import functools
 from collections.abc import Callable
@@ -27,4 +27,9 @@ def replace_where_defined(kind: type, name: str, make: Make) -> None:
         name: Name of the method.
         make: Takes the method and returns the one in its place.
     """
-    replace(next(each for each in kind.__mro__ if name in vars(each)), name, make)
+    replace(definer(kind, name), name, make)
+
+
+def definer(kind: type, name: str) -> Any:
+    """Returns the class among a class and its bases that defines a name."""
+    return next(each for each in kind.__mro__ if name in vars(each))
