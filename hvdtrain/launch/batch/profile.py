@@ -130,4 +130,6 @@ def _checked(path: Path, key: str, value: Any) -> Any:
         written = str(value) if isinstance(value, datetime.time) else "…"
         wanted = wanted.format(key=key, written=written)
         raise LaunchError(f"The cluster profile {path} has {key} = {value!r}; expected {wanted}")
+    if key == "launcher" and value not in ("srun", "mpirun"):
+        raise LaunchError(f"The cluster profile {path} has launcher = {value!r}; it may be srun or mpirun.")
     return tuple(value) if isinstance(value, list) else value
