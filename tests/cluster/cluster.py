@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 import host
@@ -45,13 +46,17 @@ JobAcctGatherType=jobacct_gather/none
 AccountingStorageType=accounting_storage/none
 MailProg=/bin/true
 ReturnToService=2
-SlurmdTimeout=20
+SlurmdTimeout=12
 KillWait=5
+SchedulerParameters=sched_interval=2,bf_interval=2
 BatchStartTimeout=20
 MinJobAge=3600
 SlurmdParameters=config_overrides
 NodeName=node[1-{hosts}] NodeAddr={network}.[1-{hosts}] CPUs=2 RealMemory=4000 State=UNKNOWN
-PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=20
+PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=10 PreemptMode=OFF
 """
 
 
@@ -116,14 +121,15 @@ class Cluster:
         self, template: str | Path, *words: str, options: Sequence[str] = (), **variables: str
     ) -> "Job":
         """Submits a batch script as a user does, with `options` for sbatch and `words` for the script."""
-        log = self.folder / "jobs" / f"{len(list((self.folder / 'jobs').iterdir()))}.log"
-        command = ["sbatch", "--parsable", f"--output={log}", *options, str(template), *words]
+        logs = self.folder / "jobs"
+        command = ["sbatch", "--parsable", f"--output={logs}/%j.log", *options, str(template), *words]
         done = subprocess.run(
             command, env=self.environ | variables, capture_output=True, text=True, timeout=60
         )
         if done.returncode:
             raise RuntimeError(f"sbatch refused: {done.stderr.strip()}")
-        return Job(self, done.stdout.strip(), log)
+        number = done.stdout.strip()
+        return Job(self, number, logs / f"{number}.log")
 
     def on(self, name: str, *command: str, timeout: float = 60) -> str:
         """Runs a command on a host, as its root, and returns what it prints."""
@@ -152,10 +158,31 @@ class Cluster:
         become = f"hostname ctl; mount --bind '{hosts}' /etc/hosts; exec slurmctld -D"
         self._processes["ctl"] = self._start(["unshare", "--uts", "--mount", "sh", "-ec", become], "ctl")
 
-    def kill_controller(self) -> None:
-        """Kills slurmctld, as a crash of its host would."""
+    def kill_controller(self, knows: "Job") -> None:
+        """Kills slurmctld, as a crash of its host would, once it has written down that a job runs."""
+        written = self.folder / "state/job_state"
+        started = datetime.fromisoformat(knows.facts()["StartTime"]).timestamp() + 1
+        until(lambda: written.stat().st_mtime > started, 60, lambda: "The state is not written.")
         self._processes["ctl"].kill()
         self._processes["ctl"].wait(timeout=30)
+
+    def kill_slurmd(self, name: str) -> None:
+        """Kills slurmd on a host; its jobs' processes live on, and Slurm takes the host for lost."""
+        self.on(name, "sh", "-c", f"kill -9 $(cat '{self.folder}/run/slurmd.pid')")
+
+    def start_slurmd(self, name: str) -> None:
+        """Starts it again."""
+        self.on(name, "slurmd", "-f", str(self.folder / "etc/slurm.conf"))
+
+    def back(self) -> None:
+        """Waits until Slurm has all hosts again, and nothing runs on them."""
+        until(self._all_idle, 120, lambda: f"Not all hosts are back: {self.ask('sinfo', '-N')}")
+
+    def running(self, word: str) -> dict[str, list[str]]:
+        """Lists the processes with a word in their command, on each host that has any."""
+        look = f"grep -al '[{word[0]}]{word[1:]}' /proc/[0-9]*/cmdline"
+        found = {name: self.on(name, "sh", "-c", look).split() for name in self.hosts}
+        return {name: processes for name, processes in found.items() if processes}
 
     def _configure(self) -> None:
         for name in ("etc", "state", "log", "run", "hosts", "jobs"):
@@ -197,7 +224,7 @@ class Cluster:
 
     def _all_idle(self) -> bool:
         try:
-            return len(self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%n").split()) == len(self.hosts)
+            return set(self.ask("sinfo", "-h", "-N", "-t", "idle", "-o", "%n").split()) == {*self.hosts}
         except RuntimeError:
             return False
 
@@ -239,6 +266,11 @@ class Job:
         return self.facts()["JobState"]
 
     @property
+    def hosts(self) -> list[str]:
+        """Where it runs."""
+        return self.cluster.ask("scontrol", "show", "hostnames", self.facts()["NodeList"]).split()
+
+    @property
     def output(self) -> str:
         """What it has printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
@@ -249,7 +281,7 @@ class Job:
 
     def ended(self, timeout: float = 120) -> str:
         """Waits for the end and returns the state."""
-        active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SUSPENDED")
+        active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING", "SUSPENDED")
         until(lambda: self.state not in active, timeout, lambda: f"did not end: {self._story()}")
         return self.state
 
