@@ -73,7 +73,10 @@ def test_gradients_never_ask_the_runtime_and_know_no_keras():
         assert not [name for name in imports(path) if name.startswith(("keras", "hvdtrain.runtime"))]
 
 
-@pytest.mark.parametrize("module", ["hvdtrain", "hvdtrain.cli", "hvdtrain.launch.run", "hvdtrain.runtime"])
+@pytest.mark.parametrize(
+    "module",
+    ["hvdtrain", "hvdtrain.cli", "hvdtrain.launch.run", "hvdtrain.launch.submit", "hvdtrain.runtime"],
+)
 def test_what_starts_on_a_login_node_loads_neither_tensorflow_nor_mpi(module):
     heavy = ("tensorflow", "keras", "mpi4py.MPI")
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"

@@ -12,6 +12,7 @@ import threading
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 import hvdtrain.keras as hvd
 from hvdtrain import preempted
@@ -90,10 +91,13 @@ def whole(epochs=EPOCHS):
     return training(epochs=epochs)
 
 
+def arrays():
+    x = np.random.default_rng(1).standard_normal((ROWS, 5)).astype("float32")
+    return x, x.sum(axis=1, keepdims=True)
+
+
 def data():
-    random = np.random.default_rng(1)
-    x = random.standard_normal((ROWS, 5)).astype("float32")
-    y = x.sum(axis=1, keepdims=True)
+    x, y = arrays()
     return hvd.shard((x, y), BATCH), hvd.shard((x[:20], y[:20]), BATCH, shuffle=False)
 
 
@@ -142,6 +146,60 @@ def test_what_was_accumulated_and_averaged_goes_on_too(folder):
         with pytest.raises(StoppedError):
             training(folder, [StopAt(step)], optimizer=optimizer(), every_steps=1)
     assert_the_same(training(folder, optimizer=optimizer(), every_steps=1), undisturbed)
+
+
+class Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return tuple(each[index * BATCH : (index + 1) * BATCH] for each in arrays())
+
+
+def endless():
+    while True:
+        yield from (Batches()[index] for index in range(11))
+
+
+# What is trained on, and further arguments of `compile`, `fit` and `DistributedOptimizer`.
+OTHERS = {
+    "shuffled tf.data": (lambda: tf_samples(shuffle=True), {}, {}, {}),
+    "generator": (lambda: hvd.shard(endless(), BATCH), {}, {"steps_per_epoch": 11}, {}),
+    "several steps at once": (None, {"steps_per_execution": 2}, {}, {}),
+    "gradients of two steps": (None, {}, {"steps_per_epoch": 5}, {"backward_passes_per_step": 2}),
+}
+if os.environ.get("HVDTRAIN_TESTS") == "full":
+    OTHERS |= {
+        "tf.data": (lambda: tf_samples(), {}, {}, {}),
+        "PyDataset": (lambda: hvd.shard(Batches(), BATCH), {}, {}, {}),
+        "eager": (None, {"run_eagerly": True}, {}, {}),
+        "left out": (lambda: hvd.shard(arrays(), BATCH, remainder="drop"), {}, {}, {}),
+    }
+
+
+def tf_samples(**options):
+    return hvd.shard(tf.data.Dataset.from_tensor_slices(arrays()), BATCH, **options)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_other_data_and_steps_go_on_too(folder, kind):
+    make, compiling, fitting, wrapping = OTHERS[kind]
+
+    def run(callbacks):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(5)
+        model = network()
+        optimizer = keras.mixed_precision.LossScaleOptimizer(keras.optimizers.Adam(0.01))
+        model.compile(hvd.DistributedOptimizer(optimizer, **wrapping), "mse", metrics=["mae"], **compiling)
+        samples = make() if make else data()[0]
+        together = hvd.callbacks.distributed(callbacks)
+        history = model.fit(samples, epochs=3, verbose=0, callbacks=together, **fitting)
+        return [each.numpy() for each in (*model.weights, *model.optimizer.variables)], history.history
+
+    for stop in (5, 8):
+        with pytest.raises(StoppedError):
+            run([StopAt(stop), hvd.callbacks.Checkpoint(folder, every_steps=3)])
+    assert_the_same(run([hvd.callbacks.Checkpoint(folder)]), run([]))
 
 
 def test_by_epochs_and_only_so_many_stay(folder):

@@ -230,7 +230,8 @@ class Run:
             f"but {failure}" if failure else f"and {newest} is written. The same command goes on from there."
         )
         sentence = f"training stopped at {place}, because {reason}, {where}"
-        self._engine.say(sentence)
+        if not heartbeat.is_watched():  # else the launcher says it, as its last word
+            self._engine.say(sentence)
         raise Preempted(sentence)
 
     def _warn(self, failure: str | None) -> None:
