@@ -40,9 +40,8 @@ class HorovodEngine(Engine):
         before = processes.threads()
         with horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records:
             horovod.init(comm) if comm else horovod.init()
-        heartbeat.set_aside(
-            processes.threads() - before
-        )  # they turn for ever, whether or not anything goes on
+        # Its threads turn for ever, whether or not anything goes on.
+        heartbeat.set_aside(processes.threads() - before)
         self._ops = {
             Op.SUM: horovod.Sum,
             Op.MIN: horovod.Min,

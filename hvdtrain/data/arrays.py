@@ -50,8 +50,7 @@ class ArraySource:
 
     def facts(self) -> list[tuple[str, str]]:
         """States what must be the same on all ranks."""
-        parts = zip((self.x, self.y, self.sample_weight), nests.NAMES, strict=True)
-        described = [fact for part, name in parts for fact in nests.described(part, name)]
+        described = nests.all_described((self.x, self.y, self.sample_weight))
         return [("the number of samples", str(self.plan.length)), *described]
 
     def begin(self, epoch: int) -> None:
@@ -81,8 +80,7 @@ def array_source(data: Any, plan_of: Any) -> ArraySource:
         data: x, (x, y) or (x, y, sample_weight).
         plan_of: Makes the plan from a number of samples.
     """
-    parts = nests.unpacked(data)
-    x, y, given = (nests.arrays(each, name) for each, name in zip(parts, nests.NAMES, strict=True))
+    x, y, given = nests.all_arrays(nests.unpacked(data))
     if given is not None and y is None:
         raise ValueError("hvd.shard: a sample_weight without targets y has no use in Keras.")
     return ArraySource(x, y, given, plan_of(nests.length((x, y, given))))

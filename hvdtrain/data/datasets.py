@@ -13,6 +13,7 @@ from hvdtrain import runtime
 from hvdtrain.collectives.base import Call, Engine
 from hvdtrain.data import lineage, nests
 from hvdtrain.data.pipelines import ByFiles, ByRows, Division, balanced, count_samples, own_files
+from hvdtrain.data.plan import Plan
 from hvdtrain.data.position import Position
 from hvdtrain.data.together import together
 
@@ -261,15 +262,10 @@ def _by_rows(dataset: tf.data.Dataset, own: int | None, division: Division) -> B
         return ByRows(dataset, True, division, steps, division.pad)
     if batched:
         return ByRows(dataset.unbatch(), False, division, None, division.pad)
-    steps = None
-    if length >= 0:
-        steps = -(-length // wanted) if division.pad else length // wanted
-    if steps == 0:
-        raise ValueError(
-            f"hvd.shard: remainder='drop' would drop everything: {length} samples do not fill one batch of "
-            f"{wanted}. Use remainder='pad', or a smaller batch_size."
-        )
-    return ByRows(dataset, False, division, steps, division.pad and length % wanted != 0)
+    if length < 0:
+        return ByRows(dataset, False, division, None, division.pad)
+    plan = Plan(length, wanted, remainder="pad" if division.pad else "drop")
+    return ByRows(dataset, False, division, plan.steps, plan.partial)
 
 
 def _buffer(dataset: tf.data.Dataset, shuffle: bool | int, own: int | None) -> int:

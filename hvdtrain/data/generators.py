@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain.data import nests
-from hvdtrain.data.part import Part, class_weights, refuse_both, weights
+from hvdtrain.data.part import Part, part_of
 from hvdtrain.data.plan import deal
 from hvdtrain.data.position import Position
 
@@ -91,23 +91,16 @@ class ShardedGenerator:
     def _next(self) -> Part:
         batch_size, rank, size, pad = self._options
         while True:
-            parts = nests.unpacked(next(self._batches))
-            x, y, given = (nests.arrays(each, name) for each, name in zip(parts, nests.NAMES, strict=True))
-            count = nests.length((x, y, given))
+            batch = nests.all_arrays(nests.unpacked(next(self._batches)))
+            count = nests.length(batch)
             if count > batch_size:
                 raise ValueError(
                     f"hvd.shard: the generator yielded a batch of {count}, more than batch_size={batch_size}. "
                     "Its batches are the global ones; give their size as batch_size."
                 )
             if pad or count == batch_size:
-                return self._part(x, y, given, deal(count, batch_size, rank, size), pad)
-
-    def _part(self, x: Any, y: Any, given: Any, rows: Any, pad: bool) -> Part:
-        x, y, given = (nests.rows(each, rows.take) for each in (x, y, given))
-        if self._class_weight is not None:
-            refuse_both(given)
-            given = class_weights(y, self._class_weight)
-        return Part(x, y, weights(given, y, rows, pad), rows)
+                rows = deal(count, batch_size, rank, size)
+                return part_of(batch, rows, pad, self._class_weight)
 
 
 def _spec(leaf: Any) -> tf.TensorSpec:

@@ -1,7 +1,7 @@
 """Nests of arrays: x, (x, y) and (x, y, sample_weight), each of them an array, a dict or a tuple of arrays."""
 
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
@@ -21,6 +21,12 @@ def unpacked(data: Any) -> tuple[Any, Any, Any]:
             f"tuple of their own, as in ((x1, x2), y). Received: a {type(data).__name__} of {len(data)}."
         )
     return (*data, None, None)[:3]
+
+
+def all_arrays(parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+    """Turns the leaves of x, y and sample_weight into NumPy arrays; see `arrays`."""
+    x, y, weight = (arrays(each, name) for each, name in zip(parts, NAMES, strict=True))
+    return x, y, weight
 
 
 def arrays(value: Any, name: str) -> Any:
@@ -90,6 +96,11 @@ def as_keras(array: np.ndarray) -> np.ndarray:
     return array
 
 
+def all_described(parts: tuple[Any, Any, Any]) -> list[tuple[str, str]]:
+    """States what ranks compare of x, y and sample_weight; see `described`."""
+    return [fact for each, name in zip(parts, NAMES, strict=True) for fact in described(each, name)]
+
+
 def described(part: Any, label: str) -> list[tuple[str, str]]:
     """States what ranks compare: dtype and shape of every leaf, and a checksum of some of its samples."""
     facts = []
@@ -100,10 +111,24 @@ def described(part: Any, label: str) -> list[tuple[str, str]]:
     return facts
 
 
-def checksum(array: Any) -> int:
-    """Returns the CRC-32 of an array's bytes, or of its text where it holds Python objects."""
+def checksum(array: Any, before: int = 0) -> int:
+    """Returns the CRC-32 of an array's bytes, or of its text where it holds Python objects, after another's."""
     array = np.ascontiguousarray(array)
-    return zlib.crc32(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes())
+    return zlib.crc32(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes(), before)
+
+
+def checksum_of_all(leaves: Iterable[np.ndarray], rows: int | None = None) -> int:
+    """Returns the CRC-32 over several arrays, their shapes and dtypes included.
+
+    Args:
+        leaves: The arrays.
+        rows: About how many rows of each are looked at, evenly spread; None for all.
+    """
+    value = 0
+    for array in leaves:
+        value = zlib.crc32(f"{array.dtype}{array.shape}".encode(), value)
+        value = checksum(array[:: max(len(array) // rows, 1)] if rows and array.ndim else array, value)
+    return value
 
 
 def _array(leaf: Any, name: str) -> np.ndarray:

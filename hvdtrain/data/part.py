@@ -53,6 +53,24 @@ class Part:
         return (self.x,) if isinstance(self.x, tuple) else self.x
 
 
+def part_of(
+    batch: tuple[Any, Any, Any], rows: Rows, pad: bool, class_weight: dict[int, float] | None
+) -> Part:
+    """Takes a rank's rows of a global batch.
+
+    Args:
+        batch: x, y and sample_weight of all samples of the batch.
+        rows: Which of them are this rank's.
+        pad: Whether batches that are not full are filled up.
+        class_weight: Weights by class, or None.
+    """
+    x, y, given = (nests.rows(each, rows.take) for each in batch)
+    if class_weight is not None:
+        refuse_both(given)
+        given = class_weights(y, class_weight)
+    return Part(x, y, weights(given, y, rows, pad), rows)
+
+
 def weights(given: Any, y: Any, rows: Rows, needed: bool) -> Any:
     """Returns the weights of this rank's rows, 0 for filler.
 

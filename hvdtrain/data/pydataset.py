@@ -10,7 +10,7 @@ import keras
 import numpy as np
 
 from hvdtrain.data import nests
-from hvdtrain.data.part import Part, class_weights, refuse_both, weights
+from hvdtrain.data.part import Part, part_of
 from hvdtrain.data.plan import Rows, deal, permutation
 
 
@@ -67,12 +67,7 @@ class BatchSource:
         """Makes the batches of a step and takes this rank's rows."""
         group = self.order(epoch)[step * self._group : (step + 1) * self._group]
         batch, rows = self._divided(group[0]) if self._group == 1 else self._whole(group)
-        x, y, given = nests.unpacked(batch)
-        x, y, given = (nests.rows(each, rows.take) for each in (x, y, given))
-        if self.class_weight is not None:
-            refuse_both(given)
-            given = class_weights(y, self.class_weight)
-        return Part(x, y, weights(given, y, rows, self.remainder == "pad"), rows)
+        return part_of(nests.unpacked(batch), rows, self.remainder == "pad", self.class_weight)
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the order of the user's batches; a last one that is not full stays last in whole groups."""
@@ -167,8 +162,7 @@ def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, mak
 
 
 def _batch(dataset: keras.utils.PyDataset, index: int) -> tuple[Any, Any, Any]:
-    parts = nests.unpacked(dataset[index])
-    return tuple(nests.arrays(each, name) for each, name in zip(parts, nests.NAMES, strict=True))
+    return nests.all_arrays(nests.unpacked(dataset[index]))
 
 
 def _joined(parts: Any) -> Any:

@@ -47,12 +47,7 @@ class Arrays:
 
     def facts(self) -> Facts:
         """States what must be the same on all ranks."""
-        described = [
-            fact
-            for each, name in zip(self.parts, nests.NAMES, strict=True)
-            for fact in nests.described(each, name)
-        ]
-        return [("the number of samples", str(self.length)), *described]
+        return [("the number of samples", str(self.length)), *nests.all_described(self.parts)]
 
     def dealt(self, rank: int, size: int) -> "Arrays":
         """Returns a rank's batches; they are smaller where there would be fewer than ranks."""
@@ -71,7 +66,7 @@ class Arrays:
         Of arrays whose length divides by the batch Keras weighs the losses of several outputs by samples, of
         others by batches. Of a data set with an open first dimension it does the same on all ranks.
         """
-        given = [nests.arrays(each, name) for each, name in zip(self.parts, nests.NAMES, strict=True)]
+        given = nests.all_arrays(self.parts)
         parts = [nests.mapped(lambda leaf, _: nests.as_keras(leaf), each) for each in given]
         used = 3 if parts[2] is not None else 2 if parts[1] is not None else 1
         return {"x": tf.data.Dataset.from_tensor_slices(tuple(parts[:used])).batch(self.batch_size)}

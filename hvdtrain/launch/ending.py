@@ -96,7 +96,7 @@ def _failure(job: Job, first: int) -> Ending:
 
 
 def _step(job: Job, rank: int) -> int | None:
-    beat = getattr(job, "beats", {}).get(rank)
+    beat = job.beats.get(rank)
     return beat.step if beat else None
 
 
