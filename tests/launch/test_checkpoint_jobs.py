@@ -106,7 +106,7 @@ def test_a_killed_rank_costs_nothing(jobs, undisturbed):
     shutil.copytree(jobs.folder / "killed", jobs.folder / "on one rank")
     code, result, err = jobs.run(2, "killed")
     assert (code, result) == (0, undisturbed)
-    assert "going on from killed/step-000000015: epoch 2, step 5 of 10 (step 15 in all)" in err
+    assert "/killed/step-000000015: epoch 2, step 5 of 10 (step 15 in all)" in err
     code, result, err = jobs.run(1, "on one rank")
     assert code == 0 and "written by 2 ranks" in err
     # The order of sums is another, the samples of each step are the same.
@@ -122,7 +122,7 @@ def test_two_jobs_one_directory_and_a_signal(jobs, undisturbed):
             time.sleep(0.05)
         code, _, err = jobs.run(2, "shared")
         assert code == 1
-        assert "shared is in use by process" in err and "a directory of its own" in err
+        assert "/shared is in use by process" in err and "a directory of its own" in err
         job.send_signal(signal.SIGUSR1)
         _, err = job.communicate(timeout=120)
         assert job.returncode == 75

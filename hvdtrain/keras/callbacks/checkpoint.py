@@ -52,7 +52,7 @@ class Checkpoint(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.plan = Plan(
-            Path(directory),
+            Path(directory).absolute(),  # the script may go elsewhere
             None if every_steps is None else _counted(every_steps, "every_steps"),
             None if every_minutes is None else _positive(every_minutes),
             _counted(keep, "keep"),

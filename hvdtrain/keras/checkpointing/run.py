@@ -8,9 +8,6 @@ from typing import Any
 import keras
 
 from hvdtrain import heartbeat
-from hvdtrain.checkpoints.folder import Folder
-from hvdtrain.checkpoints.lock import Lock
-from hvdtrain.checkpoints.writer import Writer
 from hvdtrain.data import seams
 from hvdtrain.data.together import together
 from hvdtrain.keras.callbacks.membership import engine_of
@@ -20,6 +17,7 @@ from hvdtrain.keras.checkpointing.placing import in_order, keep_history, whose_s
 from hvdtrain.keras.checkpointing.saved import Place, Saved
 from hvdtrain.keras.checkpointing.state import TrainingState
 from hvdtrain.keras.checkpointing.stopping import NOTHING, STOP, Wishes
+from hvdtrain.keras.checkpointing.store import Store
 from hvdtrain.preempted import Preempted
 
 
@@ -54,12 +52,10 @@ class Run:
         keep_history(given)
         self._plan, self._callback, self._model, self._given = plan, callback, model, given
         self._engine = engine_of(model)
-        self._first = self._engine.rank == self._engine.ranks[0]
         self._state = TrainingState(model, self._engine, whose_state_counts(given, callback))
         self.wishes = Wishes(self._engine, plan.every_minutes)
         self._opening = Opening(self._state, None)
-        self._writer: Writer | None = None
-        self._lock: Lock | None = None
+        self._store = Store(plan.directory, plan.keep, self._engine)
         self._saved: Saved | None = None
         self._epoch = self._step = self._total = 0
         self._due = NOTHING
@@ -70,7 +66,7 @@ class Run:
         Args:
             again: Whether this process has come to the end of a `fit` with the same directory before.
         """
-        entry = together(self._engine, "Checkpoint", self._take_folder)
+        entry = together(self._engine, "Checkpoint", self._store.open)
         self._saved = saving.read(entry, self._engine)
         if self._saved is not None:
             self._go_on_from(self._saved, again)
@@ -83,10 +79,7 @@ class Run:
         heartbeat.ask_patience(0)
         self._opening.leave(self._model)
         self._model._initial_epoch = None
-        failure = self._writer.close() if self._writer else None
-        if self._lock:
-            self._lock.give_back()
-        self._warn(failure)
+        self._store.close()
 
     def begin(self) -> None:
         """Makes sure that an epoch which was cut in two has as many steps as before, and listens for signals."""
@@ -133,41 +126,14 @@ class Run:
             return
         stopped = bool(self._model.stop_training) and self._epoch < self._given.get("epochs", 1)
         self._save(Place(self._epoch, 0, self._total, self._model_steps, finished=True, stopped=stopped))
-        self._warn(self._writer.wait() if self._writer else None)
 
     @property
     def _model_steps(self) -> int | None:
         return (self._callback.params or {}).get("steps")
 
-    def _take_folder(self) -> Path | None:
-        if not self._first:
-            return None
-        try:
-            folder = Folder(self._plan.directory)
-            self._lock = Lock(folder.path)
-            folder.clean()
-        except OSError as error:
-            raise OSError(
-                f"Checkpoints cannot be written to {self._plan.directory}: {error}. Give hvd.callbacks.Checkpoint "
-                "a folder that this user may write to."
-            ) from error
-        if not self._lock.works:
-            self._engine.say(
-                f"warning: {folder.path} is on a file system without locks, so nothing keeps a second job from it."
-            )
-        self._writer = Writer(folder, self._plan.keep)
-        entry, complaints = folder.newest_whole()
-        for each in complaints:
-            instead = (
-                f"{entry} is taken in its place" if entry else "there is no other, so training begins anew"
-            )
-            self._engine.say(f"warning: {each} {instead[0].upper()}{instead[1:]}.")
-        self._writer.newest = entry
-        return entry
-
     def _go_on_from(self, saved: Saved, again: bool) -> None:
         place, epochs = saved.place, self._given.get("epochs", 1)
-        done = place.stopped or (place.epoch >= epochs and not place.step)
+        done = place.stopped or place.epoch >= epochs
         if done and again and self._given.get("initial_epoch", 0) < epochs:
             raise ValueError(
                 f"{saved.entry} holds the end of an earlier model.fit of this script, so this one would train "
@@ -213,27 +179,16 @@ class Run:
         data = self._given.get("x")
         facts = {"data": data.position.origin() if isinstance(data, seams.Sharded) else None}
         make = self._state.capture(place, facts)
-        if make and self._writer:
-            self._warn(self._writer.submit(place.total, make))
+        self._store.submit(place.total, make)
         self.wishes.saved(time.monotonic() - started)
         heartbeat.ask_patience(self.wishes.patience)
 
     def _stop(self, place: Place) -> None:
-        failure = self._engine.broadcast_object(
-            self._writer.wait() if self._writer else None, self._engine.ranks[0]
-        )
-        newest = self._engine.broadcast_object(
-            self._writer.newest if self._writer else None, self._engine.ranks[0]
-        )
-        reason = self.wishes.reasons()
-        where = (
+        newest, failure = self._store.settle()
+        found = (
             f"but {failure}" if failure else f"and {newest} is written. The same command goes on from there."
         )
-        sentence = f"training stopped at {place}, because {reason}, {where}"
+        sentence = f"training stopped at {place}, because {self.wishes.reasons()}, {found}"
         if not heartbeat.is_watched():  # else the launcher says it, as its last word
             self._engine.say(sentence)
         raise Preempted(sentence)
-
-    def _warn(self, failure: str | None) -> None:
-        if failure:
-            self._engine.say(f"warning: {failure}")
