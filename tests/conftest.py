@@ -1,6 +1,7 @@
 """What all tests share: on several ranks only rank 0 reports, unless another rank has something to say."""
 
 import os
+import signal
 
 import pytest
 
@@ -15,6 +16,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 @pytest.hookimpl(trylast=True)
 def pytest_configure(config):
     """Silences the progress of ranks other than 0; their failures still print, with their traceback."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what it puts into the background so, and tests that interrupt jobs would wait in vain.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if RANK:
         reporter = config.pluginmanager.getplugin("terminalreporter")
         config.pluginmanager.unregister(reporter)

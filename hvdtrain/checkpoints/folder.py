@@ -16,7 +16,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-_NAME = re.compile(r"step-(\d+)(?:\.(\d+))?")
+_NAME = re.compile(r"step-(\d{9,})(?:\.(\d+))?")
 _MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
@@ -49,7 +49,7 @@ class Folder:
         """
         for each in self.path.iterdir():
             if each.name.startswith((_PARTIAL, _REMOVED)):
-                shutil.rmtree(each, ignore_errors=True)
+                shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink(missing_ok=True)
         probe = self.path / f"{_PARTIAL}probe"
         probe.mkdir()
         probe.rmdir()
@@ -97,7 +97,7 @@ class Folder:
         partial = self.path / f"{_PARTIAL}{step}"
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            partial.mkdir()
+            partial.mkdir(parents=True)
             manifest = {name: _written(partial / name, content) for name, content in files.items()}
             _written(partial / _MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
             _sync(partial)

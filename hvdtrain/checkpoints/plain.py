@@ -13,7 +13,7 @@ _JSON = "json"
 
 
 class NotPlainError(TypeError):
-    """A value that is neither a number, a text, an array, nor a list, tuple or dict of such."""
+    """A value that is neither a number, a text, bytes, an array, nor a list, tuple, set or dict of such."""
 
 
 def is_plain(value: Any) -> bool:
@@ -29,8 +29,8 @@ def packed(value: Any) -> bytes:
     """Writes a value as the bytes of an `.npz` file.
 
     Args:
-        value: None, a bool, int, float, str or NumPy array, or a list, tuple or dict of these, to any depth that a
-            person would write.
+        value: None, a bool, int, float, complex, str, bytes or NumPy array, or a list, tuple, set or dict (a
+            Counter, say, which comes back as a dict) of these, to any depth that a person would write.
 
     Returns:
         The file's bytes: the arrays, and under "json" how they lie in the value.
@@ -72,12 +72,17 @@ def _pack(value: Any, arrays: list[np.ndarray], depth: int = 0) -> Any:
         arrays.append(np.asarray(value))
         shape, kind = list(arrays[-1].shape), "array" if isinstance(value, np.ndarray) else "number"
         return {kind: len(arrays) - 1, "dtype": value.dtype.name, "shape": shape}
+    if type(value) in (bytes, complex):
+        return {type(value).__name__: value.hex() if type(value) is bytes else [value.real, value.imag]}
     if depth == _DEEPEST:
         raise NotPlainError("nested too deeply")
     if type(value) in (list, tuple):
         items = [_pack(each, arrays, depth + 1) for each in value]
         return items if type(value) is list else {"tuple": items}
-    if isinstance(value, Mapping) and type(value) is dict:
+    if type(value) in (set, frozenset):
+        # In an order that is the same in every process.
+        return {type(value).__name__: [_pack(each, arrays, depth + 1) for each in sorted(value, key=repr)]}
+    if isinstance(value, dict):
         pairs = [[_pack(part, arrays, depth + 1) for part in pair] for pair in value.items()]
         return {"dict": pairs}
     raise NotPlainError(type(value).__name__)
@@ -88,8 +93,13 @@ def _unpack(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
         return [_unpack(each, arrays) for each in value]
     if not isinstance(value, dict):
         return value
-    if "tuple" in value:
-        return tuple(_unpack(each, arrays) for each in value["tuple"])
+    for made in (tuple, set, frozenset):
+        if made.__name__ in value:
+            return made(_unpack(each, arrays) for each in value[made.__name__])
+    if "bytes" in value:
+        return bytes.fromhex(value["bytes"])
+    if "complex" in value:
+        return complex(*value["complex"])
     if "dict" in value:
         return {_unpack(key, arrays): _unpack(each, arrays) for key, each in value["dict"]}
     kind = "array" if "array" in value else "number"

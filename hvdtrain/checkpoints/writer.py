@@ -47,7 +47,8 @@ class Writer:
         try:
             self.newest = pending.result()
         except Exception as error:
-            kept = f"the last whole one is {self.newest}" if self.newest else "there is none before it"
+            there = self.newest is not None and self.newest.exists()
+            kept = f"the last whole one is {self.newest}" if there else "there is none before it"
             return f"the checkpoint of step {self._step} could not be written ({error}); {kept}."
         return None
 

@@ -1,6 +1,7 @@
 """A folder of checkpoints survives what happens to disks and processes."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -53,6 +54,21 @@ def test_the_newest_first_and_only_so_many(folder):
     assert names(folder) == ["step-000000100", "step-000000020"]
     assert folder.newest_whole() == (folder.path / "step-000000100", [])
     assert (folder.path / "latest").read_text() == "step-000000100\n"
+
+
+def test_what_else_is_in_the_folder_stays(folder):
+    for name in ("step-1", "step-2", "notes"):
+        (folder.path / name).mkdir()
+    folder.write(1, FILES, keep=1)
+    assert folder.write(2, FILES, keep=1) == folder.newest_whole()[0]
+    assert {"step-1", "step-2", "notes"} < {each.name for each in folder.path.iterdir()}
+
+
+def test_a_folder_that_somebody_has_removed_is_made_again(folder):
+    folder.write(1, FILES, keep=1)
+    shutil.rmtree(folder.path)
+    folder.write(2, FILES, keep=1)
+    assert folder.newest_whole()[0].name == "step-000000002"
 
 
 def test_one_of_the_same_step_takes_nothing_away(folder):

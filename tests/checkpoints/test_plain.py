@@ -1,5 +1,6 @@
 """Plain values come back as they were, to the bit, and nothing else is taken."""
 
+import collections
 import io
 import math
 import random
@@ -13,7 +14,7 @@ from hypothesis.extra import numpy as arrays
 
 from hvdtrain.checkpoints.plain import NotPlainError, digest, is_plain, packed, unpacked
 
-numbers = st.none() | st.booleans() | st.integers() | st.floats() | st.text()
+numbers = st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.binary()
 tables = arrays.arrays(
     st.sampled_from([np.float32, np.float64, np.int8, np.uint64, np.bool_, np.complex64]),
     arrays.array_shapes(min_dims=0, min_side=0),
@@ -57,6 +58,9 @@ def test_everything_plain_comes_back(value):
         random.getstate(),
         np.random.get_state(),
         {"best": -np.inf, "weights": [np.ones(3), None]},
+        {3, 1, "a", (1, 2)},
+        frozenset(["a"]),
+        2 - 0.5j,
     ],
 )
 def test_what_callbacks_and_generators_hold(value):
@@ -67,6 +71,12 @@ def test_what_callbacks_and_generators_hold(value):
 
 def test_a_digest_tells_types_and_signs_apart():
     different = [
+        b"0",
+        {0},
+        frozenset([0]),
+        0j,
+        {},
+        set(),
         0,
         0.0,
         -0.0,
@@ -83,12 +93,16 @@ def test_a_digest_tells_types_and_signs_apart():
 
 
 @pytest.mark.parametrize(
-    "value", [object(), {1, 2}, b"bytes", [lambda: 0], io.StringIO(), np.array([object()])]
+    "value", [object(), {object()}, bytearray(b"x"), [lambda: 0], io.StringIO(), np.array([object()])]
 )
 def test_what_is_not_plain(value):
     assert not is_plain(value)
     with pytest.raises(NotPlainError):
         packed([value])
+
+
+def test_a_dict_of_a_kind_of_its_own_is_kept_as_a_dict():
+    assert unpacked(packed(collections.Counter("aab"))) == {"a": 2, "b": 1}
 
 
 def test_what_holds_itself_is_not_plain():

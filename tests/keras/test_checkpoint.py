@@ -1,5 +1,6 @@
 """A training that was stopped and goes on ends as one that was not: the same to the bit, with the same history."""
 
+import collections
 import functools
 import json
 import os
@@ -45,14 +46,25 @@ class Learns(keras.callbacks.Callback):
 
     def __init__(self):
         super().__init__()
-        self.seen, self.best = 0, {"loss": [np.inf]}
+        self.seen, self.best = 0, collections.defaultdict(list, loss=[np.inf])
+        self.given = self.callback = 3  # names that callbacks of ours have too
+        self.losses = self.alias = []
+        self.random, self.kinds, self.count = np.random.default_rng(1), set(), keras.Variable(0)
 
     def on_train_batch_begin(self, batch, logs=None):
         self.model.optimizer.learning_rate = 0.01 / (1 + self.seen)
 
     def on_train_batch_end(self, batch, logs=None):
         self.seen += 1
-        self.best["loss"].append(float(logs["loss"]))
+        self.best["loss"].append(float(logs["loss"]) + self.random.random())
+        self.losses.append(self.best["loss"][-1])
+        self.kinds.add(self.seen % 5)
+        self.count.assign_add(1)
+
+    @property
+    def learned(self):
+        assert self.alias is self.losses and len(self.losses) == int(self.count)
+        return self.losses, self.kinds, dict(self.best)
 
 
 @pytest.fixture
@@ -79,8 +91,8 @@ def network(kind="built"):
 
 def usual():
     return [
-        keras.callbacks.EarlyStopping("val_loss", patience=5, restore_best_weights=True),
-        keras.callbacks.ReduceLROnPlateau("loss", patience=0, factor=0.5),
+        keras.callbacks.EarlyStopping("val_loss", patience=5, min_delta=0.3, restore_best_weights=True),
+        keras.callbacks.ReduceLROnPlateau("loss", patience=0, factor=0.5, min_delta=0.2),
         keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate * 0.9),
     ]
 
@@ -130,11 +142,14 @@ def assert_the_same(one, other):
     ("kind", "steps"), [("built", [1, 2, 13]), ("built", [12, 24, 1]), ("built", [30]), ("unbuilt", [7, 8])]
 )
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(folder, kind, steps):
-    undisturbed = training(callbacks=[*usual(), Learns()], kind=kind)
+    learns = Learns()
+    undisturbed = training(callbacks=[*usual(), learns], kind=kind)
     for step in steps:
         with pytest.raises(StoppedError):
             training(folder, [*usual(), Learns(), StopAt(step)], kind, every_steps=1)
-    assert_the_same(training(folder, [*usual(), Learns()], kind, every_steps=5), undisturbed)
+    again = Learns()
+    assert_the_same(training(folder, [*usual(), again], kind, every_steps=5), undisturbed)
+    assert again.learned == learns.learned
 
 
 def test_what_was_accumulated_and_averaged_goes_on_too(folder):
@@ -146,6 +161,45 @@ def test_what_was_accumulated_and_averaged_goes_on_too(folder):
         with pytest.raises(StoppedError):
             training(folder, [StopAt(step)], optimizer=optimizer(), every_steps=1)
     assert_the_same(training(folder, optimizer=optimizer(), every_steps=1), undisturbed)
+
+
+class Rivals(keras.Model):
+    """Two parts with an optimizer each, as in a GAN."""
+
+    def __init__(self):
+        super().__init__()
+        self.one = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+        self.other = keras.Sequential([keras.Input((3,)), keras.layers.Dense(1)])
+
+    def compile(self, one, other):
+        super().compile()
+        self.first_optimizer, self.second_optimizer = one, other
+
+    def train_step(self, data):
+        with tf.GradientTape(persistent=True) as tape:
+            made = self.one(data[0])
+            loss = tf.reduce_mean((self.other(made) - data[1]) ** 2)
+        for part, optimizer in ((self.one, self.first_optimizer), (self.other, self.second_optimizer)):
+            optimizer.apply(tape.gradient(loss, part.trainable_variables), part.trainable_variables)
+        return {"loss": loss}
+
+
+def test_a_model_with_two_optimizers(folder):
+    def run(callbacks):
+        keras.utils.clear_session()
+        keras.utils.set_random_seed(5)
+        model = Rivals()
+        optimizers = keras.optimizers.SGD(0.01, 0.9), keras.optimizers.Adam(0.01)
+        model.compile(*(hvd.DistributedOptimizer(each) for each in optimizers))
+        samples = hvd.shard(arrays(), BATCH, remainder="drop")
+        model.fit(samples, epochs=2, verbose=0, callbacks=callbacks)
+        trained = (*model.weights, *model.first_optimizer.variables, *model.second_optimizer.variables)
+        return [each.numpy() for each in trained]
+
+    with pytest.raises(StoppedError):
+        run([StopAt(5), hvd.callbacks.Checkpoint(folder, every_steps=2)])
+    for mine, theirs in zip(run([hvd.callbacks.Checkpoint(folder)]), run([]), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
 
 
 class Batches(keras.utils.PyDataset):
@@ -397,11 +451,13 @@ def test_other_steps_within_an_epoch_are_refused(folder):
         ({"every_minutes": -1}, ValueError, "every_minutes must be more than 0"),
         ({"every_minutes": "10"}, TypeError, "every_minutes must be a number"),
         ({"keep": 0}, ValueError, "keep must be at least 1"),
+        ({"directory": b"x"}, TypeError, "directory must be a path"),
     ],
 )
 def test_arguments(folder, asked, error, says):
     with pytest.raises(error, match=says):
-        hvd.callbacks.Checkpoint(folder, **asked)
+        hvd.callbacks.Checkpoint(**{"directory": folder, **asked})
+    hvd.callbacks.Checkpoint("~/x", every_steps=np.int64(2), every_minutes=np.float32(0.5))
 
 
 def test_beside_what_would_also_restore(folder):

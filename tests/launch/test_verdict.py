@@ -103,7 +103,7 @@ ROUTINE = "Primary job  terminated normally, but 1 process returned\na non-zero 
 
 
 def conclude(told, said, status=1):
-    ending = conclude_job(SimpleNamespace(verdict=told, said=said, interrupted=None), status, 1.0)
+    ending = conclude_job(SimpleNamespace(verdict=told, said=said, interrupted=None, beats={}), status, 1.0)
     return ending.code, ending.words
 
 

@@ -1,6 +1,8 @@
 """A training that can be stopped at any moment and goes on by itself, to the same result."""
 
 import contextlib
+import numbers
+import operator
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +54,7 @@ class Checkpoint(keras.callbacks.Callback):
     ) -> None:
         super().__init__()
         self.plan = Plan(
-            Path(directory).absolute(),  # the script may go elsewhere
+            _path(directory),
             None if every_steps is None else _counted(every_steps, "every_steps"),
             None if every_minutes is None else _positive(every_minutes),
             _counted(keep, "keep"),
@@ -123,17 +125,28 @@ def over(model: keras.Model, given: dict[str, Any]) -> contextlib.AbstractContex
     return found[0].over(model, given) if found else contextlib.nullcontext()
 
 
-def _counted(value: Any, name: str) -> int:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise TypeError(f"Checkpoint: {name} must be an integer. Received: {name}={value!r}.")
+def _path(directory: Any) -> Path:
+    """Makes the folder one that stays the same when the script goes elsewhere."""
+    if not isinstance(directory, str | os.PathLike) or isinstance(os.fspath(directory), bytes):
+        raise TypeError(f"Checkpoint: directory must be a path. Received: directory={directory!r}.")
+    return Path(directory).expanduser().absolute()
+
+
+def _counted(number: Any, name: str) -> int:
+    try:
+        value = operator.index(number)
+    except TypeError:
+        value = None
+    if value is None or isinstance(number, bool):
+        raise TypeError(f"Checkpoint: {name} must be an integer. Received: {name}={number!r}.")
     if value < 1:
         raise ValueError(f"Checkpoint: {name} must be at least 1. Received: {name}={value}.")
     return value
 
 
 def _positive(minutes: Any) -> float:
-    if not isinstance(minutes, int | float) or isinstance(minutes, bool):
+    if not isinstance(minutes, numbers.Real) or isinstance(minutes, bool):
         raise TypeError(f"Checkpoint: every_minutes must be a number. Received: every_minutes={minutes!r}.")
-    if not minutes > 0:
+    if not float(minutes) > 0:
         raise ValueError(f"Checkpoint: every_minutes must be more than 0. Received: every_minutes={minutes}.")
     return float(minutes)

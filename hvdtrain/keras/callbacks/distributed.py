@@ -103,6 +103,11 @@ class Together(Forwarding):
         ]
         self._every_batch = any(_may_stop_at_a_batch(each) for each in self._members)
 
+    @property
+    def inner(self) -> list[Any]:
+        """The callbacks that were given."""
+        return self.given
+
     def set_model(self, model: Any) -> None:
         """Hands the model on; only rank 0 prints."""
         super().set_model(model)
@@ -145,9 +150,7 @@ class Together(Forwarding):
         return [self._validation, self._metrics, self._random, *self._norms, *self._members, self._broadcast]
 
     def _call(self, callback: Any, hook: str, *args: Any, **kwargs: Any) -> None:
-        with telling(
-            engine_of(self.model), f"{type(getattr(callback, 'callback', callback)).__name__}.{hook}"
-        ):
+        with telling(engine_of(self.model), f"{type(_inner(callback)).__name__}.{hook}"):
             getattr(callback, hook)(*args, **kwargs)
 
     def _go_on_together(self) -> None:
@@ -172,7 +175,12 @@ def _first(callbacks: list[Any], kind: type) -> Any:
 
 
 def _restores(member: Any) -> bool:
-    return isinstance(getattr(member, "callback", None), keras.callbacks.BackupAndRestore)
+    return isinstance(_inner(member), keras.callbacks.BackupAndRestore)
+
+
+def _inner(member: Any) -> Any:
+    """Returns the callback that rank 0 runs for all, or the one that every rank runs."""
+    return member.callback if isinstance(member, RankZeroCallback) else member
 
 
 def _save_freqs(callbacks: list[Any]) -> list[str | int]:
@@ -183,7 +191,7 @@ def _save_freqs(callbacks: list[Any]) -> list[str | int]:
 
 def _may_stop_at_a_batch(member: Any) -> bool:
     """Tells whether a callback looks at each batch and may stop there; of Keras' own only one does."""
-    inner = getattr(member, "callback", member)
+    inner = _inner(member)
     if isinstance(inner, keras.callbacks.TerminateOnNaN):
         return True
     owners = [getattr(inner, hook).__module__ for hook in _BATCH_HOOKS]

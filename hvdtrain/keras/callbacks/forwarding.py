@@ -16,6 +16,11 @@ HOOKS = (
 class Forwarding(keras.callbacks.Callback):
     """Calls `forward` with each event: the name of the hook, and what Keras passed to it."""
 
+    @property
+    def inner(self) -> list[Any]:
+        """The callbacks that the events go to."""
+        raise NotImplementedError
+
     def forward(self, hook: str, *args: Any, **kwargs: Any) -> None:
         """Hands an event on."""
         raise NotImplementedError

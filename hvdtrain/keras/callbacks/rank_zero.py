@@ -36,6 +36,11 @@ class RankZeroCallback(Forwarding):
         super().__init__()
         self.callback = callback
 
+    @property
+    def inner(self) -> list[Any]:
+        """The callback."""
+        return [self.callback]
+
     def set_params(self, params: Any) -> None:
         """Hands the parameters of `fit` on."""
         super().set_params(params)

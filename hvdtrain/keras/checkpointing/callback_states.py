@@ -5,11 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from hvdtrain.checkpoints import plain
 
 # Set by Keras, or a matter of the screen.
 _NOT_STATE = ("params", "_params", "validation_data", "model", "_model", "verbose")
+# Keras turns its sign around once in a process, when it has found out what the monitored number is.
+_MONITORING = ("min_delta",)
 _WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
 # Of a CSVLogger's file the end counts; the rest is made anew when it begins.
 _CSV = ("keys",)
@@ -69,15 +73,17 @@ class CallbackStates:
             elif attribute == _END:
                 _cut(callback.csv_file, value)
             else:
-                setattr(callback, attribute, _copied(value))
+                _put_back(vars(callback), attribute, value)
                 self._restored.add(name)
         return sorted(lost)
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         for name, callback in self._named.items():
             csv = isinstance(callback, keras.callbacks.CSVLogger)
+            left_out = (*_NOT_STATE, *(_MONITORING if hasattr(callback, "monitor_op") else ()))
             for attribute, value in sorted(vars(callback).items()):
-                if attribute not in _NOT_STATE and (not csv or attribute in _CSV) and plain.is_plain(value):
+                value = _content(value)
+                if attribute not in left_out and (not csv or attribute in _CSV) and plain.is_plain(value):
                     yield f"{name}/{attribute}", value
             if csv and getattr(callback, "csv_file", None) and not callback.csv_file.closed:
                 yield f"{name}/{_END}", callback.csv_file.tell()
@@ -90,5 +96,24 @@ def _cut(file: Any, end: int) -> None:
         file.seek(end)
 
 
-def _copied(value: Any) -> Any:
-    return plain.unpacked(plain.packed(value))
+def _content(value: Any) -> Any:
+    """Returns the plain content of what has one."""
+    if isinstance(value, keras.Variable | tf.Variable):
+        return value.numpy()
+    return value.bit_generator.state if isinstance(value, np.random.Generator) else value
+
+
+def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
+    """Sets an attribute; a list that the script knows too stays the same list."""
+    now, value = attributes.get(name), plain.unpacked(plain.packed(value))
+    if isinstance(now, keras.Variable | tf.Variable):
+        now.assign(value)
+    elif isinstance(now, np.random.Generator):
+        now.bit_generator.state = value
+    elif type(now) is list and type(value) is list:
+        now[:] = value
+    elif isinstance(now, dict | set) and isinstance(value, dict | set):
+        now.clear()
+        now.update(value)
+    else:
+        attributes[name] = value

@@ -1,6 +1,7 @@
 """A model's weights in Keras' own format, in memory, where no disk can be full."""
 
 import io
+from pathlib import Path
 
 import h5py
 import keras
@@ -19,6 +20,15 @@ def weights_file(model: keras.Model) -> bytes:
     saving_lib._save_state(model, store, None, inner_path="", visited_saveables=set())
     store.h5_file.close()  # the store's own close would close the buffer too
     return buffer.getvalue()
+
+
+def load(model: keras.Model, path: Path) -> None:
+    """Does what `model.load_weights` does, also for a model of which only the parts are ever called."""
+    store = saving_lib.H5IOStore(str(path), mode="r")
+    try:
+        saving_lib._load_state(model, store, None, inner_path="", visited_saveables=set())
+    finally:
+        store.close()
 
 
 def digests_in(content: bytes) -> set[bytes]:

@@ -86,7 +86,8 @@ class Opening(keras.callbacks.Callback):
 
     def _build(self, iterator: Any) -> None:
         """Makes what `fit` would make in its first step, and sets the state of a model that was not built."""
-        self.model._symbolic_build(data_batch=exact.as_keras(iterator.element_spec))
+        if not self._whole or self.model._compile_metrics is not None or self.model._compile_loss is not None:
+            self.model._symbolic_build(data_batch=exact.as_keras(iterator.element_spec))
         if self._whole:
             return
         self._whole = True

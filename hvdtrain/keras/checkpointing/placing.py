@@ -4,6 +4,7 @@ from typing import Any
 
 import keras
 
+from hvdtrain.keras.callbacks.forwarding import Forwarding
 from hvdtrain.keras.checkpointing.opening import Opening
 
 
@@ -43,7 +44,7 @@ def flat(given: dict[str, Any]) -> list[Any]:
 def _opened(callbacks: list[Any]) -> list[Any]:
     found = []
     for each in callbacks:
-        found += _opened(each.given) if hasattr(each, "given") else [getattr(each, "callback", each)]
+        found += _opened(each.inner) if isinstance(each, Forwarding) else [each]
     return found
 
 

@@ -1,5 +1,6 @@
 """The generators of random numbers outside of a model: Python's, NumPy's and TensorFlow's."""
 
+import contextlib
 import random
 from typing import Any
 
@@ -11,11 +12,10 @@ _PYTHON, _NUMPY, _TENSORFLOW = "random/python", "random/numpy", "random/tensorfl
 
 def capture() -> dict[str, Any]:
     """Returns their states as plain values."""
-    return {
-        _PYTHON: random.getstate(),
-        _NUMPY: np.random.get_state(),
-        _TENSORFLOW: tf.random.get_global_generator().state.numpy(),
-    }
+    found: dict[str, Any] = {_PYTHON: random.getstate(), _NUMPY: np.random.get_state()}
+    with contextlib.suppress(RuntimeError):  # under enable_op_determinism there may be none
+        found[_TENSORFLOW] = tf.random.get_global_generator().state.numpy()
+    return found
 
 
 def restore(states: dict[str, Any], newcomer: int | None = None) -> None:

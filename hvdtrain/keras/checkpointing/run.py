@@ -160,7 +160,9 @@ class Run:
         place = saved.place
         if done:
             why = "it had ended early" if place.stopped else f"all {place.epoch} epochs are done"
-            self._engine.say(f"nothing is left to train: {why}, says {saved.entry}.")
+            self._engine.say(
+                f"nothing is left to train: {why}, says {saved.entry}. In another directory training begins anew."
+            )
             return
         ranks = saved.facts["ranks"]
         other = "" if ranks == self._engine.size else f", written by {ranks} ranks"

@@ -105,9 +105,9 @@ class TrainingState:
         return self._beside | {name for name in digests if _section(name) not in _IN_FILE}
 
     def _restore_variables(self, saved: Saved, newcomer: int | None) -> None:
-        for each in optimizers_of(self._model):
-            if not each.built:
-                each.build(self._model.trainable_variables)
+        for each, trained in zip(optimizers_of(self._model), saved.facts["trained"], strict=False):
+            if trained and not each.built and max(trained) < len(self._model.weights):
+                each.build([self._model.weights[index] for index in trained])
         variables = self._variables()
         self._refuse_another(saved, variables)
         if not saved.place.step or saved.facts["sections"].get(_METRICS) != _count(variables, _METRICS):
@@ -124,7 +124,7 @@ class TrainingState:
                 each.assign(folded(each.numpy(), newcomer))
 
     def _load(self, saved: Saved, variables: dict[str, Any]) -> None:
-        self._model.load_weights(saved.entry / model_file.NAME)
+        model_file.load(self._model, saved.entry / model_file.NAME)
         for name in variables.keys() & saved.common.keys():
             variables[name].assign(saved.common[name])
         for name, each in variables.items():
@@ -161,9 +161,17 @@ class TrainingState:
             "optimizers": [type(each).__name__ for each in optimizers_of(self._model)],
             "compared": [line for call in calls for line in call.details],
             "shown": [line for call in calls for line in call.shown],
+            "trained": [self._trained_by(each) for each in optimizers_of(self._model)],
             "rates": [float(each.learning_rate) for each in adjustable(self._model)],
             "sections": dict(collections.Counter(_section(name) for name in variables)),
         }
+
+    def _trained_by(self, optimizer: Any) -> list[int]:
+        """Lists the weights that an optimizer trains; of a model like a GAN none trains all."""
+        inner = getattr(optimizer, "inner_optimizer", optimizer)
+        numbers = {id(each): index for index, each in enumerate(self._model.weights)}
+        trained = inner._trainable_variables if optimizer.built else []
+        return [numbers[id(each)] for each in trained if id(each) in numbers]
 
     def _variables(self) -> dict[str, Any]:
         """Lists all variables, each once."""
