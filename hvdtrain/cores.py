@@ -1,6 +1,8 @@
 """How many cores one rank may use: affinity, container and Slurm limits, and the ranks it shares them with."""
 
 import os
+import platform
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +16,15 @@ def granted(environ: Mapping[str, str] = os.environ) -> int | None:
     """Returns how many cores Slurm gave each rank (`-c`), or None where it does not say."""
     text = environ.get("SLURM_CPUS_PER_TASK", "")
     return int(text) if text.isdigit() and int(text) else None
+
+
+def model() -> str:
+    """Names the processors of this host, as the kernel does."""
+    try:
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+    except OSError:
+        found = None
+    return found[1].strip() if found else platform.machine()
 
 
 def quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:

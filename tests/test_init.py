@@ -178,7 +178,8 @@ def test_the_sentence_that_tensorflow_buries_is_repeated_last():
         "model.fit(np.ones((4, 2)), np.ones((4, 1)), verbose=0)\n"
     )
     assert done.returncode != 0
-    assert "\nhvdtrain: The ranks do not hold the same weights" in done.stderr, done.stderr
+    # Not always at the start of a line: mpirun mixes what the ranks say, and both may be in the middle of one.
+    assert "hvdtrain: The ranks do not hold the same weights" in done.stderr, done.stderr
 
 
 def test_a_rank_that_ends_early_is_named_instead_of_waited_for():

@@ -14,6 +14,7 @@ FLOORS = [
     "cli",
     "launch",
     "diagnose",
+    "bench",
     "as_horovod",
     "wrap",
     "tensorflow",
@@ -33,11 +34,12 @@ FLOORS = [
     "limits",
     "processes",
     "mpi_identity",
+    "mpi_wheel",
     "script",
     "replacing",
 ]
-# launch and diagnose stand side by side.
-BESIDE = {"diagnose": {"launch"}}
+# launch, diagnose and bench stand side by side.
+BESIDE = {"diagnose": {"launch"}, "bench": {"launch"}}
 
 
 def floor_of(path):

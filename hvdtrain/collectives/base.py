@@ -5,6 +5,7 @@ asks for the same thing, and then hand contiguous buffers to the few methods tha
 """
 
 import contextlib
+import functools
 import pickle
 import sys
 from abc import ABC, abstractmethod
@@ -27,6 +28,7 @@ from hvdtrain.collectives.agreement import (
     explained,
     ranks_text,
 )
+from hvdtrain.collectives.beside import Beside
 from hvdtrain.collectives.operands import Op, carrier, described, inner, operand, reducible
 
 _PHASES = {
@@ -60,6 +62,7 @@ class Engine(ABC):
     library: str
     world: World
     closed: bool = False
+    beside: Beside | None = None  # where gradients travel while backprop goes on; None where they do not
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
     timeline: Any = None  # a `Timeline`, while one is written
     _members: tuple[int, ...] | None = None
@@ -91,7 +94,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        """Reduces `send` over all ranks into `receive`, which may be `send` itself; never AVERAGE."""
+        """Reduces `send` over all ranks into `receive`, which may be `send` itself; never ADASUM."""
 
     @abstractmethod
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
@@ -152,8 +155,7 @@ class Engine(ABC):
         """
         op = Op.of(op)
         array = reducible(array, op, "allreduce")
-        details = f"{described(array)}, op={op.name.lower()}"
-        self.agree(Call("allreduce", (details,), stand_in=_stand_in([array], op)))
+        self.agree(_allreduce(array.dtype, array.shape, op))
         if out is None:
             out = np.empty_like(array, order="C")
         elif out.shape != array.shape or out.dtype != array.dtype or not out.flags.c_contiguous:
@@ -161,15 +163,17 @@ class Engine(ABC):
                 f"allreduce: `out` must be a contiguous array like `array`, {described(array)}. "
                 f"Received: {described(out)}."
             )
-        if array.ctypes.data == out.ctypes.data:
-            array = out
-        elif np.may_share_memory(array, out):
-            array = array.copy()
+        if np.may_share_memory(array, out):
+            array = out if array.ctypes.data == out.ctypes.data else array.copy()
         self._finish(array, out, op)
         return out
 
     def grouped_allreduce(
-        self, arrays: Sequence[Any], op: Op | int | str = Op.AVERAGE, call: Call | None = None
+        self,
+        arrays: Sequence[Any],
+        op: Op | int | str = Op.AVERAGE,
+        call: Call | None = None,
+        in_place: Sequence[bool] = (),
     ) -> list[np.ndarray]:
         """Combines many arrays at the price of a few operations: small ones travel together.
 
@@ -178,9 +182,11 @@ class Engine(ABC):
             op: As for `allreduce`.
             call: What the ranks compare before they start; built from the arrays by default. A caller that
                 reduces the same arrays in each step builds it once and can name the arrays in it.
+            in_place: For each array whether its result is to lie where the array lies, which must be contiguous
+                and writable; nowhere by default.
 
         Returns:
-            New arrays of the shapes and dtypes of `arrays`. They may share memory with each other.
+            Arrays of the shapes and dtypes of `arrays`. New ones may share memory with each other.
 
         Raises:
             TypeError: If a dtype cannot be reduced this way.
@@ -192,7 +198,7 @@ class Engine(ABC):
             details = (op.name.lower(), *(described(each) for each in operands))
             call = Call("grouped_allreduce", details, stand_in=_stand_in(operands, op))
         self.agree(call)
-        return self._combined(operands, op)
+        return self._combined(operands, op, in_place or [False] * len(operands))
 
     def allgather(self, array: Any) -> np.ndarray:
         """Joins the arrays of all ranks along their first dimension, in the order of the ranks.
@@ -394,6 +400,8 @@ class Engine(ABC):
             raise ValueError(
                 f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
             )
+        if self.beside is not None and self.beside.is_busy and not self.beside.is_here:
+            self.beside.finish()  # a step was broken off
         self._doing, self._where = call.kind, call.where
         with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
             if self.size == 1:
@@ -432,7 +440,8 @@ class Engine(ABC):
             return
         if work.objects:
             self._gather_objects(None)
-        self._combined([np.zeros(shape, dtype) for dtype, shape in work.reduced], work.op)
+        zeros = [np.zeros(shape, dtype) for dtype, shape in work.reduced]
+        self._combined(zeros, work.op, [True] * len(zeros))
         for dtype, shape in work.gathered:
             self._gather(np.zeros((0, *shape), dtype))
 
@@ -444,19 +453,23 @@ class Engine(ABC):
             for end, length in zip(ends, lengths, strict=True)
         ]
 
-    def _combined(self, operands: Sequence[np.ndarray], op: Op) -> list[np.ndarray]:
-        results: list[Any] = [None] * len(operands)
+    def _combined(self, operands: Sequence[np.ndarray], op: Op, in_place: Sequence[bool]) -> list[np.ndarray]:
+        results: list[Any] = [each if stays else None for each, stays in zip(operands, in_place, strict=True)]
         for bucket in fusion.plan(operands):
             if len(bucket) == 1 or op is Op.ADASUM:  # Adasum looks at each array by itself
                 for index in bucket:
-                    results[index] = fusion.aligned_like(operands[index])
+                    if results[index] is None:
+                        results[index] = fusion.aligned_like(operands[index])
                     self._finish(operands[index], results[index], op)
                 continue
             with self._span("MEMCPY_IN_FUSION_BUFFER"):
                 buffer, slots = fusion.pack([operands[index] for index in bucket])
             self._finish(buffer, buffer, op)
             for index, slot in zip(bucket, slots, strict=True):
-                results[index] = slot
+                if results[index] is None:
+                    results[index] = slot
+                else:
+                    results[index][...] = slot
         return results
 
     def _finish(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
@@ -466,14 +479,13 @@ class Engine(ABC):
             if op is Op.ADASUM:
                 receive[...] = adasum.combined(send.astype(wide), self.rank, self.size, self._swapped)
             elif wide == send.dtype:
-                self._reduce(send, receive, Op.SUM if op is Op.AVERAGE else op)
-                self._averaged(receive, op)
+                self._reduce(send, receive, op)
             elif fusion.worth_halving(send, op):
                 receive[...] = self._halved(send, op)
             else:
                 copy = send.astype(wide)
-                self._reduce(copy, copy, Op.SUM if op is Op.AVERAGE else op)
-                receive[...] = self._averaged(copy, op)
+                self._reduce(copy, copy, op)
+                receive[...] = copy
 
     def _halved(self, array: np.ndarray, op: Op) -> np.ndarray:
         """Sums 16-bit floats in float32 while only 16-bit floats travel: each rank sums one part of the array."""
@@ -493,8 +505,10 @@ class Engine(ABC):
             if total.dtype.kind in "iu":
                 total -= np.fmod(total, total.dtype.type(self.size))
                 total //= total.dtype.type(self.size)
-            else:
+            elif self.size & (self.size - 1):
                 np.divide(total, total.dtype.type(self.size), out=total)
+            else:  # as exact, and faster
+                np.multiply(total, total.dtype.type(1 / self.size), out=total)
         return total
 
     def _splits(self, array: np.ndarray, splits: Sequence[int] | None) -> list[int]:
@@ -540,6 +554,12 @@ class Engine(ABC):
         self._where = JOIN.where
         with self._waiting():
             return self._compared(JOIN.digest)[0]
+
+
+@functools.lru_cache(1024)  # to put it into words takes longer than a small sum
+def _allreduce(dtype: np.dtype, shape: tuple[int, ...], op: Op) -> Call:
+    stand_in = StandIn(((dtype.name, shape),), op=op)
+    return Call("allreduce", (f"{dtype} of shape {shape}, op={op.name.lower()}",), stand_in=stand_in)
 
 
 def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:

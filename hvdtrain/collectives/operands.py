@@ -1,6 +1,7 @@
 """What can travel: the operations of a reduction, the dtypes it takes, and arrays made ready for the wire."""
 
 import enum
+import functools
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,8 @@ class Op(enum.IntEnum):
     @classmethod
     def of(cls, op: "Op | int | str") -> "Op":
         """Reads an operation from a constant, its number or its name."""
+        if type(op) is cls:
+            return op
         try:
             return cls[op.upper()] if isinstance(op, str) else cls(op)
         except (KeyError, ValueError):
@@ -34,6 +37,8 @@ REDUCIBLE = FLOATS | {
 
 def operand(array: Any, function: str) -> np.ndarray:
     """Returns what can travel: a contiguous array in this machine's byte order, without Python objects."""
+    if type(array) is np.ndarray and array.flags.c_contiguous and _travels(array.dtype):
+        return array
     if np.ma.isMaskedArray(array):
         raise TypeError(
             f"{function}: a masked array would lose its mask. Send its data and its mask, or fill it."
@@ -51,22 +56,32 @@ def operand(array: Any, function: str) -> np.ndarray:
 def reducible(array: Any, op: Op, function: str) -> np.ndarray:
     """Returns what can be reduced with `op`, or raises TypeError in the name of `function`."""
     array = operand(array, function)
-    if array.dtype.name not in REDUCIBLE:
-        raise TypeError(
-            f"{function}: cannot reduce dtype {array.dtype}. Expected one of: {', '.join(sorted(REDUCIBLE))}."
-        )
-    if array.dtype == np.bool_ and op in (Op.SUM, Op.AVERAGE):
-        raise TypeError(
-            f"{function}: {op.name.lower()} of bool is not defined. Use max (any), min (all), or cast to int32."
-        )
-    if op is Op.ADASUM and array.dtype.name not in FLOATS:
-        raise TypeError(
-            f"{function}: Adasum looks at the angle between gradients, so it takes floats. Received dtype "
-            f"{array.dtype}."
-        )
+    _check_reducible(array.dtype, op, function)
     return array
 
 
+@functools.lru_cache(256)
+def _travels(dtype: np.dtype) -> bool:
+    return dtype.isnative and not dtype.hasobject
+
+
+@functools.lru_cache(256)  # a dtype's name takes NumPy longer than a small sum takes MPI
+def _check_reducible(dtype: np.dtype, op: Op, function: str) -> None:
+    if dtype.name not in REDUCIBLE:
+        raise TypeError(
+            f"{function}: cannot reduce dtype {dtype}. Expected one of: {', '.join(sorted(REDUCIBLE))}."
+        )
+    if dtype == np.bool_ and op in (Op.SUM, Op.AVERAGE):
+        raise TypeError(
+            f"{function}: {op.name.lower()} of bool is not defined. Use max (any), min (all), or cast to int32."
+        )
+    if op is Op.ADASUM and dtype.name not in FLOATS:
+        raise TypeError(
+            f"{function}: Adasum looks at the angle between gradients, so it takes floats. Received dtype {dtype}."
+        )
+
+
+@functools.lru_cache(256)
 def carrier(dtype: np.dtype, op: Op) -> np.dtype:
     """Returns the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
     if dtype.name in ("float16", "bfloat16"):

@@ -2,13 +2,12 @@
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Call, Engine, MismatchError, Op, StandIn
+from hvdtrain.collectives.base import Engine, MismatchError, Op
 
 
 class TensorMismatchError(MismatchError, tf.errors.FailedPreconditionError):
@@ -19,60 +18,6 @@ class TensorMismatchError(MismatchError, tf.errors.FailedPreconditionError):
 
     def __str__(self) -> str:
         return str(self.message)
-
-
-def reduce_gradients(
-    engine: Engine,
-    dense: Sequence[Any],
-    rows: Sequence[Any],
-    op: Op,
-    call: Call,
-    groups: Sequence[Sequence[int]] = (),
-    devices: tuple[str, str] = ("", ""),
-) -> tuple[list[Any], list[Any]]:
-    """Sends the gradients of one step over the wire, in a graph as well as eagerly.
-
-    Args:
-        engine: The engine that moves them.
-        dense: Tensors to combine with `op`.
-        rows: Tensors to join along their first dimension: values and indices of sparse gradients.
-        op: SUM, AVERAGE or ADASUM.
-        call: What the ranks compare before anything is sent; its kind also names the operations.
-        groups: Which of `dense` are to travel as one, by their indices; the rest is left to the engine.
-        devices: Where graph operations of the engine's own are placed that reduce, and those that gather.
-
-    Returns:
-        The combined tensors and the joined ones, as lists like `dense` and `rows`.
-    """
-    native = engine.native_tensors() if op is not Op.ADASUM else None
-    if native is not None:
-        call = replace(call, stand_in=_stand_in(dense, op, rows, groups, native=True))
-        # Not before backprop has begun: a rank whose data end here must not have promised to take part. The last
-        # variable's gradient is the first one there, so what Horovod overlaps with backprop it still does.
-        with tf.control_dependencies(list(dense[-1:] or rows[-1:])):
-            agreed = on_host(engine, lambda: [_agreed(engine, call)], [], [tf.bool])
-        with tf.control_dependencies(agreed):
-            return native.combine(call.kind, dense, rows, op, groups, devices)
-    rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
-    order = [*groups, rest] if rest or not groups else list(groups)
-    first = replace(call, stand_in=_stand_in([dense[index] for index in order[0]], op))
-
-    def send(*arrays: np.ndarray) -> list[np.ndarray]:
-        reduced = list(arrays[: len(dense)])
-        for turn, members in enumerate(order):
-            parts = engine.grouped_allreduce(
-                [arrays[index] for index in members], op, first if turn == 0 else None
-            )
-            for index, part in zip(members, parts, strict=True):
-                reduced[index] = part
-        return reduced + [engine.allgather(each) for each in arrays[len(dense) :]]
-
-    results = on_host(engine, send, [*dense, *rows], [each.dtype for each in (*dense, *rows)])
-    for result, each in zip(results, dense, strict=False):
-        result.set_shape(each.shape)
-    for result, each in zip(results[len(dense) :], rows, strict=True):
-        result.set_shape([None, *each.shape[1:]])
-    return results[: len(dense)], results[len(dense) :]
 
 
 def all_true(engine: Engine, condition: Any) -> Any:
@@ -128,28 +73,6 @@ def on_host(
     with _in_turn(tensors) as outputs:
         outputs += tf.numpy_function(run, list(tensors), list(dtypes))
     return outputs
-
-
-def _agreed(engine: Engine, call: Call) -> np.ndarray:
-    engine.agree(call)
-    engine.leave_to_core()
-    return np.array(True)
-
-
-def _stand_in(
-    dense: Sequence[Any], op: Op, rows: Sequence[Any] = (), groups: Sequence[Any] = (), native: bool = False
-) -> StandIn | None:
-    """Describes what a rank that has joined sends; nothing where the shapes show only as the graph runs."""
-    if not all(each.shape.is_fully_defined() for each in dense):
-        return None
-    return StandIn(
-        tuple((each.dtype.name, tuple(each.shape)) for each in dense),
-        tuple((each.dtype.name, tuple(each.shape[1:])) for each in rows),
-        op,
-        tuple(tuple(members) for members in groups),
-        native=native,
-        eager=tf.executing_eagerly(),
-    )
 
 
 _turns: list[Any] = []

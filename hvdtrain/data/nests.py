@@ -114,7 +114,11 @@ def described(part: Any, label: str) -> list[tuple[str, str]]:
 def checksum(array: Any, before: int = 0) -> int:
     """Returns the CRC-32 of an array's bytes, or of its text where it holds Python objects, after another's."""
     array = np.ascontiguousarray(array)
-    return zlib.crc32(repr(array.tolist()).encode() if array.dtype.hasobject else array.tobytes(), before)
+    if array.dtype.hasobject:
+        return zlib.crc32(repr(array.tolist()).encode(), before)
+    return zlib.crc32(
+        array.reshape(-1).view(np.uint8), before
+    )  # without a copy of what may be a whole data set
 
 
 def checksum_of_all(leaves: Iterable[np.ndarray], rows: int | None = None) -> int:

@@ -137,7 +137,12 @@ def _prepare(model: keras.Model, sharded: list[Any]) -> None:
     if runtime.engine().size == 1 or not any(each.partial for each in sharded):
         return
     exact.attach(model)
-    model.jit_compile = False  # leaving rows out is nothing XLA can compile
+    if getattr(model, "jit_compile", False):
+        model.jit_compile = False  # leaving rows out is nothing XLA can compile
+        runtime.engine().say(
+            "jit_compile is turned off for this model: the last batch of hvd.shard is not full. With "
+            "hvd.shard(…, remainder='drop') or 'pad' it can stay on."
+        )
     others = [
         each
         for each in keras.tree.flatten(getattr(model, "loss", None))

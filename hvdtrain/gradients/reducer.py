@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives import tensors
+from hvdtrain.collectives import exchange
 from hvdtrain.collectives.base import Call, Engine, Op
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.options import ReduceOptions, groups_of
@@ -86,8 +86,9 @@ class GradientReducer:
             small, context = (each, None) if _is_sparse(each) else self._options.compression.compress(each)
             wire.append(small)
             contexts.append(context)
-        reduced = self._reduced(wire, variables)
-        checked = self.verification.step(wire, reduced, variables, state)
+        reduced, due = self._reduced(wire, variables)
+        unseen = [each for each in wire if not self._is_seen(each)]
+        checked = self.verification.check(due, unseen, reduced, variables, state)
         if checked is not None:
             with tf.control_dependencies([checked]):  # what is wrong must not reach the weights
                 reduced = tf.nest.map_structure(tf.identity, reduced, expand_composites=True)
@@ -96,26 +97,35 @@ class GradientReducer:
             for each, context in zip(reduced, contexts, strict=True)
         ]
 
-    def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> list[Any]:
+    def _is_seen(self, gradient: Any) -> bool:
+        """Tells whether the verification sees a gradient before it is sent; of those in place nothing is left."""
+        on_host = exchange.shown_to_numpy(self._engine, self._factors()[2])
+        return on_host and not _is_sparse(gradient)
+
+    def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> tuple[list[Any], Any]:
         sparse = [each for each in gradients if _is_sparse(each)]
         dense = [index for index, each in enumerate(gradients) if not _is_sparse(each)]
         before, after, op = self._factors()
-        reduced, rows = tensors.reduce_gradients(
+        reduced, rows, due = exchange.reduce_gradients(
             self._engine,
             [_times(gradients[index], before) for index in dense],
             [part for each in sparse for part in (self._divided(each.values), each.indices)],
             op,
             self._call(gradients, variables),
+            exchange.Watch(
+                self.verification.begin,
+                lambda place, array: self.verification.see(place, array, before),
+            ),
             groups_of([variables[index] for index in dense], self._options.groups),
             (self._options.device_dense, self._options.device_sparse),
         )
         dense_left, rows_left = iter(reduced), iter(rows)
-        return [
+        return [  # in the order of the variables
             tf.IndexedSlices(next(rows_left), next(rows_left), each.dense_shape)
             if _is_sparse(each)
             else _times(next(dense_left), after)
             for each in gradients
-        ]
+        ], due
 
     def _factors(self) -> tuple[float, float, Op]:
         """Returns by what gradients are multiplied before and after they are combined, and how that is done."""

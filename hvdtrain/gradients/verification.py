@@ -57,6 +57,11 @@ class Policy:
             )
         return cls(int(every.group(1)))
 
+    def is_due(self, step: int) -> bool:
+        """Tells whether a step, counted from 0, is verified."""
+        later = step - self.first
+        return later >= 0 and (later % self.every == 0 if self.every else later == 0) and not self.never
+
     @property
     def never(self) -> bool:
         """True if no step is verified."""
@@ -80,16 +85,47 @@ class Verification:
         self._engine = engine
         self._op = op
         self._policy = policy
-        self._steps: Any = None
+        self._step = 0
+        self._due = False
+        self._seen: dict[int, tuple[float, ...]] = {}
         self._announced = False
 
-    def step(
-        self, local: Sequence[Any], applied: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]
+    def begin(self) -> bool:
+        """Counts a step.
+
+        Returns:
+            Whether it is verified.
+        """
+        self._step += 1
+        self._due = self._policy.is_due(self._step - 1)
+        self._seen = {}
+        return self._due
+
+    def see(self, place: int, gradient: np.ndarray, factor: float) -> None:
+        """Keeps account of a gradient before it changes where it lies.
+
+        Args:
+            place: Its place among the dense gradients.
+            gradient: What is about to be sent.
+            factor: By what it has been multiplied.
+        """
+        if self._due and self._op is not Op.ADASUM:
+            self._seen[place] = tuple(part / factor for part in _projected(gradient))
+
+    def check(
+        self,
+        due: Any,
+        unseen: Sequence[Any],
+        applied: Sequence[Any],
+        variables: Sequence[Any],
+        state: Sequence[Any],
     ) -> Any:
         """Checks this step if its turn has come, inside a graph each time the graph runs.
 
         Args:
-            local: This rank's gradients; sparse ones as `tf.IndexedSlices`.
+            due: What `begin` said, as a bool tensor.
+            unseen: This rank's gradients of which `see` has taken no account, in order; sparse ones as
+                `tf.IndexedSlices`.
             applied: The gradients about to be applied.
             variables: The weights about to be updated.
             state: The optimizer's variables.
@@ -99,44 +135,39 @@ class Verification:
         """
         if self._policy.never:
             return None
-        if self._steps is None:
-            self._steps = tensors.counter("hvdtrain_steps")
-        step = self._steps.assign_add(1) - 1
-        later = step - self._policy.first
-        due = later % self._policy.every == 0 if self._policy.every else tf.equal(later, 0)
-        due = tf.logical_and(due, later >= 0)
-        return tf.cond(
-            due, lambda: self._check(step, local, applied, variables, state), lambda: tf.constant(True)
-        )
+        return tf.cond(due, lambda: self._check(unseen, applied, variables, state), lambda: tf.constant(True))
 
     def _check(
-        self,
-        step: Any,
-        local: Sequence[Any],
-        applied: Sequence[Any],
-        variables: Sequence[Any],
-        state: Sequence[Any],
+        self, unseen: Sequence[Any], applied: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]
     ) -> Any:
         trained = [variable_name(each) for each in variables]
         stored = trained + [variable_name(each) for each in state]
         weights = [tf.convert_to_tensor(each) for each in (*variables, *state)]
-        gradients = [part for each in (*local, *applied) for part in _parts(each)]
-        parts = [len(_parts(each)) for each in (*local, *applied)]
+        dense = [not isinstance(each, tf.IndexedSlices) for each in applied]
+        gradients = [part for each in (*unseen, *applied) for part in _parts(each)]
+        parts = [len(_parts(each)) for each in (*unseen, *applied)]
 
-        def compare(step: np.ndarray, *arrays: np.ndarray) -> list[np.ndarray]:
+        def compare(*arrays: np.ndarray) -> list[np.ndarray]:
             if not self._same_weights(stored, arrays[: len(stored)]):
                 return [np.array(False)]
             ends = len(stored) + np.cumsum(parts)
             pairs = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
             deviation = None
             if self._op is not Op.ADASUM:  # no sum of projections tells what angles have made of it
-                deviation = self._compare_gradients(trained, pairs[: len(trained)], pairs[len(trained) :])
-            self._announce(int(step) + 1, len(trained), deviation)
+                ours = self._accounts(dense, pairs[: len(unseen)])
+                deviation = self._compare_gradients(trained, ours, pairs[len(unseen) :])
+            self._announce(self._step, len(trained), deviation)
             return [np.array(True)]
 
-        (checked,) = tensors.on_host(self._engine, compare, [step, *weights, *gradients], [tf.bool])
+        (checked,) = tensors.on_host(self._engine, compare, [*weights, *gradients], [tf.bool])
         checked.set_shape(())
         return checked
+
+    def _accounts(self, dense: Sequence[bool], unseen: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """Puts the accounts taken before sending and those of the rest into the order of the variables."""
+        seen = iter([account for _, account in sorted(self._seen.items())])
+        rest = iter([_projected(*parts) for parts in unseen])
+        return np.array([next(seen) if each and self._seen else next(rest) for each in dense])
 
     def _same_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> bool:
         try:
@@ -149,7 +180,7 @@ class Verification:
         return True
 
     def _compare_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
-        mine = np.array([[zlib.crc32(each.tobytes()) for each in arrays]], np.int64)
+        mine = np.array([[_checksum(each) for each in arrays]], np.int64)
         every = self._engine.allgather(mine)
         wrong = np.argwhere((every != every[0]).any(axis=0)).reshape(-1)
         if len(wrong):
@@ -168,10 +199,9 @@ class Verification:
     def _compare_gradients(
         self,
         names: Sequence[str],
-        local: Sequence[Sequence[np.ndarray]],
+        ours: np.ndarray,
         applied: Sequence[Sequence[np.ndarray]],
     ) -> float:
-        ours = np.array([_projected(*parts) for parts in local])
         expected, scale = self._engine.allreduce(ours, self._op).T
         have = np.array([_projected(*parts)[0] for parts in applied])
         precision = np.array([_precision(parts[0].dtype) for parts in applied])
@@ -210,6 +240,11 @@ class Verification:
                 f"{applied}."
             )
         self._announced = True
+
+
+def _checksum(array: np.ndarray) -> int:
+    """Returns a number of an array's bytes, of which no copy is made: they may be much of what memory there is."""
+    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def _parts(gradient: Any) -> list[Any]:

@@ -1,4 +1,4 @@
-"""The two places where Keras decides for one process what concerns all ranks, and what is put there."""
+"""The places where Keras decides for one process what concerns all ranks, and what is put there."""
 
 from typing import Any
 
@@ -6,6 +6,7 @@ import keras
 
 from hvdtrain import runtime
 from hvdtrain.collectives import tensors
+from hvdtrain.keras import xla
 from hvdtrain.process_sets import engine_or_alone
 from hvdtrain.replacing import replace, replace_where_defined
 
@@ -13,11 +14,11 @@ _installed = False
 
 
 def install() -> None:
-    """Puts both changes into Keras; they touch only models with a distributed optimizer. Once is enough.
+    """Puts the changes into Keras; they touch only models with a distributed optimizer. Once is enough.
 
     - `LossScaleOptimizer.check_finite` looks at one rank's gradients and skips the update if one is not
       finite. If some ranks skipped and others waited for their gradients, the job would hang.
-    - `Model.compile` turns XLA on where there is a GPU, but no collective can run inside XLA.
+    - With `jit_compile` the whole step becomes one XLA program, but no collective can run inside of it.
     """
     global _installed
     if _installed:
@@ -25,7 +26,8 @@ def install() -> None:
     _installed = True
     replace(keras.optimizers.LossScaleOptimizer, "check_finite", _finite_everywhere)
     # A loaded model compiles itself only if its class did not override compile.
-    replace_where_defined(keras.Model, "compile", _compiled_without_xla)
+    replace_where_defined(keras.Model, "compile", _compiled)
+    xla.install(lambda model: _needs_all_ranks(getattr(model, "optimizer", None)))
 
 
 def _finite_everywhere(check_finite: Any) -> Any:
@@ -38,14 +40,14 @@ def _finite_everywhere(check_finite: Any) -> Any:
     return decide
 
 
-def _compiled_without_xla(compile_model: Any) -> Any:
+def _compiled(compile_model: Any) -> Any:
     def compile_and_check(self: Any, *args: Any, **kwargs: Any) -> Any:
         result = compile_model(self, *args, **kwargs)
-        if _needs_all_ranks(self.optimizer) and self.jit_compile:
+        if _needs_all_ranks(self.optimizer) and self.jit_compile and not xla.can_be_divided(self):
             self.jit_compile = False
             runtime.engine().say(
-                "jit_compile is turned off for this model, because gradients cannot leave an XLA program to be "
-                "averaged over the ranks."
+                f"jit_compile is turned off for this model: {type(self).__name__} has a train_step of its own, and "
+                "gradients cannot leave an XLA program to be averaged over the ranks."
             )
         return result
 

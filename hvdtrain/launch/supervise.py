@@ -20,7 +20,7 @@ import traceback
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain import heartbeat, preempted, script, topology
+from hvdtrain import heartbeat, mpi_wheel, preempted, script, topology
 from hvdtrain.launch import binding, wire
 from hvdtrain.launch.guard import Connection, Guard, Link, Pipes, Terminal, connect
 from hvdtrain.launch.pulse import STACKS
@@ -125,6 +125,8 @@ def _run(words: Sequence[str]) -> dict[str, Any]:
     """Runs the script and reports how it ended."""
     # A batch script may ask before the script has come to where it listens.
     signal.signal(signal.SIGUSR1, preempted.note)
+    with contextlib.suppress(OSError):  # a script that needs MPI will be told
+        mpi_wheel.prepare()  # mpi4py may be imported before TensorFlow
     try:
         if words[0] == wire.AS_HOROVOD:
             from hvdtrain import as_horovod

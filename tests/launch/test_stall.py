@@ -263,23 +263,22 @@ keras.utils.set_random_seed(1)
 model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(4, name="first"), keras.layers.Dense(1)])
 model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
 
-from hvdtrain.collectives import tensors
+from hvdtrain.collectives.base import Engine
 
-agreed, steps = tensors._agreed, []
+leave, steps = Engine.leave_to_core, []
 
-def stop(engine, call):  # once all ranks have agreed the rest is left to Horovod's core
-    done = agreed(engine, call)
-    steps.append(call)
+def stop(engine):  # all ranks have agreed, the rest is left to Horovod's core
+    leave(engine)
+    steps.append(engine)
     if hvd.rank() == 1 and len(steps) == 7:
         os.kill(os.getpid(), signal.SIGSTOP)
-    return done
 
 class Stop(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch, logs=None):
         if sys.argv[1] == "mpi" and (hvd.rank(), model.optimizer.iterations.numpy()) == (1, 6):
             os.kill(os.getpid(), signal.SIGSTOP)
 
-tensors._agreed = stop
+Engine.leave_to_core = stop
 data = hvd.shard((np.ones((64, 8), "float32"), np.ones((64, 1), "float32")), batch_size=8)
 model.fit(data, epochs=3, verbose=0, callbacks=[Stop()])
 """

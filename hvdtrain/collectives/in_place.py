@@ -1,0 +1,93 @@
+"""Gradients reduced in TensorFlow's own memory: how it is taken over, and what must be copied all the same."""
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from hvdtrain.collectives import fusion, tensors
+
+_PAGE = 2 << 20
+_HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE and MADV_COLLAPSE of Linux
+_MOST_PLACES = 4096  # a training that needs more moves its gradients about, and gains nothing
+_libc = ctypes.CDLL(None)
+
+_large: set[tuple[int, int]] = set()
+_zeros: list[Any] = []
+
+
+def ours(tensor: Any, place: int) -> Any:
+    """Takes a tensor of a graph over, so that its memory may be written to: no copy where nobody else uses it.
+
+    TensorFlow's Snapshot hands on the memory of a tensor that has no other user, and copies any other's. A constant
+    would be computed before the graph runs and its memory used in each run, so the tensor goes through a
+    reshape of which only the running graph knows that it changes nothing.
+
+    Args:
+        tensor: Tensor of a graph.
+        place: A number that no other tensor of this step has: TensorFlow would compute what is alike only once.
+
+    Returns:
+        The same values, for one user only, or None where the copy into a shared buffer is cheaper, or where this
+        cannot be done: eagerly, in a session's graph, or for memory that is Python's.
+    """
+    small = (
+        not tensor.shape.is_fully_defined()
+        or tensor.shape.num_elements() * tensor.dtype.size < fusion.ALONE_BYTES
+    )
+    if tf.executing_eagerly() or small or "PyFunc" in tensor.op.type:
+        return None
+    if not tf.compat.v1.get_default_graph().building_function:
+        return None
+    with tf.device("CPU:0"):
+        shape = tf.constant(tensor.shape.as_list(), tf.int64) + (place + 1) * _zero().read_value()
+        mine = tf.raw_ops.Snapshot(input=tf.reshape(tensor, shape))
+    mine.set_shape(tensor.shape)
+    return mine
+
+
+def writable(arrays: Sequence[np.ndarray], stays: Sequence[bool]) -> list[np.ndarray]:
+    """Returns arrays that may be written to of those that TensorFlow has handed over for good."""
+    seen: set[int] = set()
+    result = []
+    for array, stay in zip(arrays, stays, strict=True):
+        if stay and array.flags.owndata:
+            raise RuntimeError(
+                "TensorFlow has copied a gradient on its way to NumPy, so it cannot be reduced where it lies. "
+                "Please report this with your version of TensorFlow."
+            )
+        if stay and array.ctypes.data in seen:
+            raise RuntimeError(
+                "TensorFlow has put two gradients in one place, so they cannot be reduced where they lie. "
+                "Please report this with your version of TensorFlow."
+            )
+        if stay:
+            seen.add(array.ctypes.data)
+            _use_large_pages(array)
+            memory: Any = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+            array = np.frombuffer(memory, array.dtype).reshape(array.shape)
+        result.append(array)
+    return result
+
+
+def _use_large_pages(array: np.ndarray) -> None:
+    """Asks the kernel to put an array on pages of 2 MiB: MPI looks up each page that it copies to another rank.
+
+    For 25 MB of gradients on two ranks 3.7 ms in place of 6.6. TensorFlow gives a gradient the same place in each
+    step.
+    """
+    start = -(-array.ctypes.data // _PAGE) * _PAGE
+    length = (array.ctypes.data + array.nbytes) // _PAGE * _PAGE - start
+    if length <= 0 or (start, length) in _large or len(_large) >= _MOST_PLACES:
+        return
+    _large.add((start, length))
+    for advice in (_HUGEPAGE, _COLLAPSE):  # what a kernel does not know, it refuses
+        _libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), advice)
+
+
+def _zero() -> Any:
+    if not _zeros:
+        _zeros.append(tensors.counter("hvdtrain_zero"))
+    return _zeros[0]

@@ -1,0 +1,122 @@
+"""The ring in segments against NumPy: any lengths, dtypes and segment sizes, where the arrays lie and elsewhere."""
+
+import numpy as np
+import pytest
+
+from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.ring import Ring, Stride
+from hvdtrain.collectives.rings import LEAST_IN_MEMORY, Rings
+
+pytestmark = pytest.mark.ranks
+
+
+@pytest.fixture
+def ring_of():
+    """Makes rings with segments of so many bytes."""
+    made = []
+
+    def ring(segment_bytes, ahead=2, comm=None):
+        from mpi4py import MPI  # it starts MPI, which a process by itself has no need of
+
+        made.append(Ring(MPI, (comm or MPI.COMM_WORLD).Dup(), Stride(segment_bytes, ahead)))
+        return made[-1]
+
+    yield ring
+    for each in made:
+        each.free()
+
+
+def held_by(rank, length, dtype):
+    return np.random.default_rng([rank, length]).integers(0, 50, length).astype(dtype)
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("segment_bytes", [8, 24, 1 << 20])
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 16, 1001])
+@pytest.mark.parametrize("dtype", ["float64", "int16"])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_sums_of_every_length(engine, ring_of, ahead, segment_bytes, length, dtype, in_place):
+    if engine.size == 1:
+        pytest.skip("one rank has nothing to send")
+    source = held_by(engine.rank, length, dtype)
+    target = source if in_place else np.full_like(source, -1)
+    finished = []
+
+    def halve(total):
+        finished.append(total.size)
+        total //= 2
+
+    for pause in (None, 0.0):
+        if in_place:
+            source[...] = held_by(engine.rank, length, dtype)
+        finished.clear()
+        ring_of(segment_bytes, ahead).reduce(source, target, np.add, halve, pause)
+        expected = sum(held_by(rank, length, dtype) for rank in range(engine.size)) // 2
+        np.testing.assert_array_equal(target, expected)
+        if not in_place:
+            np.testing.assert_array_equal(source, held_by(engine.rank, length, dtype))
+    assert sum(engine.allgather_object(sum(finished))) == length  # each number once, by its owner alone
+
+
+@pytest.mark.parametrize("length", [1, 3, 1001])
+def test_around_each_host_and_between_hosts(engine, ring_of, length):
+    """Two ranks a host, as the ring sees it, whatever this machine is."""
+    if engine.size != 4:
+        pytest.skip("two hosts of two ranks")
+    from mpi4py import MPI
+
+    world = MPI.COMM_WORLD
+    host, cross = world.Split(engine.rank // 2), world.Split(engine.rank % 2)
+    way = Rings(ring_of(24, 2, host), ring_of(8, 3, cross), engine.size)
+    array, finished = held_by(engine.rank, length, "float64"), []
+
+    def halve(total):
+        finished.append(total.size)
+        total /= 2
+
+    for pause in (None, 0.0):
+        array = held_by(engine.rank, length, "float64")
+        finished.clear()
+        way.reduce(array, array, np.add, halve, pause)
+        np.testing.assert_array_equal(array, sum(held_by(rank, length, "float64") for rank in range(4)) / 2)
+        assert sum(engine.allgather_object(sum(finished))) == length
+    host.Free()
+    cross.Free()
+
+
+@pytest.mark.parametrize("op", [Op.AVERAGE, Op.SUM, Op.MIN, Op.MAX, Op.PRODUCT])
+@pytest.mark.parametrize("dtype", ["float32", "int32", "bool"])
+def test_large_arrays_with_each_operation(engine, op, dtype):
+    if dtype == "bool" and op in (Op.SUM, Op.AVERAGE):
+        pytest.skip("no sum of truths")
+    length = LEAST_IN_MEMORY // np.dtype(dtype).itemsize + 5
+    every = [
+        np.random.default_rng([rank, 1]).integers(-3, 4, length).astype(dtype) for rank in range(engine.size)
+    ]
+    total = {
+        Op.AVERAGE: lambda: (
+            np.trunc(np.sum(every, 0) / engine.size) if dtype == "int32" else np.sum(every, 0) / engine.size
+        ),
+        Op.SUM: lambda: np.sum(every, 0),
+        Op.MIN: lambda: np.min(every, 0),
+        Op.MAX: lambda: np.max(every, 0),
+        Op.PRODUCT: lambda: np.prod(every, 0),
+    }[op]()
+    np.testing.assert_allclose(engine.allreduce(every[engine.rank], op), total.astype(dtype), rtol=1e-6)
+
+
+def test_what_is_not_a_number_reaches_every_rank(engine):
+    mine = np.ones(LEAST_IN_MEMORY // 4, np.float32)
+    if engine.rank == engine.size - 1:
+        mine[[0, -1]] = np.nan, np.inf
+    result = engine.allreduce(mine, Op.AVERAGE)
+    assert np.isnan(result[0]) and np.isinf(result[-1]) and (result[1:-1] == 1).all()
+
+
+def test_a_result_lies_where_its_array_lay_if_that_is_asked(engine):
+    large, small, kept = (np.full(size, engine.rank, np.float64) for size in (200_000, 5, 200_000))
+    results = engine.grouped_allreduce([large, small, kept], Op.SUM, None, [True, True, False])
+    expected = sum(range(engine.size))
+    assert results[0] is large and results[1] is small
+    assert (large == expected).all() and (small == expected).all() and (results[2] == expected).all()
+    assert (kept == engine.rank).all()
