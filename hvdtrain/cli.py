@@ -13,6 +13,11 @@ def cli() -> None:
     """Train one Keras model on many ranks, and prove that it is one model."""
 
 
+def _names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
+    """Takes names with commas between."""
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
 @cli.command(context_settings={"allow_interspersed_args": False})
 @click.option("-np", "--num-proc", "num_proc", type=int, required=True, help="How many ranks to start.")
 @click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
@@ -115,6 +120,32 @@ def smoke(**options) -> None:
     sys.exit(smoke(**options))
 
 
+@cli.command()
+@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
+@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@click.option(
+    "--model",
+    type=click.Choice(["resnet20", "cnn", "mlp", "vgg", "transformer"]),
+    default="cnn",
+    show_default=True,
+    help="Whose steps are timed.",
+)
+@click.option("--rounds", default=6, show_default=True, help="How often each setting's turn comes.")
+@click.option(
+    "--engines",
+    default="mpi,horovod",
+    show_default=True,
+    callback=_names,
+    help="Whose settings are tried.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+def tune(as_json: bool, **options) -> None:
+    """Try what can be set in MPI, Horovod and the C library; `hvdtrain run` then uses what is faster here."""
+    from hvdtrain.bench.tune.measure import Options, tune
+
+    sys.exit(tune(Options(**options), as_json))
+
+
 @cli.group()
 def timeline() -> None:
     """See what each rank does when, and for which rank the others wait.
@@ -132,6 +163,72 @@ def merge(files: tuple[str, ...], output: str | None) -> None:
     from hvdtrain.diagnose.timeline import merge
 
     sys.exit(merge(files, output))
+
+
+@cli.group()
+def bench() -> None:
+    """Measure, in alternating rounds of one run, what hvdtrain costs beside everything else one could pick."""
+
+
+@bench.command("allreduce")
+@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
+@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@click.option("--sizes", default="4K:256M", show_default=True, help="A range by factors of 4, or 64K,16M.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float64", "float16", "bfloat16", "int32", "int64", "int8", "uint8"]),
+    default="float32",
+    show_default=True,
+)
+@click.option("--rounds", default=5, show_default=True, help="How often each contender's turn comes.")
+@click.option(
+    "--engines", default="mpi,horovod", show_default=True, callback=_names, help="Which engines of hvdtrain."
+)
+@click.option("--peers/--no-peers", default=True, help="Stock Horovod and torch.distributed too [yes].")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--save", type=click.Path(), help="Write FILE.json, and a plot of it, FILE.png.")
+def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
+    """Sum arrays over ranks: time and bandwidth of each engine, of plain MPI, Horovod and torch, all checked."""
+    from hvdtrain.bench.allreduce import Options, allreduce
+
+    sys.exit(allreduce(Options(**options), as_json, save))
+
+
+@bench.command("step")
+@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
+@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@click.option(
+    "--model",
+    type=click.Choice(["resnet20", "cnn", "mlp", "vgg", "transformer"]),
+    default="cnn",
+    show_default=True,
+)
+@click.option("--batch", type=int, help="Samples a rank [64; vgg 16, transformer 8 texts].")
+@click.option("--rounds", default=6, show_default=True, help="How often each contender's turn comes.")
+@click.option("--steps", type=int, help="Steps a turn [as many as take about a second].")
+@click.option(
+    "--engines", default="mpi,horovod", show_default=True, callback=_names, help="Which engines of hvdtrain."
+)
+@click.option("--peers/--no-peers", default=True, help="torch and tf_keras too [yes].")
+@click.option("--xla", is_flag=True, help="hvdtrain and Keras alone with jit_compile=True too.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@click.option("--save", type=click.Path(), help="Write FILE.json, and a plot of it, FILE.png.")
+def bench_step(as_json: bool, save: str | None, **options) -> None:
+    """Train a model: time a step, efficiency beside processes by themselves, communication, memory; and peers."""
+    from hvdtrain.bench.step.measure import step
+    from hvdtrain.bench.step.options import Options
+
+    sys.exit(step(Options(**options), as_json, save))
+
+
+@bench.command("compare")
+@click.argument("before", type=click.Path())
+@click.argument("after", type=click.Path())
+def bench_compare(before: str, after: str) -> None:
+    """Set two reports that --save has written side by side: AFTER over BEFORE, and which differences are real."""
+    from hvdtrain.bench.compare import compare
+
+    sys.exit(compare(before, after))
 
 
 def main() -> None:

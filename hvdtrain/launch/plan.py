@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain import topology
-from hvdtrain.launch import binding, mpirun, slurm, wire
+from hvdtrain import cores, topology
+from hvdtrain.launch import binding, knobs, mpirun, slurm, tuned, wire
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
 
 # What an MPI launcher leaves in the environment of its ranks, beside the variables in topology.py.
@@ -69,11 +69,13 @@ class Plan:
         command: The MPI launcher, its options, and the command of a rank.
         settings: What is added to the environment.
         addresses: Names under which ranks on other hosts reach this one; empty when all ranks are here.
+        note: A line about what was decided, for a person; or nothing.
     """
 
     command: list[str]
     settings: dict[str, str]
     addresses: list[str]
+    note: str = ""
 
     def __str__(self) -> str:
         """Writes the plan as a line that a shell takes."""
@@ -101,7 +103,8 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     extra = _split("--mpi-args", options.mpi_args)
     hosts = tuple(left) or read_hosts(options.hosts, options.hostfile, options.num_proc)
     found = mpirun.find(environ)
-    told = _quiet(options, environ) | _hashing(options, environ)
+    faster, note = _faster(options, found, environ, hosts)
+    told = _quiet(options, environ) | _hashing(options, environ) | faster
     if in_allocation(options, environ):
         start, settings = _start_in_allocation(options, found, {**environ, **told}, hosts)
         addresses = addresses_towards(slurm.first_hosts(environ))
@@ -111,7 +114,7 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     mode = [wire.AS_HOROVOD] if options.as_horovod else []
     words = wire.pack_words([*mode, *_wrapping(options), options.script, *options.args])
     command = [*start, *extra, *_python(options), "-m", "hvdtrain.launch.supervise", *words]
-    return Plan(command, settings | told, addresses)
+    return Plan(command, settings | told, addresses, note)
 
 
 def in_allocation(options: RunOptions, environ: Mapping[str, str]) -> bool:
@@ -188,6 +191,22 @@ def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
     return {"TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
+def _faster(
+    options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], hosts: Sequence[Host]
+) -> tuple[dict[str, str], str]:
+    """Chooses what makes MPI and Horovod faster here and the user has not set, and says what was found."""
+    if found is None or options.python:  # the MPI of a container may be another
+        return {}, ""
+    if in_allocation(options, environ):
+        several = environ.get("SLURM_JOB_NUM_NODES", "1") != "1"
+    else:
+        several = not all_local(hosts)
+    where = "several" if several else "one"
+    unasked = knobs.unasked(found.mpi.name, where)
+    settings, note = tuned.for_place(tuned.Place(found.mpi.name, where, cores.model()), environ)
+    return {name: value for name, value in unasked.items() if name not in environ} | settings, note
+
+
 def _wrapping(options: RunOptions) -> list[str]:
     """Returns what runs a script that knows nothing of ranks."""
     if not options.wrap:
@@ -230,6 +249,11 @@ def _check_script(options: RunOptions) -> None:
     if path.is_file() and os.access(path, os.R_OK):
         return
     if path.name.startswith("python") and options.args:
+        if options.args[0].startswith("-"):
+            raise LaunchError(
+                f"Python is started for you, with a script: type the script's file in place of {path.name} "
+                f"{shlex.join(options.args)}."
+            )
         rest = shlex.join(options.args)
         raise LaunchError(f"Python is started for you: type hvdtrain run -np {options.num_proc} {rest}")
     if path.is_dir():

@@ -62,6 +62,8 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     if options.dry_run:
         print(plan)
         return 0, ""
+    if plan.note:
+        console.say(plan.note)
     done = DoneFile(options.done_file) if options.done_file else None
     with staging.staged(options.stage, environ):
         ending = _persevere(options, plan, environ, console, starts)

@@ -1,5 +1,6 @@
 """The command that is written for each MPI and for Slurm, and the sentence for each thing that cannot be."""
 
+import json
 import os
 import shlex
 import socket
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hvdtrain import cores
 from hvdtrain.launch import binding, plan, slurm
 from hvdtrain.launch.hosts import Host, LaunchError, read_hosts
 from hvdtrain.launch.run import RunOptions, run
@@ -269,6 +271,10 @@ BAD = {
     "scaling nothing": ({"scale_batch": True}, "type --wrap --scale-batch"),
     "with ranks and without": ({"wrap": True, "as_horovod": True}, "type one of them"),
     "python itself": ({"script": "python3", "args": ("train.py",)}, "type hvdtrain run -np 4 train.py"),
+    "a module": (
+        {"script": "python3", "args": ("-m", "train")},
+        "type the script's file in place of python3 -m",
+    ),
     "an unknown host": (
         {"hosts": "no-such-host.invalid:4"},
         "no-such-host.invalid, which this machine",
@@ -352,3 +358,70 @@ def test_a_plan_with_an_unreadable_hosts_line_raises(tmp_path):
     (tmp_path / "hosts").write_text("a slots=many\n")
     with pytest.raises(LaunchError, match="'a slots=many' where a host"):
         read_hosts(None, str(tmp_path / "hosts"), 1)
+
+
+def tuned_for(machine, name="Open MPI 4", **changes):
+    """Writes what `hvdtrain tune` would have found for this machine, and lets it be found."""
+    place = {"mpi": name, "hosts": "one", "cpu": cores.model()}
+    found = {"place": {**place, **changes}, "settings": {"HOROVOD_CYCLE_TIME": "5"}}
+    found |= {"gains": {"sums, mpi": 1.1}, "ranks": 2, "date": "2026-11-24T00:00:00+00:00"}
+    file = machine.folder / "tuned.json"
+    file.write_text(json.dumps([found]))
+    machine.sets(HVDTRAIN_TUNED=str(file))
+    return file
+
+
+@pytest.mark.parametrize("mpi, memory", [("Open MPI 4", "vader"), ("Open MPI 5", "sm")])
+def test_messages_within_a_host_are_not_asked_for(machine, capsys, far, mpi, memory):
+    machine.has("mpirun", VERSIONS[mpi])
+    name = f"OMPI_MCA_btl_{memory}_eager_limit"
+    assert written(capsys)[0][name] == "131072"
+    assert name not in written(capsys, hosts="far:4")[0]
+    assert name not in written(capsys, python="apptainer exec image.sif python3")[0]
+    machine.sets(**{name: "4096"})
+    assert name not in written(capsys)[0]
+
+
+@pytest.mark.parametrize(
+    "changes, used",
+    [({}, True), ({"cpu": "another"}, False), ({"hosts": "several"}, False), ({"mpi": "MPICH"}, False)],
+)
+def test_what_tune_found_is_used_where_it_was_found(machine, capsys, changes, used):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    tuned_for(machine, **changes)
+    assert (written(capsys)[0].get("HOROVOD_CYCLE_TIME") == "5") is used
+
+
+def test_what_tune_found_gives_way_to_the_user_and_can_be_switched_off(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    tuned_for(machine)
+    machine.sets(HOROVOD_CYCLE_TIME="1")
+    assert "HOROVOD_CYCLE_TIME" not in written(capsys)[0]
+    machine.sets(HVDTRAIN_TUNED="off")
+    assert "HOROVOD_CYCLE_TIME" not in written(capsys)[0]
+
+
+def test_what_tune_found_lies_among_the_users_settings(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    file = tuned_for(machine)
+    (machine.folder / "config" / "hvdtrain").mkdir(parents=True)
+    file.rename(machine.folder / "config" / "hvdtrain" / "tuned.json")
+    machine.sets(HVDTRAIN_TUNED="", XDG_CONFIG_HOME=str(machine.folder / "config"))
+    assert written(capsys)[0]["HOROVOD_CYCLE_TIME"] == "5"
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("{", "is not what `hvdtrain tune` has written"),
+        ('[{"settings": {}}]', "is not what `hvdtrain tune` has written"),
+        (None, "there is no such file"),
+    ],
+)
+def test_a_file_of_tune_that_is_damaged_or_gone_is_named(machine, capsys, text, words):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    file = tuned_for(machine)
+    file.unlink() if text is None else file.write_text(text)
+    assert run(RunOptions(2, "train.py", dry_run=True)) == 2
+    err = capsys.readouterr().err
+    assert words in err and str(file) in err and "Type `hvdtrain tune`" in err and err.count("\n") == 1

@@ -1,5 +1,6 @@
 """Jobs that come to a good end: what reaches the screen, what the ranks are given."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -165,3 +166,41 @@ if os.environ['OMPI_COMM_WORLD_RANK'] == '0':
     done = jobs.run(outer, np=3, opening="import os\n")
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.splitlines()) == [b"[1] inner 2", b"inner 2"]
+
+
+def test_a_script_may_import_mpi4py_before_tensorflow(jobs):
+    done = jobs.run("import tensorflow; print('done')")
+    assert done.returncode == 0, done.stderr
+
+
+BUILT = pytest.mark.skipif(not importlib.util.find_spec("horovod"), reason="Horovod is not built")
+
+
+@BUILT
+@pytest.mark.parametrize(
+    "told, threshold",
+    [({}, 8 << 20), ({"HOROVOD_FUSION_THRESHOLD": "1024"}, 1024), ({"HOROVOD_AUTOTUNE": "1"}, None)],
+)
+def test_horovod_copies_no_large_gradients_together_unless_told_to(jobs, told, threshold):
+    script = """
+import hvdtrain.tensorflow as hvd
+hvd.init()
+print(os.environ.get("HOROVOD_FUSION_THRESHOLD"))
+"""
+    done = jobs.run(script, HVDTRAIN_ENGINE="horovod", **told)
+    assert sorted(done.stdout.decode().split()) == sorted(["[1]", *[str(threshold)] * 2]), done.stderr
+
+
+@BUILT
+def test_horovods_own_tuning_is_reached(jobs):
+    script = """
+import numpy as np, hvdtrain.tensorflow as hvd
+hvd.init()
+for step in range(40): hvd.allreduce(np.ones(10, "float32"), name="x")
+"""
+    told = {"HOROVOD_AUTOTUNE": "1", "HOROVOD_AUTOTUNE_LOG": str(jobs.folder / "tuning.csv")}
+    told |= {"HOROVOD_AUTOTUNE_WARMUP_SAMPLES": "1", "HOROVOD_AUTOTUNE_STEPS_PER_SAMPLE": "2"}
+    done = jobs.run(script, HVDTRAIN_ENGINE="horovod", **told)
+    assert done.returncode == 0, done.stderr
+    lines = (jobs.folder / "tuning.csv").read_text().splitlines()
+    assert "cycle_time_ms" in lines[0] and len(lines) > 2

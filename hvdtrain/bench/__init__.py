@@ -1,0 +1,1 @@
+"""What measures: each contender at work while all others stand still, in alternating rounds of one run."""

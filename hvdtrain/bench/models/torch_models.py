@@ -1,0 +1,106 @@
+"""The same models in torch, written as torch's users write them: channels first."""
+
+import itertools
+
+import torch
+from torch import nn
+
+from hvdtrain.bench.models.workloads import BLOCKS, HEADS, WIDTH, WORKLOADS
+
+
+def build(name: str) -> nn.Module:
+    """Builds one of the models; its weights depend on the seed set before.
+
+    Args:
+        name: One of `WORKLOADS`.
+    """
+    makers = {"resnet20": _resnet20, "cnn": _cnn, "mlp": _mlp, "vgg": _vgg, "transformer": _Transformer}
+    return makers[name]()
+
+
+def optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    """Makes the optimizer that the model has in Keras too.
+
+    Args:
+        name: One of `WORKLOADS`.
+        model: The model that `build` made.
+    """
+    workload = WORKLOADS[name]
+    if workload.adam:
+        return torch.optim.Adam(model.parameters(), workload.rate)
+    return torch.optim.SGD(model.parameters(), workload.rate, 0.9)
+
+
+def _resnet20() -> nn.Module:
+    blocks, channels = list[nn.Module](), 16
+    for filters in (16, 32, 64):
+        for _ in range(3):
+            blocks.append(_Residual(channels, filters))
+            channels = filters
+    ending = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, WORKLOADS["resnet20"].classes)]
+    return nn.Sequential(*_normalized(3, 16), *blocks, *ending)
+
+
+class _Residual(nn.Module):
+    """Two convolutions beside a shortcut."""
+
+    def __init__(self, channels: int, filters: int) -> None:
+        super().__init__()
+        strides = filters // channels
+        first, second = _normalized(channels, filters, strides), _normalized(filters, filters)[:-1]
+        self.convolutions = nn.Sequential(*first, *second)
+        narrower = nn.Conv2d(channels, filters, 1, strides, bias=False)
+        self.shortcut = narrower if strides > 1 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.shortcut(x) + self.convolutions(x))
+
+
+def _normalized(channels: int, filters: int, strides: int = 1) -> list[nn.Module]:
+    convolution = nn.Conv2d(channels, filters, 3, strides, padding=1, bias=False)
+    return [convolution, nn.BatchNorm2d(filters), nn.ReLU()]
+
+
+def _cnn() -> nn.Module:
+    layers = list[nn.Module]()
+    for channels, filters in ((3, 48), (48, 64)):
+        layers += [nn.Conv2d(channels, filters, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)]
+    wide = [nn.Flatten(), nn.Linear(64 * 8 * 8, 1552), nn.ReLU()]
+    return nn.Sequential(*layers, *wide, nn.Linear(1552, WORKLOADS["cnn"].classes))
+
+
+def _mlp() -> nn.Module:
+    widths = (*WORKLOADS["mlp"].shape, 2048, 2048, 2048, 2048)
+    layers = list[nn.Module]()
+    for inputs, outputs in itertools.pairwise(widths):
+        layers += [nn.Linear(inputs, outputs), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Linear(2048, WORKLOADS["mlp"].classes))
+
+
+def _vgg() -> nn.Module:
+    layers, channels = list[nn.Module](), 3
+    for filters, count in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+        for _ in range(count):
+            layers += _normalized(channels, filters)
+            channels = filters
+        layers.append(nn.MaxPool2d(2))
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, WORKLOADS["vgg"].classes))
+
+
+class _Transformer(nn.Module):
+    """The causal language model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        (length,), words = WORKLOADS["transformer"].shape, WORKLOADS["transformer"].classes
+        block = nn.TransformerEncoderLayer(
+            WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.tokens = nn.Embedding(words, WIDTH)
+        self.positions = nn.Parameter(torch.empty(length, WIDTH).uniform_(-0.05, 0.05))
+        self.blocks = nn.TransformerEncoder(block, BLOCKS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
+        self.words = nn.Linear(WIDTH, words)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.words(self.blocks(self.tokens(x) + self.positions, self.mask, is_causal=True))

@@ -1,0 +1,68 @@
+"""Steps of torch: one process by itself, or several with DistributedDataParallel over Gloo."""
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, final
+
+import numpy as np
+import torch
+from torch import nn
+
+from hvdtrain.bench.models import torch_models
+from hvdtrain.bench.models.workloads import WORKLOADS
+from hvdtrain.bench.work.stepping import Stepping, threads
+
+PLAIN, DDP = "plain", "ddp"
+
+
+def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
+    """Builds the model, the same on all ranks.
+
+    Args:
+        settings: `model`, one of `WORKLOADS`; `way`: "plain" or "ddp".
+
+    Returns:
+        What answers requests.
+    """
+    torch.set_num_threads(threads(settings))
+    torch.manual_seed(0)
+    steps = _Steps(settings)
+    return Stepping(steps.run, steps.weights, settings["rank"])
+
+
+@final
+class _Steps:
+    """Runs steps in the loop that torch's users write."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._settings = settings
+        model: Any = torch_models.build(settings["model"])
+        self._model = model.to(memory_format=torch.channels_last)
+        if settings["way"] == DDP:
+            torch.distributed.init_process_group("gloo")
+            self._model = nn.parallel.DistributedDataParallel(self._model)
+        self._optimizer = torch_models.optimizer(settings["model"], self._model)
+        self._batches: dict[int, Iterator[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def run(self, batch: int, steps: int) -> float:
+        if batch not in self._batches:
+            self._batches[batch] = itertools.cycle(self._made(batch))
+        for inputs, labels in itertools.islice(self._batches[batch], steps):
+            self._optimizer.zero_grad()
+            outputs = self._model(inputs)
+            loss = nn.functional.cross_entropy(outputs.flatten(0, -2), labels.flatten())
+            loss.backward()
+            self._optimizer.step()
+        return loss.item()
+
+    def weights(self) -> list[np.ndarray]:
+        return [each.detach().numpy() for each in self._model.parameters()]
+
+    def _made(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        made = WORKLOADS[self._settings["model"]].batches(size, self._settings["rank"])
+        return [(_channels_first(torch.from_numpy(x)), torch.from_numpy(y).long()) for x, y in made]
+
+
+def _channels_first(inputs: torch.Tensor) -> torch.Tensor:
+    """Numbers the channels first, as torch does, and leaves them last in memory, where its CPU is fastest."""
+    return inputs.movedim(-1, 1) if inputs.dim() == 4 else inputs

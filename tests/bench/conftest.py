@@ -1,0 +1,67 @@
+"""The command as a user types it, and the processes that it must not leave behind."""
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+BENCH = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "bench"]
+MARK = "HVDTRAIN_TEST_MARK"
+
+
+@pytest.fixture
+def marked(monkeypatch):
+    """Marks all processes that a test starts; returns what lists those left once they had time to end."""
+    mark = f"{MARK}={uuid.uuid4().hex}"
+    monkeypatch.setenv(*mark.split("="))
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HERE}")
+
+    def alive():
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                environ, state = (folder / "environ").read_bytes(), (folder / "stat").read_text().split()[-50]
+            except (OSError, IndexError):
+                continue
+            if mark.encode() in environ and int(folder.name) != os.getpid() and state != "Z":
+                found.append(int(folder.name))
+        return found
+
+    def left(seconds=30):
+        deadline = time.monotonic() + seconds
+        while alive() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        return alive()
+
+    left.now = alive
+    return left
+
+
+@pytest.fixture(scope="session")
+def command():
+    """What a user types, to be followed by options."""
+    return BENCH
+
+
+@pytest.fixture
+def bench(marked, tmp_path):
+    """Runs `hvdtrain bench` in a folder of its own."""
+
+    def run(*words, **environ):
+        return subprocess.run(
+            [*BENCH, *words],
+            cwd=tmp_path,
+            env={**os.environ, **environ},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+
+    return run

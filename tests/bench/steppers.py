@@ -1,0 +1,27 @@
+"""A worker for the tests of `bench step`: its model is one number, and it goes wrong as models do."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from hvdtrain.bench.work.stepping import Stepping
+
+
+def prepare(settings):
+    rank = settings["rank"]
+    weights = [np.zeros(1000, np.float32)]
+    if settings.get("differs") == rank:
+        weights[0][-1] = 1e-7
+    diary = Path(settings["diary"])
+
+    def run(batch, steps):
+        with diary.open("a") as file:
+            print(json.dumps([settings["name"], rank, batch, steps]), file=file)
+        if settings.get("fails at") == batch:
+            raise RuntimeError("out of something")
+        return float("nan") if settings.get("diverges") else 1.0
+
+    assert os.environ.get("RANK") == (None if settings["name"] == "alone" else str(rank))
+    return Stepping(run, lambda: weights, rank)
