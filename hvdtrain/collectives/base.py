@@ -29,7 +29,7 @@ from hvdtrain.collectives.agreement import (
     ranks_text,
 )
 from hvdtrain.collectives.beside import Beside
-from hvdtrain.collectives.operands import Op, carrier, described, inner, operand, reducible
+from hvdtrain.collectives.operands import Op, Pair, carrier, described, inner, operand, reducible
 
 _PHASES = {
     each: each.upper() for each in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
@@ -124,6 +124,11 @@ class Engine(ABC):
     def abort(self, code: int) -> None:
         """Ends the processes of all ranks at once with this exit code."""
 
+    def _reduce_all(self, pairs: Sequence[Pair], op: Op) -> None:
+        """Reduces arrays of one dtype, each as `_reduce` does; an engine may take them as one."""
+        for send, receive in pairs:
+            self._reduce(send, receive, op)
+
     def native_tensors(self) -> Any:
         """Returns the engine's own graph operations on framework tensors, or None if it has none."""
         return None
@@ -165,7 +170,7 @@ class Engine(ABC):
             )
         if np.may_share_memory(array, out):
             array = out if array.ctypes.data == out.ctypes.data else array.copy()
-        self._finish(array, out, op)
+        self._finish([(array, out)], op)
         return out
 
     def grouped_allreduce(
@@ -455,37 +460,49 @@ class Engine(ABC):
 
     def _combined(self, operands: Sequence[np.ndarray], op: Op, in_place: Sequence[bool]) -> list[np.ndarray]:
         results: list[Any] = [each if stays else None for each, stays in zip(operands, in_place, strict=True)]
+        pairs: list[Pair] = []
+        packed: list[tuple[int, np.ndarray]] = []
         for bucket in fusion.plan(operands):
             if len(bucket) == 1 or op is Op.ADASUM:  # Adasum looks at each array by itself
                 for index in bucket:
                     if results[index] is None:
                         results[index] = fusion.aligned_like(operands[index])
-                    self._finish(operands[index], results[index], op)
+                    pairs.append((operands[index], results[index]))
                 continue
             with self._span("MEMCPY_IN_FUSION_BUFFER"):
                 buffer, slots = fusion.pack([operands[index] for index in bucket])
-            self._finish(buffer, buffer, op)
-            for index, slot in zip(bucket, slots, strict=True):
-                if results[index] is None:
-                    results[index] = slot
-                else:
-                    results[index][...] = slot
+            pairs.append((buffer, buffer))
+            packed += zip(bucket, slots, strict=True)
+        self._finish(pairs, op)
+        for index, slot in packed:
+            if results[index] is None:
+                results[index] = slot
+            else:
+                results[index][...] = slot
         return results
 
-    def _finish(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+    def _finish(self, pairs: Sequence[Pair], op: Op) -> None:
         """Reduces and averages, in a wider type where the sum would lose something."""
         with self._span("ALLREDUCE"):
-            wide = carrier(send.dtype, op)
-            if op is Op.ADASUM:
-                receive[...] = adasum.combined(send.astype(wide), self.rank, self.size, self._swapped)
-            elif wide == send.dtype:
-                self._reduce(send, receive, op)
-            elif fusion.worth_halving(send, op):
-                receive[...] = self._halved(send, op)
-            else:
-                copy = send.astype(wide)
-                self._reduce(copy, copy, op)
-                receive[...] = copy
+            alike: dict[np.dtype, list[Pair]] = {}
+            for send, receive in pairs:
+                if op is Op.ADASUM or carrier(send.dtype, op) != send.dtype:
+                    self._finish_wide(send, receive, op)
+                else:
+                    alike.setdefault(send.dtype, []).append((send, receive))
+            for members in alike.values():
+                self._reduce_all(members, op)
+
+    def _finish_wide(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        wide = carrier(send.dtype, op)
+        if op is Op.ADASUM:
+            receive[...] = adasum.combined(send.astype(wide), self.rank, self.size, self._swapped)
+        elif fusion.worth_halving(send, op):
+            receive[...] = self._halved(send, op)
+        else:
+            copy = send.astype(wide)
+            self._reduce(copy, copy, op)
+            receive[...] = copy
 
     def _halved(self, array: np.ndarray, op: Op) -> np.ndarray:
         """Sums 16-bit floats in float32 while only 16-bit floats travel: each rank sums one part of the array."""

@@ -11,6 +11,7 @@ from hvdtrain import mpi_wheel
 from hvdtrain.collectives import rings
 from hvdtrain.collectives.base import Engine, Op, World
 from hvdtrain.collectives.beside import Beside
+from hvdtrain.collectives.operands import Pair
 from hvdtrain.collectives.ring import wait
 from hvdtrain.mpi_identity import mpi_name
 
@@ -69,11 +70,18 @@ class MpiEngine(Engine):
         return lowest == number == -opposite, -wished
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        source, target = send.reshape(-1), receive.reshape(-1)
-        if self._rings.serves(send.nbytes):
-            finish = functools.partial(self._averaged, op=op)
-            self._rings.reduce(source, target, _UFUNCS[op], finish, self._pause)
+        self._reduce_all([(send, receive)], op)
+
+    def _reduce_all(self, pairs: Sequence[Pair], op: Op) -> None:
+        if self._rings.serves(sum(send.nbytes for send, _ in pairs)):
+            flat = [(send.reshape(-1), receive.reshape(-1)) for send, receive in pairs]
+            self._rings.reduce(flat, _UFUNCS[op], functools.partial(self._averaged, op=op), self._pause)
             return
+        for send, receive in pairs:
+            self._reduce_in_pieces(send, receive, op)
+
+    def _reduce_in_pieces(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        source, target = send.reshape(-1), receive.reshape(-1)
         operation = self._operation(send.dtype, op)
         step = max(PIECE_BYTES // send.itemsize, 1)
         for start in range(0, source.size, step):

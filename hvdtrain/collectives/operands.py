@@ -6,6 +6,9 @@ from typing import Any
 
 import numpy as np
 
+# What is combined over ranks, and where the result goes, which may be the same array.
+Pair = tuple[np.ndarray, np.ndarray]
+
 
 class Op(enum.IntEnum):
     """What a reduction does with the values of all ranks; the numbers are Horovod's."""

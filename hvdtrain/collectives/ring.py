@@ -1,18 +1,22 @@
-"""A ring in segments: large arrays are summed where they lie, and averaged while they are in the cache.
+"""A ring in segments: many arrays are summed where they lie, and averaged while they are in the cache.
 
-Each rank owns one part of the array. In n - 1 steps the parts go around and are summed, in another n - 1 the sums
-go around (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009). Every link carries 2 (n - 1) / n
-of the array, which is the least that any algorithm needs. Parts are cut into segments, and each segment goes on as
-soon as it has come, so that a link is never idle and a sum never leaves the cache; MPI's own algorithms finish one
-part before they begin with the next. MPI moves the bytes, from where they lie to where they belong.
+The arrays are taken as one, and each rank owns one part of that. In n - 1 steps the parts go around and are
+summed, in another n - 1 the sums go around (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
+Every link carries 2 (n - 1) / n of the whole, which is the least that any algorithm needs. Parts are cut into
+segments, and each segment goes on as soon as it has come, so that a link is never idle and a sum never leaves the
+cache; MPI's own algorithms finish one part before they begin with the next. MPI moves the bytes, from where they
+lie to where they belong.
 """
 
+import functools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
+from hvdtrain.collectives.operands import Pair
 
 
 @dataclass(frozen=True)
@@ -38,7 +42,7 @@ ASKED = Stride(512 << 10, 8)
 
 
 class Ring:
-    """Combines arrays over the ranks of a communicator.
+    """Combines large arrays over the ranks of a communicator.
 
     Args:
         mpi: The module `mpi4py.MPI`.
@@ -54,18 +58,17 @@ class Ring:
 
     def reduce(
         self,
-        source: np.ndarray,
-        target: np.ndarray,
+        pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
         pause: float | None = None,
-        whole: Callable[[np.ndarray], Any] | None = None,
+        whole: Callable[[list[np.ndarray]], Any] | None = None,
     ) -> None:
-        """Combines an array of each rank into `target`, with the same result, to the bit, on all of them.
+        """Combines arrays of each rank, with the same results, to the bit, on all of them.
 
         Args:
-            source: Flat array, of the same dtype and length on all ranks.
-            target: Where the result goes; may be `source` itself.
+            pairs: For each array what is combined and where the result goes, which may be the same: flat arrays of
+                one dtype, of the same lengths on all ranks.
             combine: NumPy's function of two arrays and `out`.
             finish: Called once with each segment of the result, to change it where it lies.
             pause: Seconds to sleep between two looks for a message, which leaves the core to the computation;
@@ -73,13 +76,14 @@ class Ring:
             whole: Called once with all that this rank has combined, before it goes around; the ranks at the same
                 place of rings of one size have the same part.
         """
-        way = _Way(source.size, self._rank, self._size, self._segment // source.dtype.itemsize)
+        lengths = tuple(source.size for source, _ in pairs)
+        way = _way(lengths, self._rank, self._size, self._segment // pairs[0][0].itemsize)
         if whole is None:
-            self._go(way, range(way.items), source, target, combine, finish, pause)
+            self._go(way, range(way.items), pairs, combine, finish, pause)
         else:
-            self._go(way, range(way.reduced), source, target, combine, finish, pause)
-            whole(target[way.own])
-            self._go(way, range(way.reduced, way.items), source, target, combine, finish, pause)
+            self._go(way, range(way.reduced), pairs, combine, finish, pause)
+            whole([pairs[index][1][place] for index, place in way.own])
+            self._go(way, range(way.reduced, way.items), pairs, combine, finish, pause)
         # MPI moves what is still on its way to others only while this rank is in a call.
         wait(self._comm.Ibarrier(), pause)
 
@@ -91,40 +95,42 @@ class Ring:
         self,
         way: "_Way",
         items: range,
-        source: np.ndarray,
-        target: np.ndarray,
+        pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
         pause: float | None,
     ) -> None:
         ahead = min(len(self._arrived), way.segments)
-        received = {item: self._receive(way, item, target) for item in items[: ahead - 1]}
-        sent = {item: self._send(way, item, source, target) for item in items[:ahead]}
+        received = {item: self._receive(way, item, pairs) for item in items[: ahead - 1]}
+        sent = {item: self._send(way, item, pairs) for item in items[:ahead]}
         with np.errstate(all="ignore"):  # what overflows does so in the user's sum, not here
             for item in items:
                 coming = item + ahead - 1
                 if coming in items:
                     if coming - way.reduced in sent:  # overwrites what was sent from there
                         wait(sent.pop(coming - way.reduced), pause)
-                    received[coming] = self._receive(way, coming, target)
+                    received[coming] = self._receive(way, coming, pairs)
                 wait(received.pop(item), pause)
                 if item < way.reduced:
-                    total = target[way.receives(item)]
-                    combine(source[way.receives(item)], self._landing(item, total), out=total)
+                    index, place = way.receives(item)
+                    total = pairs[index][1][place]
+                    combine(pairs[index][0][place], self._landing(item, total), out=total)
                     if item >= way.reduced - way.segments:
                         finish(total)
                 if item + ahead in items:
-                    sent[item + ahead] = self._send(way, item + ahead, source, target)
+                    sent[item + ahead] = self._send(way, item + ahead, pairs)
             for each in sent.values():
                 wait(each, pause)
 
-    def _send(self, way: "_Way", item: int, source: np.ndarray, target: np.ndarray) -> Any:
-        array = source if item < way.segments else target
-        return self._comm.Isend(array[way.sends(item)].view(np.uint8), (self._rank + 1) % self._size)
+    def _send(self, way: "_Way", item: int, pairs: Sequence[Pair]) -> Any:
+        index, place = way.sends(item)
+        array = pairs[index][item >= way.segments][place]  # what others have added to is in the second
+        return self._comm.Isend(array.view(np.uint8), (self._rank + 1) % self._size)
 
-    def _receive(self, way: "_Way", item: int, target: np.ndarray) -> Any:
-        place = target[way.receives(item)]
-        landing = self._landing(item, place) if item < way.reduced else place
+    def _receive(self, way: "_Way", item: int, pairs: Sequence[Pair]) -> Any:
+        index, place = way.receives(item)
+        target = pairs[index][1][place]
+        landing = self._landing(item, target) if item < way.reduced else target
         return self._comm.Irecv(landing.view(np.uint8), (self._rank - 1) % self._size)
 
     def _landing(self, item: int, like: np.ndarray) -> np.ndarray:
@@ -140,30 +146,53 @@ def wait(request: Any, pause: float | None) -> None:
         time.sleep(pause)
 
 
-class _Way:
-    """Which segment is sent and which received when: both are numbered in the order of their travel."""
+# Which array, and what of it.
+Piece = tuple[int, slice]
 
-    def __init__(self, length: int, rank: int, size: int, segment: int) -> None:
-        self._length, self._rank, self._size, self._segment = length, rank, size, segment
-        self._part = -(-length // size)
-        self.segments = -(-self._part // segment)
+_NOTHING: Piece = (0, slice(0, 0))
+
+
+class _Way:
+    """Which segment is sent and which received when: both are numbered in the order of their travel.
+
+    Args:
+        lengths: Of the arrays, which are taken as one.
+        rank: Whose way it is.
+        size: How many ranks there are.
+        segment: The most elements of a segment, which lies in one array.
+    """
+
+    def __init__(self, lengths: Sequence[int], rank: int, size: int, segment: int) -> None:
+        self._rank, self._size = rank, size
+        part = -(-sum(lengths) // size)
+        bounds = [(number * part, (number + 1) * part) for number in range(size)]
+        self._parts = [list(_cut(lengths, *each, segment)) for each in bounds]
+        # Borders between arrays may give a part more segments than another, whose last ones then are empty.
+        self.segments = max(map(len, self._parts))
         self.reduced = (size - 1) * self.segments
         self.items = 2 * self.reduced
+        # What this rank has combined when all has gone around once.
+        self.own = list(_cut(lengths, *bounds[(rank + 1) % size], max(part, 1)))
 
-    @property
-    def own(self) -> slice:
-        """What this rank has combined when all has gone around once."""
-        first = (self._rank + 1) % self._size * self._part
-        return slice(min(first, self._length), min(first + self._part, self._length))
-
-    def sends(self, item: int) -> slice:
+    def sends(self, item: int) -> Piece:
         return self._place(self._rank - item // self.segments, item % self.segments)
 
-    def receives(self, item: int) -> slice:
+    def receives(self, item: int) -> Piece:
         return self._place(self._rank - item // self.segments - 1, item % self.segments)
 
-    def _place(self, part: int, segment: int) -> slice:
-        first = part % self._size * self._part
-        start = first + segment * self._segment
-        stop = min(start + self._segment, first + self._part, self._length)
-        return slice(start, max(start, stop))
+    def _place(self, part: int, segment: int) -> Piece:
+        pieces = self._parts[part % self._size]
+        return pieces[segment] if segment < len(pieces) else _NOTHING
+
+
+_way = functools.lru_cache(256)(_Way)  # every step of a training takes the same
+
+
+def _cut(lengths: Sequence[int], first: int, last: int, segment: int) -> Iterator[Piece]:
+    """Cuts what lies from `first` to `last` of all arrays taken as one into pieces that lie in one array each."""
+    begins = 0
+    for index, length in enumerate(lengths):
+        start, stop = max(first - begins, 0), min(last - begins, length)
+        for at in range(start, stop, segment):
+            yield index, slice(at, min(at + segment, stop))
+        begins += length

@@ -2,11 +2,12 @@
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from hvdtrain.collectives.operands import Pair
 from hvdtrain.collectives.ring import ASKED, UNASKED, Ring
 
 # A rank's part below this is better served by MPI's own algorithms, which need fewer messages.
@@ -40,28 +41,27 @@ class Rings:
         self.link = link
 
     def serves(self, nbytes: int) -> bool:
-        """Tells whether an array is large enough for rings to be the fastest way."""
+        """Tells whether arrays are large enough, all together, for rings to be the fastest way."""
         return nbytes >= self._least
 
     def reduce(
         self,
-        source: np.ndarray,
-        target: np.ndarray,
+        pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
         pause: float | None = None,
     ) -> None:
-        """Combines an array of each rank into `target`; the arguments are those of `Ring.reduce`."""
+        """Combines arrays of each rank; the arguments are those of `Ring.reduce`."""
         local, cross = self._local, self._cross
         if local is not None and cross is not None:
 
-            def between_hosts(part: np.ndarray) -> None:
-                cross.reduce(part, part, combine, finish, pause)
+            def between_hosts(part: Sequence[np.ndarray]) -> None:
+                cross.reduce([(each, each) for each in part], combine, finish, pause)
 
-            local.reduce(source, target, combine, _leave, pause, between_hosts)
+            local.reduce(pairs, combine, _leave, pause, between_hosts)
         else:
             for ring in filter(None, (local, cross)):
-                ring.reduce(source, target, combine, finish, pause)
+                ring.reduce(pairs, combine, finish, pause)
 
     def free(self) -> None:
         """Gives the communicators back; all ranks call this."""
@@ -109,7 +109,7 @@ def _seconds(mpi: Any, comm: Any, way: Rings, length: int) -> float:
     while sum(taken) < 0.1 and len(taken) < 3:
         comm.Barrier()
         start = time.perf_counter()
-        way.reduce(array, array, np.add, _leave)
+        way.reduce([(array, array)], np.add, _leave)
         taken.append(comm.allreduce(time.perf_counter() - start, mpi.MAX))
     return min(taken)
 

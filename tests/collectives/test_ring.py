@@ -50,12 +50,34 @@ def test_sums_of_every_length(engine, ring_of, ahead, segment_bytes, length, dty
         if in_place:
             source[...] = held_by(engine.rank, length, dtype)
         finished.clear()
-        ring_of(segment_bytes, ahead).reduce(source, target, np.add, halve, pause)
+        ring_of(segment_bytes, ahead).reduce([(source, target)], np.add, halve, pause)
         expected = sum(held_by(rank, length, dtype) for rank in range(engine.size)) // 2
         np.testing.assert_array_equal(target, expected)
         if not in_place:
             np.testing.assert_array_equal(source, held_by(engine.rank, length, dtype))
     assert sum(engine.allgather_object(sum(finished))) == length  # each number once, by its owner alone
+
+
+@pytest.mark.parametrize("ahead", [1, 2, 5])
+@pytest.mark.parametrize("segment_bytes", [8, 24, 1 << 20])
+@pytest.mark.parametrize("lengths", [(1, 1), (0, 5, 0, 3), (1, 2, 3, 4, 5), (1000, 1, 7), (2, 1001, 2)])
+def test_many_arrays_as_one(engine, ring_of, ahead, segment_bytes, lengths):
+    if engine.size == 1:
+        pytest.skip("one rank has nothing to send")
+    finished = []
+
+    def halve(total):
+        finished.append(total.size)
+        total /= 2
+
+    sources = [held_by(engine.rank, length, "float64") for length in lengths]
+    # Some results lie where the arrays lie, others elsewhere.
+    pairs = [(each, each if number % 2 else np.full_like(each, -1)) for number, each in enumerate(sources)]
+    ring_of(segment_bytes, ahead).reduce(pairs, np.add, halve)
+    for (_, target), length in zip(pairs, lengths, strict=True):
+        expected = sum(held_by(rank, length, "float64") for rank in range(engine.size)) / 2
+        np.testing.assert_array_equal(target, expected)
+    assert sum(engine.allgather_object(sum(finished))) == sum(lengths)
 
 
 @pytest.mark.parametrize("length", [1, 3, 1001])
@@ -68,18 +90,20 @@ def test_around_each_host_and_between_hosts(engine, ring_of, length):
     world = MPI.COMM_WORLD
     host, cross = world.Split(engine.rank // 2), world.Split(engine.rank % 2)
     way = Rings(ring_of(24, 2, host), ring_of(8, 3, cross), engine.size)
-    array, finished = held_by(engine.rank, length, "float64"), []
+    lengths, finished = (length, 2, length + 4), []
 
     def halve(total):
         finished.append(total.size)
         total /= 2
 
     for pause in (None, 0.0):
-        array = held_by(engine.rank, length, "float64")
+        arrays = [held_by(engine.rank, each, "float64") for each in lengths]
         finished.clear()
-        way.reduce(array, array, np.add, halve, pause)
-        np.testing.assert_array_equal(array, sum(held_by(rank, length, "float64") for rank in range(4)) / 2)
-        assert sum(engine.allgather_object(sum(finished))) == length
+        way.reduce([(array, array) for array in arrays], np.add, halve, pause)
+        for array, each in zip(arrays, lengths, strict=True):
+            expected = sum(held_by(rank, each, "float64") for rank in range(4)) / 2
+            np.testing.assert_array_equal(array, expected)
+        assert sum(engine.allgather_object(sum(finished))) == sum(lengths)
     host.Free()
     cross.Free()
 
@@ -111,6 +135,24 @@ def test_what_is_not_a_number_reaches_every_rank(engine):
         mine[[0, -1]] = np.nan, np.inf
     result = engine.allreduce(mine, Op.AVERAGE)
     assert np.isnan(result[0]) and np.isinf(result[-1]) and (result[1:-1] == 1).all()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64", "int64"])
+def test_many_gradients_of_a_model_travel_as_one(engine, dtype):
+    """Together more than the ring's least, each below it; small ones are packed, and two dtypes do not mix."""
+    sizes = [LEAST_IN_MEMORY // 8 // np.dtype(dtype).itemsize] * 9 + [3, 70_000, 1]
+    every = [
+        [held_by(rank, size, dtype) - place for place, size in enumerate(sizes)]
+        for rank in range(engine.size)
+    ]
+    expected = [np.sum(each, 0, dtype) for each in zip(*every, strict=True)]
+    mine = [*every[engine.rank], np.full(LEAST_IN_MEMORY // 2, engine.rank, np.uint8)]
+    stays = [place % 3 == 0 for place in range(len(mine))]
+    results = engine.grouped_allreduce(mine, Op.SUM, None, stays)
+    for place, result in enumerate(results[:-1]):
+        np.testing.assert_array_equal(result, expected[place])
+        assert (result is mine[place]) == stays[place]
+    assert (results[-1] == sum(range(engine.size))).all()
 
 
 def test_a_result_lies_where_its_array_lay_if_that_is_asked(engine):
