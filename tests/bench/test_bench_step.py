@@ -65,6 +65,7 @@ def test_pace_efficiency_and_communication_follow_from_the_steps_of_the_same_rou
     assert of(mine, "efficiency") == pytest.approx(of(alone, "step_ms") / of(mine, "step_ms"))
     assert of(mine, "communication") == pytest.approx(1 - of(silent, "step_ms") / of(mine, "step_ms"))
     assert of(alone, "efficiency") == pytest.approx([1, 1])
+    assert (of(mine, "beside_slowest") >= of(mine, "efficiency")).all()
 
 
 def test_strong_scaling_divides_one_batch(rows):
@@ -164,10 +165,22 @@ def test_who_fails_half_way_keeps_what_was_measured_and_ends_with_1(played, caps
 
 def test_without_its_single_a_contender_has_no_efficiency():
     end = {"checksum": 1, "finite": True, "peak": 10, "gradients": 4}
-    mine = Scaling({"torch DDP": {0: 0.5}}, {"torch DDP": [end, end]})
+    mine = Scaling({"torch DDP": {0: 0.5}}, ends={"torch DDP": [end, end]})
     ddp = next(each for each in entrants("cnn", ["mpi"], peers=True) if each.name == "torch DDP")
     (row,) = rows_of(ddp, Measured(weak=mine), Options(2, batch=4))
     assert set(row.values) == {"step_ms", "images_per_s", "peak_mib"}
+
+
+def test_who_trains_together_is_also_set_beside_the_slowest_of_those_who_do_not():
+    end = {"checksum": 1, "finite": True, "peak": 10, "gradients": 4}
+    seconds = {"torch alone": {0: 0.2, 1: 0.3}, "torch DDP": {0: 0.25, 1: 0.4}}
+    weak = Scaling(seconds, {"torch alone": {0: 0.24, 1: 0.32}}, {name: [end, end] for name in seconds})
+    alone, ddp = [each for each in entrants("cnn", ["mpi"], peers=True) if each.name in seconds]
+    (row,) = rows_of(ddp, Measured(weak=weak), Options(2, batch=4))
+    assert row.values["efficiency"].rounds == pytest.approx([0.8, 0.75])
+    assert row.values["beside_slowest"].rounds == pytest.approx([0.96, 0.8])
+    (row,) = rows_of(alone, Measured(weak=weak), Options(2, batch=4))
+    assert "beside_slowest" not in row.values
 
 
 @pytest.mark.parametrize(

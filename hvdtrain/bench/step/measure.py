@@ -46,7 +46,7 @@ def measure(options: Options, say: Callable[[str], None]) -> Report:
 
     Returns:
         The report. `values` are `step_ms`, `images_per_s` or `tokens_per_s`, and `efficiency`; of weak scaling
-        also `communication`, `peak_mib` and `excess_gradients`, of strong scaling `speedup`.
+        also `beside_slowest`, `communication`, `peak_mib` and `excess_gradients`, of strong scaling `speedup`.
 
     Raises:
         LaunchError: If what was asked for cannot be measured here.
@@ -94,7 +94,8 @@ def _train(field: Field, options: Options, work: Work, scaling: Scaling, say: Ca
 
     for number, contender, answers in field.rounds(request, options.rounds):
         say(f"round {number + 1} of {options.rounds}, {contender.name}")
-        scaling.seconds.setdefault(contender.name, {})[number] = _seconds(answers)
+        scaling.seconds.setdefault(contender.name, {})[number] = statistics.fmean(_seconds(answers))
+        scaling.slowest.setdefault(contender.name, {})[number] = max(_seconds(answers))
     for contender in field.present:
         say(f"{contender.name}: comparing weights")
         ends = field.ask(contender, {"end": True})
@@ -113,11 +114,11 @@ def _warm_up(field: Field, options: Options, work: Work, say: Callable[[str], No
         # The step before those that are timed makes the train function, and the first one is verified.
         answers = field.ask(contender, {**asked, "steps": FEWEST})
         if answers is not None:
-            fitting = int(min(max(SECONDS / _seconds(answers), FEWEST), MOST))
+            fitting = int(min(max(SECONDS / max(_seconds(answers)), FEWEST), MOST))
             steps[contender.name] = options.steps or fitting
     return steps
 
 
-def _seconds(answers: Answers) -> float:
-    """Returns the seconds of a step; ranks that train together all take equally long."""
-    return statistics.fmean(each["seconds"] for each in answers if "seconds" in each)
+def _seconds(answers: Answers) -> list[float]:
+    """Returns the seconds of a step on each rank that had a turn; ranks that train together take equally long."""
+    return [each["seconds"] for each in answers if "seconds" in each]

@@ -20,10 +20,12 @@ class Scaling:
 
     Args:
         seconds: A step's, by contender and round.
+        slowest: The same of its slowest process.
         ends: What the ranks of each contender said of themselves after the rounds.
     """
 
     seconds: dict[str, dict[int, float]] = field(default_factory=dict)
+    slowest: dict[str, dict[int, float]] = field(default_factory=dict)
     ends: dict[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
@@ -69,6 +71,8 @@ def _weak(entrant: Entrant, scaling: Scaling, options: Options) -> dict[str, Spr
     mine = scaling.seconds[entrant.name]
     values = _pace(mine, options.ranks * options.own, options.workload)
     values |= _spread("efficiency", _within_rounds(scaling.seconds.get(entrant.single, {}), mine))
+    if entrant.together:
+        values |= _spread("beside_slowest", _within_rounds(scaling.slowest.get(entrant.single, {}), mine))
     if entrant.together and entrant.single == ALONE:
         computing = _within_rounds(scaling.seconds.get(SILENT, {}), mine)
         values |= _spread("communication", [1 - part for part in computing])

@@ -12,6 +12,7 @@ from hvdtrain.bench.step.rows import STRONG, WEAK
 
 _READING = (
     "efficiency: the step of as many processes by themselves, at work at once, over this step. "
+    "beside slowest: the same of the slowest of them, on whose core the others wait when they train together. "
     f"communication: what is left of a step without that of `{SILENT}`. "
     "over alone: peak memory beyond that of the process by itself, in units of all gradients."
 )
@@ -51,21 +52,30 @@ def _table(report: Report, scaling: str) -> Table:
 
 def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     unit = WORKLOADS[report.options["model"]].unit
-    timed = {
-        "ms a step": _median("step_ms", _number),
-        "quartiles": _quartiles("step_ms", _number),
-        f"{unit}/s": _median(f"{unit}_per_s", "{:.0f}".format),
-    }
+    step, quartiles = (
+        {"ms a step": _median("step_ms", _number)},
+        {"quartiles": _quartiles("step_ms", _number)},
+    )
+    pace = {f"{unit}/s": _median(f"{unit}_per_s", "{:.0f}".format)}
     efficiency = {
         "effi-\nciency": _median("efficiency", "{:.3f}".format),
         "quartiles ": _quartiles("efficiency", "{:.3f}".format),
     }
     right = {"right": lambda row: "yes" if row.right else "WRONG"}
     if scaling == STRONG:
-        return {**timed, "speed-\nup": _median("speedup", "{:.2f}".format), **efficiency, **right}
+        return {
+            **step,
+            **quartiles,
+            **pace,
+            "speed-\nup": _median("speedup", "{:.2f}".format),
+            **efficiency,
+            **right,
+        }
     return {
-        **timed,
+        **step,
+        **pace,
         **efficiency,
+        "beside\nslowest": _median("beside_slowest", "{:.3f}".format),
         "commu-\nnication": _median("communication", "{:.1%}".format),
         "peak\nMiB": _median("peak_mib", "{:.0f}".format),
         "over\nalone": _median("excess_gradients", "{:+.2f}".format),
