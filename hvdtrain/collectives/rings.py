@@ -14,8 +14,9 @@ from hvdtrain.collectives.ring import ASKED, UNASKED, Ring
 LEAST_PART_BYTES = 128 << 10
 # Within a host MPI's own algorithms are as fast up to here, and faster below: all of it stays in the caches.
 LEAST_IN_MEMORY = 8 << 20
-# With this the ways between hosts are compared; 0.1 s on a link of 1 Gbit/s.
-SAMPLE_BYTES = 4 << 20
+# With so much a host the ways between hosts are compared; the least takes 0.1 s on a link of 1 Gbit/s. Beyond the
+# most, a world is so large that few arrays go around rings, and trying would take longer than it could save.
+LEAST_SAMPLE_BYTES, MOST_SAMPLE_BYTES = 4 << 20, 16 << 20
 # Below this many bytes a second a link takes longer for gradients than the core that could wait for it is worth.
 SLOW_LINK = 1e9
 
@@ -56,7 +57,8 @@ class Rings:
         if local is not None and cross is not None:
 
             def between_hosts(part: Sequence[np.ndarray]) -> None:
-                cross.reduce([(each, each) for each in part], combine, finish, pause)
+                if part:  # of very small arrays some ranks have none, the same ones on each host
+                    cross.reduce([(each, each) for each in part], combine, finish, pause)
 
             local.reduce(pairs, combine, _leave, pause, between_hosts)
         else:
@@ -83,28 +85,29 @@ def made_for(mpi: Any, comm: Any) -> Rings:
     if comm.allreduce(host.size, mpi.MIN) == comm.size:
         return Rings(Ring(mpi, host), None, comm.size)
     alike = comm.allreduce(host.size, mpi.MIN) == comm.allreduce(host.size, mpi.MAX)
-    hosts = comm.size // host.size if alike else comm.size
+    each = host.size if alike else 1  # how many ranks of a host share what goes to another
     cross = comm.Split(host.rank, comm.rank) if alike else comm.Split(0, host.bcast(comm.rank))
     local = Ring(mpi, host) if alike and host.size > 1 else None
     if local is None:
         host.Free()
     ways = {stride: Ring(mpi, cross.Dup(), stride) for stride in (UNASKED, ASKED)}
+    hosts = cross.size
     cross.Free()
-    length = max(SAMPLE_BYTES, LEAST_PART_BYTES * comm.size) // 4
-    seconds = {
-        stride: _seconds(mpi, comm, Rings(local, way, comm.size), length) for stride, way in ways.items()
-    }
+    nbytes = min(max(LEAST_SAMPLE_BYTES, LEAST_PART_BYTES * comm.size), MOST_SAMPLE_BYTES)
+    seconds = {stride: _seconds(mpi, comm, way, nbytes // each) for stride, way in ways.items()}
     # A short sample flatters large messages, of which it holds few.
     fastest = ASKED if seconds[ASKED] < 0.9 * seconds[UNASKED] else UNASKED
+    # In a large world messages take long because there are many, however fast the link is.
+    carrying = seconds[fastest] - _seconds(mpi, comm, ways[fastest], 4 * hosts)
     for stride, way in ways.items():
         if stride != fastest:
             way.free()
-    return Rings(local, ways[fastest], comm.size, 2 * (hosts - 1) / hosts * 4 * length / seconds[fastest])
+    return Rings(local, ways[fastest], comm.size, 2 * (hosts - 1) / hosts * nbytes / max(carrying, 1e-9))
 
 
-def _seconds(mpi: Any, comm: Any, way: Rings, length: int) -> float:
+def _seconds(mpi: Any, comm: Any, way: Ring, nbytes: int) -> float:
     """Takes the time of a sum, as the slowest rank has it; the first sum also connects the ranks."""
-    array = np.zeros(length, np.float32)
+    array = np.zeros(nbytes // 4, np.float32)
     taken: list[float] = []
     while sum(taken) < 0.1 and len(taken) < 3:
         comm.Barrier()

@@ -5,7 +5,7 @@ import pytest
 
 from hvdtrain.collectives.base import Op
 from hvdtrain.collectives.ring import Ring, Stride
-from hvdtrain.collectives.rings import LEAST_IN_MEMORY, Rings
+from hvdtrain.collectives.rings import LEAST_IN_MEMORY, LEAST_PART_BYTES, Rings, made_for
 
 pytestmark = pytest.mark.ranks
 
@@ -106,6 +106,50 @@ def test_around_each_host_and_between_hosts(engine, ring_of, length):
         assert sum(engine.allgather_object(sum(finished))) == sum(lengths)
     host.Free()
     cross.Free()
+
+
+class Cluster:
+    """A communicator whose ranks believe to be on several hosts."""
+
+    def __init__(self, comm, host_of):
+        self._comm, self._host_of = comm, host_of
+
+    def __getattr__(self, name):
+        return getattr(self._comm, name)
+
+    def Split_type(self, kind, key):
+        return self._comm.Split(self._host_of(self._comm.rank), key)
+
+
+HOSTS = {
+    "one rank each": lambda rank: rank,
+    "two each": lambda rank: rank // 2,
+    "uneven": lambda rank: min(rank, 1),
+}
+
+
+@pytest.mark.parametrize("hosts", HOSTS)
+def test_ways_between_hosts_are_tried_and_sum_right(engine, hosts):
+    if engine.size == 1:
+        pytest.skip("one rank has nothing to send")
+    from mpi4py import MPI
+
+    ways = made_for(MPI, Cluster(MPI.COMM_WORLD, HOSTS[hosts]))
+    count = len({HOSTS[hosts](rank) for rank in range(engine.size)})
+    assert (0 < ways.link < np.inf) == (count > 1)
+    assert (
+        len(set(engine.allgather_object(ways.link))) == 1
+    )  # what is decided by it, all ranks must decide alike
+    assert count == 1 or (ways.serves(LEAST_PART_BYTES * engine.size) and not ways.serves(LEAST_PART_BYTES))
+    for length in (1, 1001, 200_003):
+        array, finished = held_by(engine.rank, length, "float64"), []
+        ways.reduce(
+            [(array, array)], np.add, lambda segment, finished=finished: finished.append(segment.size)
+        )
+        expected = sum(held_by(rank, length, "float64") for rank in range(engine.size))
+        np.testing.assert_array_equal(array, expected)
+        assert sum(engine.allgather_object(sum(finished))) == length
+    ways.free()
 
 
 @pytest.mark.parametrize("op", [Op.AVERAGE, Op.SUM, Op.MIN, Op.MAX, Op.PRODUCT])

@@ -173,6 +173,38 @@ def test_a_script_may_import_mpi4py_before_tensorflow(jobs):
     assert done.returncode == 0, done.stderr
 
 
+OVERLAPPING = """
+import keras, numpy as np, threading, zlib
+import hvdtrain.keras as hvd
+hvd.init()
+keras.utils.set_random_seed(1)
+model = keras.Sequential([keras.layers.Input((700,)), *(keras.layers.Dense(700) for _ in range(4))])
+model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+data = np.random.default_rng(rank).standard_normal((32, 700)).astype("float32")
+model.fit(data, data, batch_size=8, epochs=2, verbose=0)
+weights = b"".join(each.numpy().tobytes() for each in model.trainable_variables)
+print(zlib.crc32(weights), any(each.name == "hvdtrain-beside" for each in threading.enumerate()))
+"""
+
+
+def test_gradients_that_travel_beside_backprop_train_the_same_model(jobs):
+    """Two numbers have one sum, so what goes in parts and what goes at once are equal to the bit."""
+    crc = set()
+    for overlap in ("on", "off"):
+        done = jobs.run(OVERLAPPING, HVDTRAIN_ENGINE="mpi", HVDTRAIN_OVERLAP=overlap)
+        assert done.returncode == 0, done.stderr
+        numbers, beside = zip(*(line.split()[-2:] for line in done.stdout.decode().splitlines()), strict=True)
+        crc |= set(numbers)
+        assert set(beside) == {str(overlap == "on")}
+    assert len(crc) == 1
+
+
+def test_an_unknown_way_of_overlapping_is_refused_on_every_rank(jobs):
+    done = jobs.run(OVERLAPPING, HVDTRAIN_ENGINE="mpi", HVDTRAIN_OVERLAP="maybe")
+    assert done.returncode != 0
+    assert "HVDTRAIN_OVERLAP must be auto, on or off" in done.stderr and "'maybe' on rank 1" in done.stderr
+
+
 BUILT = pytest.mark.skipif(not importlib.util.find_spec("horovod"), reason="Horovod is not built")
 
 
