@@ -30,7 +30,7 @@ from hvdtrain.launch.horovod_target import installed_record
 from hvdtrain.launch.mpi_identity import lenient_settings
 
 ROOT = Path(__file__).parent.parent
-TIMEOUT = {"plain": 1200, "ranks": 1200}
+TIMEOUT = {"plain": 1800, "ranks": 1800}
 CORE = [
     *(
         "tests/collectives",

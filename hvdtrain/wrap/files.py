@@ -9,6 +9,7 @@ what the script opens for writing lies in a temporary folder; whatever it does w
 
 import atexit
 import builtins
+import contextlib
 import functools
 import io
 import os
@@ -72,11 +73,14 @@ class _Copies:
         """Returns where to write, with what was there before if that is to be kept."""
         if self.exempt(path):
             return path
-        own, before = self.own(path), self.found(path)
+        # In this order: what another rank makes at this moment is either not there yet, or hidden.
+        there, own, before = _lexists(path), self.own(path), self.found(path)
         if _is_dir(self.found(os.path.dirname(path))):
             _makedirs(os.path.dirname(own))
-        if keep and before != own and _lexists(before) and not _is_dir(before):
-            shutil.copyfile(before, own)
+        if keep and there and before != own and not _is_dir(before):
+            # Past the functions that are changed here, which would no longer see it once another rank adds to it.
+            with contextlib.suppress(FileNotFoundError), _open(before, "rb") as old, _open(own, "wb") as new:
+                shutil.copyfileobj(old, new)
         return own
 
 

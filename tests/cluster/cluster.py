@@ -147,6 +147,19 @@ class Cluster:
         """Puts the link back."""
         _ip("-n", name, "link", "set", "eth0", "up")
 
+    def narrow(self, rate: str) -> None:
+        """Lets each host's link carry no more than `rate`, such as "1gbit", in either direction."""
+        for name in self.hosts:
+            limit = ["root", "tbf", "rate", rate, "burst", "256kb", "latency", "20ms"]
+            _tc("-n", name, "qdisc", "replace", "dev", "eth0", *limit)
+            _tc("qdisc", "replace", "dev", f"hvd-{name}", *limit)
+
+    def widen(self) -> None:
+        """Takes the limit away."""
+        for name in self.hosts:
+            _tc("-n", name, "qdisc", "del", "dev", "eth0", "root")
+            _tc("qdisc", "del", "dev", f"hvd-{name}", "root")
+
     def sent(self, name: str) -> int:
         """How many bytes a host has sent over its link."""
         path = "/sys/class/net/eth0/statistics/tx_bytes"
@@ -300,3 +313,7 @@ def until(holds: Callable[[], bool], timeout: float, told: Callable[[], str]) ->
 
 def _ip(*words: str, check: bool = True) -> None:
     subprocess.run(["ip", *words], env={"PATH": host.SBIN}, check=check, capture_output=not check, timeout=30)
+
+
+def _tc(*words: str) -> None:
+    subprocess.run(["tc", *words], env={"PATH": host.SBIN}, check=True, timeout=30)

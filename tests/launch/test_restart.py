@@ -211,7 +211,9 @@ def test_hosts_that_are_left_go_on_with_fewer_ranks_and_one_that_is_back_takes_p
     """Addresses that only a stand-in for ssh knows; it runs their ranks here, until one of them is lost."""
     if mpirun.find().mpi.name != "Open MPI 4":
         pytest.skip("only Open MPI 4 takes its ssh from this variable")
-    ssh = jobs.folder.parent / "ssh"  # Open MPI takes no path with a space
+    if " " in sys.prefix:
+        pytest.skip("Open MPI starts nothing on other hosts from a folder with a space in its path")
+    ssh = jobs.folder.parent / "ssh"  # there neither
     ssh.write_text(SSH)
     ssh.chmod(0o755)
     script = f"""{START}

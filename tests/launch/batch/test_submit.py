@@ -211,7 +211,9 @@ def test_no_slurm_here(login):
     assert "There is no sbatch on PATH" in login.refused("train.py")
     dry = login.submit("--dry-run", "train.py")
     assert dry.returncode == 0 and "nothing was asked of Slurm" in dry.stdout
-    assert dry.stdout.splitlines()[-1] == f"sbatch --parsable {login.template('cpu')} train.py"
+    assert dry.stdout.splitlines()[-1] == shlex.join(
+        ["sbatch", "--parsable", login.template("cpu"), "train.py"]
+    )
 
 
 def test_sbatch_has_the_last_word_before_and_at_the_submission(login):
