@@ -153,9 +153,10 @@ def check(options: Options) -> None:
     except ValueError as error:
         raise LaunchError(str(error)) from None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if not options.hosts and COPIES * max(wanted) * options.ranks > memory:
+    here = -(-options.ranks // slurm.node_count())  # ranks of this host
+    if not options.hosts and COPIES * max(wanted) * here > memory:
         raise LaunchError(
-            f"--sizes: {options.ranks} ranks need {COPIES} arrays of {sizes.shown(max(wanted))} each, and this "
+            f"--sizes: {here} ranks need {COPIES} arrays of {sizes.shown(max(wanted))} each, and this "
             f"host has {memory / 2**30:.0f} GiB of memory; type smaller sizes."
         )
     width = 2 if options.dtype == "bfloat16" else np.dtype(options.dtype).itemsize
@@ -189,7 +190,7 @@ def _several_hosts(options: Options) -> bool:
     if options.hosts:
         used = _filled(read_hosts(options.hosts, None, options.ranks), options.ranks)
         return len({host.name for host in used}) > 1 and not all_local(used)
-    return slurm.in_allocation(os.environ) and int(os.environ.get("SLURM_JOB_NUM_NODES", 1)) > 1
+    return slurm.node_count() > 1
 
 
 def _filled(hosts: Sequence[Host], ranks: int) -> list[Host]:

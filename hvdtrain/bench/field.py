@@ -1,6 +1,7 @@
 """All contenders of a measurement: each is at work only while all others stand still."""
 
 import os
+import resource
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, final
@@ -8,9 +9,10 @@ from typing import Any, final
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.crew import Crew, FailedError
 from hvdtrain.launch import binding, slurm
-from hvdtrain.launch.hosts import Host, addresses_towards, all_local, read_hosts
+from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
 
 LIMIT = 120.0  # seconds for one answer
+SPARE = 200  # files that this process opens beside its lines to ranks
 FAILED = "failed: "  # opens the reason why somebody is left out who was there
 
 Answers = list[dict[str, Any]]
@@ -31,7 +33,7 @@ class Field:
         limit: How many seconds a contender may take to answer.
 
     Raises:
-        LaunchError: If the hosts are not there or have too few slots.
+        LaunchError: If the hosts are not there or have too few slots, or this process may not open enough files.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Field:
         limit: float = LIMIT,
     ) -> None:
         named = read_hosts(hosts, None, ranks)
+        _make_room(sum(each.ranks or ranks for each in contenders))
         self._addresses = _addresses(named)
         self._asked, self._ranks, self._hosts = list(contenders), ranks, hosts
         self._say, self._limit = say, limit
@@ -162,6 +165,20 @@ def _addresses(named: Sequence[Host]) -> list[str]:
     if not named and slurm.in_allocation(os.environ):
         return addresses_towards(slurm.first_hosts(os.environ))
     return [] if all_local(named) else addresses_towards([host.name for host in named])
+
+
+def _make_room(lines: int) -> None:
+    """Lets this process keep a line open to each rank of each contender."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = lines + SPARE
+    if soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    if hard != resource.RLIM_INFINITY and hard < needed:
+        raise LaunchError(
+            f"{lines} ranks of all contenders together need {needed} open files, and this process may open {hard} "
+            "(`ulimit -Hn`): measure with fewer ranks, or with --no-peers and --engines mpi."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
 def _disjoint(hellos: Sequence[dict[str, Any]]) -> bool:

@@ -342,6 +342,7 @@ class Engine(ABC):
         Raises:
             MismatchError: On every rank, if another operation needs this rank.
         """
+        self._catch_up()
         while self.size > 1 and not self._all_have_joined():
             self._stand_in_for(self._settled(JOIN))
         late = set(self.ranks) - set(self._joined) or set(self.ranks)
@@ -405,8 +406,7 @@ class Engine(ABC):
             raise ValueError(
                 f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
             )
-        if self.beside is not None and self.beside.is_busy and not self.beside.is_here:
-            self.beside.finish()  # a step was broken off
+        self._catch_up()
         self._doing, self._where = call.kind, call.where
         with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
             if self.size == 1:
@@ -415,6 +415,11 @@ class Engine(ABC):
             if not same:
                 self._settled(call)
             return largest
+
+    def _catch_up(self) -> None:
+        """Waits for what a step that was broken off has left at work, before the ranks are asked anything else."""
+        if self.beside is not None and self.beside.is_busy and not self.beside.is_here:
+            self.beside.finish()
 
     def leave_to_core(self) -> None:
         """Notes that the engine's own graph operations now do what the ranks have agreed on."""

@@ -13,7 +13,7 @@ class Beside:
     """
 
     def __init__(self) -> None:
-        self._given: queue.SimpleQueue[Callable[[], Any]] = queue.SimpleQueue()
+        self._given: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._left = 0
         self._done: list[Any] = []
@@ -57,9 +57,16 @@ class Beside:
             raise error
         return done
 
+    def end(self) -> None:
+        """Waits until all is done, whatever came of it, and ends the thread."""
+        if self._thread is not None:
+            self._given.put(None)
+            self._thread.join()
+            self._thread = None
+
     def _work(self) -> None:
-        while True:
-            work, result, error = self._given.get(), None, self._error
+        while (work := self._given.get()) is not None:
+            result, error = None, self._error
             if error is None:
                 try:
                     result = work()
@@ -70,3 +77,4 @@ class Beside:
                 self._error = error
                 self._left -= 1
                 self._changed.notify_all()
+            del work, result, error  # the gradients of a step are not to be held until the next one

@@ -111,7 +111,7 @@ class _Way:
 
     def __init__(self, engine: Engine, dense: Sequence[Any], op: Op, call: Call, watch: Watch) -> None:
         self._engine, self._dense, self._op, self._call, self._watch = engine, dense, op, call, watch
-        self._kept = [in_place.ours(each, place) for place, each in enumerate(dense)]
+        self._kept = [in_place.ours(each) for each in dense]
         self._stays = [each is not None for each in self._kept]
         self._given = [each if mine is None else mine for each, mine in zip(dense, self._kept, strict=True)]
 
@@ -146,6 +146,8 @@ class _Way:
         calls = self._calls(parts)
 
         def start(turn: int, *arrays: np.ndarray) -> list[Any]:
+            if turn == 0 and thread.is_busy:
+                thread.finish()  # a step was broken off; what went wrong beside it is said now
             begun = turn == 0 and self._watch.begin()
             lying = self._lying(parts[turn], arrays, outlive=True)
             thread.start(lambda: self._sent(parts[turn], calls[turn], lying))
@@ -202,7 +204,7 @@ class _Way:
         """Puts together what was returned and what has changed where it lies, which nobody may see before."""
         arrived = iter(results)
         with tf.control_dependencies([] if tf.executing_eagerly() else [after]), tf.device("CPU:0"):
-            reduced = [next(arrived) if mine is None else tf.identity(mine) for mine in self._kept]
+            reduced = [next(arrived) if mine is None else in_place.changed(mine) for mine in self._kept]
         joined = list(arrived)
         for result, each in zip(reduced, self._dense, strict=True):
             result.set_shape(each.shape)

@@ -1,6 +1,7 @@
 """Gradients reduced in TensorFlow's own memory: how it is taken over, and what must be copied all the same."""
 
 import ctypes
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,22 +13,30 @@ from hvdtrain.collectives import fusion, tensors
 _PAGE = 2 << 20
 _HUGEPAGE, _COLLAPSE = 14, 25  # MADV_HUGEPAGE and MADV_COLLAPSE of Linux
 _MOST_PLACES = 4096  # a training that needs more moves its gradients about, and gains nothing
+# Operations of TensorFlow that hand on the memory they are given.
+_SAME_MEMORY = {
+    "Identity",
+    "Reshape",
+    "Squeeze",
+    "ExpandDims",
+    "EnsureShape",
+    "StopGradient",
+    "PreventGradient",
+}
 _libc = ctypes.CDLL(None)
 
 _large: set[tuple[int, int]] = set()
 _zeros: list[Any] = []
+_numbers = itertools.count(2)
 
 
-def ours(tensor: Any, place: int) -> Any:
+def ours(tensor: Any) -> Any:
     """Takes a tensor of a graph over, so that its memory may be written to: no copy where nobody else uses it.
 
-    TensorFlow's Snapshot hands on the memory of a tensor that has no other user, and copies any other's. A constant
-    would be computed before the graph runs and its memory used in each run, so the tensor goes through a
-    reshape of which only the running graph knows that it changes nothing.
+    TensorFlow's Snapshot hands on the memory of a tensor that has no other user, and copies any other's.
 
     Args:
         tensor: Tensor of a graph.
-        place: A number that no other tensor of this step has: TensorFlow would compute what is alike only once.
 
     Returns:
         The same values, for one user only, or None where the copy into a shared buffer is cheaper, or where this
@@ -37,15 +46,37 @@ def ours(tensor: Any, place: int) -> Any:
         not tensor.shape.is_fully_defined()
         or tensor.shape.num_elements() * tensor.dtype.size < fusion.ALONE_BYTES
     )
-    if tf.executing_eagerly() or small or "PyFunc" in tensor.op.type:
+    if tf.executing_eagerly() or small or _is_of_python(tensor):
         return None
     if not tf.compat.v1.get_default_graph().building_function:
         return None
     with tf.device("CPU:0"):
-        shape = tf.constant(tensor.shape.as_list(), tf.int64) + (place + 1) * _zero().read_value()
-        mine = tf.raw_ops.Snapshot(input=tf.reshape(tensor, shape))
-    mine.set_shape(tensor.shape)
-    return mine
+        return tf.raw_ops.Snapshot(input=_unknown(tensor))
+
+
+def changed(mine: Any) -> Any:
+    """Returns what a tensor of `ours` holds when all has happened that this is called to depend on."""
+    return _unknown(mine)
+
+
+def _unknown(tensor: Any) -> Any:
+    """Hands on the memory of a tensor in such a way that only the running graph knows what it holds.
+
+    TensorFlow takes it that no tensor ever changes. So it would compute a constant, and what follows from it,
+    before the graph runs; what is alike only once; and what follows from a tensor of `ours` from the tensor before
+    it. Of a part whose begin is known only as the graph runs, nobody can know what it holds. It is the whole, which
+    TensorFlow does not copy.
+    """
+    begin = tf.fill([tensor.shape.rank], _zero().read_value() * next(_numbers))
+    return tf.slice(tensor, begin, tf.constant(tensor.shape.as_list(), tf.int64))
+
+
+def _is_of_python(tensor: Any) -> bool:
+    """Tells whether a tensor may lie in memory that Python has made, and may use again."""
+    operation = tensor.op
+    while operation.type in _SAME_MEMORY:
+        operation = operation.inputs[0].op
+    return "PyFunc" in operation.type
 
 
 def writable(arrays: Sequence[np.ndarray], stays: Sequence[bool]) -> list[np.ndarray]:
@@ -67,6 +98,7 @@ def writable(arrays: Sequence[np.ndarray], stays: Sequence[bool]) -> list[np.nda
             seen.add(array.ctypes.data)
             _use_large_pages(array)
             memory: Any = (ctypes.c_char * array.nbytes).from_address(array.ctypes.data)
+            memory.owner = array  # which keeps TensorFlow from giving the memory to somebody else
             array = np.frombuffer(memory, array.dtype).reshape(array.shape)
         result.append(array)
     return result

@@ -91,9 +91,10 @@ class MpiEngine(Engine):
             self._averaged(piece, op)
 
     def _all_reduce(self, send: Any, receive: np.ndarray, operation: Any) -> None:
-        if self._pause is None:
+        if self.beside is None:
             self._comm.Allreduce(send, receive, operation)
         else:
+            # In whichever thread: MPI matches no blocking sum of one rank with one that another rank waits for.
             wait(self._comm.Iallreduce(send, receive, operation), self._pause)
 
     @property
@@ -154,6 +155,8 @@ class MpiEngine(Engine):
 
     def shutdown(self) -> None:
         """Gives the communicator back; MPI itself ends with the process."""
+        if self.beside is not None:
+            self.beside.end()
         self._rings.free()
         self._comm.Free()
 

@@ -55,6 +55,7 @@ class Ring:
         self._rank, self._size = comm.rank, comm.size
         self._segment = stride.segment_bytes
         self._arrived = [np.empty(self._segment, np.uint8) for _ in range(stride.ahead)]
+        self._broken_off: Any = None
 
     def reduce(
         self,
@@ -76,6 +77,12 @@ class Ring:
             whole: Called once with all that this rank has combined, before it goes around; the ranks at the same
                 place of rings of one size have the same part.
         """
+        if self._broken_off:
+            raise RuntimeError(
+                "An earlier sum over the ranks was broken off in its middle, by Ctrl-C or by an error, and what is "
+                "still on its way would be taken for a part of this one. Start the training again; with "
+                "hvd.callbacks.Checkpoint it goes on from its last checkpoint."
+            )
         lengths = tuple(source.size for source, _ in pairs)
         way = _way(lengths, self._rank, self._size, self._segment // pairs[0][0].itemsize)
         if whole is None:
@@ -103,6 +110,8 @@ class Ring:
         ahead = min(len(self._arrived), way.segments)
         received = {item: self._receive(way, item, pairs) for item in items[: ahead - 1]}
         sent = {item: self._send(way, item, pairs) for item in items[:ahead]}
+        # Until all has come MPI may write into these, whatever becomes of this call.
+        self._broken_off = (pairs, received, sent)
         with np.errstate(all="ignore"):  # what overflows does so in the user's sum, not here
             for item in items:
                 coming = item + ahead - 1
@@ -121,6 +130,7 @@ class Ring:
                     sent[item + ahead] = self._send(way, item + ahead, pairs)
             for each in sent.values():
                 wait(each, pause)
+        self._broken_off = None
 
     def _send(self, way: "_Way", item: int, pairs: Sequence[Pair]) -> Any:
         index, place = way.sends(item)

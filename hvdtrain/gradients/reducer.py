@@ -86,9 +86,12 @@ class GradientReducer:
             small, context = (each, None) if _is_sparse(each) else self._options.compression.compress(each)
             wire.append(small)
             contexts.append(context)
-        reduced, due = self._reduced(wire, variables)
+        verification = (
+            self.verification
+        )  # that of this trace, though another may be in place as the graph runs
+        reduced, due = self._reduced(wire, variables, verification)
         unseen = [each for each in wire if not self._is_seen(each)]
-        checked = self.verification.check(due, unseen, reduced, variables, state)
+        checked = verification.check(due, unseen, reduced, variables, state)
         if checked is not None:
             with tf.control_dependencies([checked]):  # what is wrong must not reach the weights
                 reduced = tf.nest.map_structure(tf.identity, reduced, expand_composites=True)
@@ -102,7 +105,9 @@ class GradientReducer:
         on_host = exchange.shown_to_numpy(self._engine, self._factors()[2])
         return on_host and not _is_sparse(gradient)
 
-    def _reduced(self, gradients: Sequence[Any], variables: Sequence[Any]) -> tuple[list[Any], Any]:
+    def _reduced(
+        self, gradients: Sequence[Any], variables: Sequence[Any], verification: Verification
+    ) -> tuple[list[Any], Any]:
         sparse = [each for each in gradients if _is_sparse(each)]
         dense = [index for index, each in enumerate(gradients) if not _is_sparse(each)]
         before, after, op = self._factors()
@@ -113,8 +118,8 @@ class GradientReducer:
             op,
             self._call(gradients, variables),
             exchange.Watch(
-                self.verification.begin,
-                lambda place, array: self.verification.see(place, array, before),
+                verification.begin,
+                lambda place, array: verification.see(place, array, before),
             ),
             groups_of([variables[index] for index in dense], self._options.groups),
             (self._options.device_dense, self._options.device_sparse),

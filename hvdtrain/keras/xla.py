@@ -11,6 +11,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from hvdtrain import runtime
 from hvdtrain.replacing import replace_where_defined
 
 
@@ -46,7 +47,8 @@ def _outside(make: Callable[..., Any], concerns: Callable[[Any], bool]) -> Calla
 
 def _in_parts(step: Callable[..., Any], concerns: Callable[[Any], bool]) -> Callable[..., Any]:
     def train_step(self: Any, data: Any) -> Any:
-        if self.run_eagerly or not (self.jit_compile and concerns(self)):
+        # By hand, step by step, each call would make a program of its own.
+        if not tf.inside_function() or not (self.jit_compile and concerns(self)):
             return step(self, data)
         variables: list[Any] = []
 
@@ -57,12 +59,27 @@ def _in_parts(step: Callable[..., Any], concerns: Callable[[Any], bool]) -> Call
             variables[:] = [variable for _, variable in pairs]
             return logs, [gradient for gradient, _ in pairs]
 
+        if _communicates(up_to_the_gradients.get_concrete_function(data)):
+            self.jit_compile = False
+            runtime.engine().say(
+                f"jit_compile is turned off for this model: {type(self).__name__} asks other ranks, or Python, for "
+                "something between its input and its gradients, as hvd.SyncBatchNormalization does, and no XLA "
+                "program can wait for that."
+            )
+            return step(self, data)
         logs, gradients = up_to_the_gradients(data)
         if variables:
             self.optimizer.apply_gradients(zip(gradients, variables, strict=True))
         return logs
 
     return train_step
+
+
+def _communicates(program: Any) -> bool:
+    """Tells whether a traced function calls Python, or Horovod's core: by these the ranks reach each other."""
+    graph = program.graph.as_graph_def()
+    nodes = [*graph.node, *(node for each in graph.library.function for node in each.node_def)]
+    return any("PyFunc" in node.op or node.op.startswith("Horovod") for node in nodes)
 
 
 @contextmanager

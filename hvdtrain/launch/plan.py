@@ -197,10 +197,7 @@ def _faster(
     """Chooses what makes MPI and Horovod faster here and the user has not set, and says what was found."""
     if found is None or options.python:  # the MPI of a container may be another
         return {}, ""
-    if in_allocation(options, environ):
-        several = environ.get("SLURM_JOB_NUM_NODES", "1") != "1"
-    else:
-        several = not all_local(hosts)
+    several = slurm.node_count(environ) > 1 if in_allocation(options, environ) else not all_local(hosts)
     where = "several" if several else "one"
     unasked = knobs.unasked(found.mpi.name, where)
     settings, note = tuned.for_place(tuned.Place(found.mpi.name, where, cores.model()), environ)

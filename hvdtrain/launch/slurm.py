@@ -23,6 +23,11 @@ def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
     return "SLURM_JOB_ID" in environ and shutil.which("srun", path=environ.get("PATH")) is not None
 
 
+def node_count(environ: Mapping[str, str] = os.environ) -> int:
+    """Returns on how many nodes this process' allocation is; 1 outside of any."""
+    return int(environ.get("SLURM_JOB_NUM_NODES", 1)) if in_allocation(environ) else 1
+
+
 def settle(
     ranks: int, mpi: Mpi | None, environ: Mapping[str, str], python: Sequence[str] = (sys.executable,)
 ) -> dict[str, str]:

@@ -12,7 +12,7 @@ import pytest
 from hvdtrain.bench.allreduce import Options, check, contenders
 from hvdtrain.bench.report import Report, Row, Spread
 from hvdtrain.bench.show import run
-from hvdtrain.bench.work.sums import Way, measure
+from hvdtrain.bench.work.sums import Way, _table, measure
 from hvdtrain.launch.hosts import LaunchError
 
 MACHINE = {"cpu": "one", "cores": 2, "memory_gib": 4, "python": "3", "hosts": ["a"], "pinned": True}
@@ -275,3 +275,19 @@ def test_the_sum_of_another_round_is_wrong():
     request = {"bytes": 4096, "dtype": "float32", "repeat": 1}
     assert measure(keep, {**request, "seed": 1}, 0, 1)["right"] is True
     assert measure(keep, {**request, "seed": 2}, 0, 1)["right"] is False
+
+
+@pytest.mark.parametrize("size", [2, 12, 64, 65, 1000])
+@pytest.mark.parametrize("dtype", ["int8", "float16"])
+def test_what_many_ranks_draw_has_a_sum_that_every_dtype_holds(size, dtype):
+    drawn = [_table(1, rank, size, np.dtype(dtype)).astype(int) for rank in range(size)]
+    assert 0 < np.sum(drawn, 0).max() < 128
+    assert all(each.any() for each in drawn)  # nobody's part could be missing and the sum be right
+
+
+def test_memory_is_that_of_the_ranks_of_one_host(monkeypatch):
+    monkeypatch.setattr("hvdtrain.launch.slurm.node_count", lambda: 64)
+    check(Options(num_proc=64, sizes="256M"))
+    monkeypatch.setattr("hvdtrain.launch.slurm.node_count", lambda: 1)
+    with pytest.raises(LaunchError, match="4096 ranks need 4 arrays of 256 MiB each"):
+        check(Options(num_proc=4096, sizes="256M"))

@@ -179,3 +179,16 @@ def test_hosts_that_are_not_there_are_refused_before_anything_starts(marked):
         Field([player("a")], 2, hosts="localhost:1")
     with Field([player("a")], 2, hosts="localhost:2") as field:
         assert len(field.ask(field.present[0], {})) == 2
+
+
+def test_more_ranks_than_files_may_be_open_are_refused_and_fewer_given_room(monkeypatch):
+    limits = [100, 1000]
+    monkeypatch.setattr("resource.getrlimit", lambda _: tuple(limits))
+    monkeypatch.setattr("resource.setrlimit", lambda _, both: limits.__setitem__(slice(None), both))
+    Field([player("a"), player("b")], 300)
+    assert limits == [800, 1000]
+    with pytest.raises(
+        LaunchError, match="1001 ranks .* need 1201 open files, and this process may open 1000"
+    ):
+        Field([player("a")], 1001)
+    assert limits == [800, 1000]

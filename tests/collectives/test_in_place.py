@@ -77,6 +77,21 @@ def test_constants_inputs_and_variables_stay_as_they_are(engine):
     np.testing.assert_array_equal(given, mine)
 
 
+def test_what_follows_from_constants_is_computed_from_their_mean(engine):
+    """TensorFlow computes beforehand what it can, and so it would compute from what this rank alone has."""
+
+    @tf.function
+    def step():
+        (average,) = reduced(engine, [tf.tile(tf.fill([1, 1], engine.rank + 1.0), SHAPE)])
+        return average, 0.1 * average, tf.cast(average, tf.float64), tf.reshape(average, [-1])
+
+    for _ in range(3):
+        plain, scaled, wider, flat = step()
+        expected = (engine.size + 1) / 2
+        for each, factor in ((plain, 1), (scaled, 0.1), (wider, 1), (flat, 1)):
+            assert_close(each, np.full(each.shape, factor * expected))
+
+
 def test_one_gradient_of_two_variables(engine):
     first, second = tf.Variable(tf.zeros(SHAPE)), tf.Variable(tf.zeros(SHAPE))
 
@@ -164,3 +179,76 @@ def test_many_parts_of_mixed_sizes(engine):
         results = step(*map(tf.constant, of(engine.rank)))
         for result, *every in zip(results, *map(of, range(engine.size)), strict=True):
             assert_close(result, np.mean(every, 0))
+
+
+def test_a_rank_that_joins_lets_the_others_go_on(engine):
+    @tf.function
+    def step(x):
+        return reduced(engine, [x * 1.0, x[0, :5] * 1.0])
+
+    mine = tf.constant(of_rank(engine.rank))
+    step(mine)
+    if engine.rank == 0:
+        for _ in range(2):
+            large, small = step(mine)
+            assert_close(large, of_rank(0) / engine.size)
+            assert_close(small, of_rank(0)[0, :5] / engine.size)
+    assert engine.join() in range(engine.size)
+    assert_close(step(mine)[0], mean(engine))
+
+
+def test_a_rank_that_ends_early_is_an_error_on_all(engine):
+    if engine.size == 1:
+        pytest.skip("nobody else is there")
+
+    @tf.function
+    def step(x):
+        return reduced(engine, [x * 1.0])
+
+    mine = tf.constant(of_rank(engine.rank))
+    step(mine)
+    with pytest.raises(Exception, match="do not agree on their next operation"):
+        step(mine) if engine.rank == 0 else engine.barrier()
+    assert_close(step(mine)[0], mean(engine))
+
+
+def test_a_step_that_is_broken_off_leaves_nothing_to_the_next(engine):
+    """The gradients are on their way, when something else of the step fails."""
+
+    @tf.function
+    def step(x, limit):
+        first = x * 1.0
+        if engine.beside is None or engine.size == 1:
+            tf.debugging.assert_less(limit, 1.0, "broken off")
+            return reduced(engine, [first])
+        started = reduced(engine, [first, tf.where(limit < 1.0, x[:2] * 1.0, x[:2])])
+        with tf.control_dependencies([first]):
+            tf.debugging.assert_less(limit, 1.0, "broken off")
+        return started
+
+    mine = tf.constant(of_rank(engine.rank))
+    for limit in (0.0, 2.0, 0.0, 2.0):
+        if limit:
+            with pytest.raises(tf.errors.InvalidArgumentError, match="broken off"):
+                step(mine, tf.constant(limit))
+        else:
+            assert_close(step(mine, tf.constant(limit))[0], mean(engine))
+    engine.barrier()
+    assert_close(step(mine, tf.constant(0.0))[0], mean(engine))
+
+
+def test_memory_of_python_is_left_alone_behind_whatever_name(engine):
+    cached = np.zeros(SHAPE[0] * SHAPE[1] + 16, np.float32)
+    begin = -cached.ctypes.data % 64 // 4  # where TensorFlow needs no copy
+    cached = cached[begin : begin + SHAPE[0] * SHAPE[1]]
+    cached[:] = of_rank(engine.rank).reshape(-1)
+
+    @tf.function
+    def step():
+        (made,) = [tf.numpy_function(lambda: cached, [], tf.float32)]
+        made.set_shape([SHAPE[0] * SHAPE[1]])
+        return reduced(engine, [tf.reshape(tf.identity(made), SHAPE)])
+
+    for _ in range(2):
+        assert_close(step()[0], mean(engine))
+        np.testing.assert_array_equal(cached.reshape(SHAPE), of_rank(engine.rank))

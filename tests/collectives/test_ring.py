@@ -80,6 +80,20 @@ def test_many_arrays_as_one(engine, ring_of, ahead, segment_bytes, lengths):
     assert sum(engine.allgather_object(sum(finished))) == sum(lengths)
 
 
+def test_after_a_sum_that_was_broken_off_there_is_no_other(engine, ring_of):
+    if engine.size == 1:
+        pytest.skip("one rank has nothing to send")
+
+    def interrupt(*arrays, out):
+        raise KeyboardInterrupt
+
+    ring, array = ring_of(24), held_by(engine.rank, 100, "float64")
+    with pytest.raises(KeyboardInterrupt):
+        ring.reduce([(array, array)], interrupt, lambda segment: None)
+    with pytest.raises(RuntimeError, match="was broken off in its middle"):
+        ring.reduce([(array, array)], np.add, lambda segment: None)
+
+
 @pytest.mark.parametrize("length", [1, 3, 1001])
 def test_around_each_host_and_between_hosts(engine, ring_of, length):
     """Two ranks a host, as the ring sees it, whatever this machine is."""

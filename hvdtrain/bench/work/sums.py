@@ -9,6 +9,8 @@ import numpy as np
 
 # Prime, so that no piece of a buffer is like another of a round size.
 _PERIOD = 1009
+_MOST = 128  # no sum is larger
+_DRAWING = 64  # how many ranks draw one number
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,15 @@ def measure(way: Way, request: Mapping[str, Any], rank: int, size: int) -> dict[
 
 
 def _table(seed: int, rank: int, size: int, dtype: np.dtype) -> np.ndarray:
-    """Draws small whole numbers; their sum over ranks is exact in every dtype that has 7 bits for it."""
-    below = max(2, min(11, 128 // size))
-    return np.random.default_rng([seed, rank]).integers(0, below, _PERIOD).astype(dtype)
+    """Draws small whole numbers; their sum over ranks is exact in every dtype that has 7 bits for it.
+
+    Of many ranks each draws some of the numbers only, so that no sum needs more bits.
+    """
+    drawing = min(size, _DRAWING)
+    below = min(11, _MOST // drawing)
+    numbers = np.random.default_rng([seed, rank]).integers(0, below, _PERIOD)
+    mine = (np.arange(_PERIOD) + rank) % -(-size // drawing) == 0
+    return np.where(mine, numbers, 0).astype(dtype)
 
 
 def _repeats(array: np.ndarray, table: np.ndarray) -> bool:
