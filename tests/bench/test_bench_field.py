@@ -187,8 +187,6 @@ def test_more_ranks_than_files_may_be_open_are_refused_and_fewer_given_room(monk
     monkeypatch.setattr("resource.setrlimit", lambda _, both: limits.__setitem__(slice(None), both))
     Field([player("a"), player("b")], 300)
     assert limits == [800, 1000]
-    with pytest.raises(
-        LaunchError, match="1001 ranks .* need 1201 open files, and this process may open 1000"
-    ):
+    with pytest.raises(LaunchError, match="need 1201 open files, and this process may open 1000"):
         Field([player("a")], 1001)
     assert limits == [800, 1000]
