@@ -18,9 +18,21 @@ def _names(context: click.Context, parameter: click.Parameter, text: str) -> tup
     return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
 
 
+# What several commands take.
+_NUM_PROC = click.option(
+    "-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2]."
+)
+_HOSTS = click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+_ENGINES = click.option(
+    "--engines", default="mpi,horovod", show_default=True, callback=_names, help="Which engines of hvdtrain."
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+_SAVE = click.option("--save", type=click.Path(), help="Write FILE.json, and a plot of it, FILE.png.")
+
+
 @cli.command(context_settings={"allow_interspersed_args": False})
 @click.option("-np", "--num-proc", "num_proc", type=int, required=True, help="How many ranks to start.")
-@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@_HOSTS
 @click.option("--hostfile", type=click.Path(), help="A file of hosts, one a line: a:4, or a slots=4.")
 @click.option(
     "--bind", type=click.Choice(["auto", "core", "none"]), default="auto", help="Binding of ranks to cores."
@@ -111,8 +123,8 @@ def doctor(as_json: bool) -> None:
 
 
 @cli.command()
-@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
-@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@_NUM_PROC
+@_HOSTS
 def smoke(**options) -> None:
     """Try the road before the journey: sums of three sizes and ten steps of training, on real ranks."""
     from hvdtrain.diagnose.smoke import smoke
@@ -121,8 +133,8 @@ def smoke(**options) -> None:
 
 
 @cli.command()
-@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
-@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@_NUM_PROC
+@_HOSTS
 @click.option(
     "--model",
     type=click.Choice(["resnet20", "cnn", "mlp", "vgg", "transformer"]),
@@ -138,7 +150,7 @@ def smoke(**options) -> None:
     callback=_names,
     help="Whose settings are tried.",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
+@_JSON
 def tune(as_json: bool, **options) -> None:
     """Try what can be set in MPI, Horovod and the C library; `hvdtrain run` then uses what is faster here."""
     from hvdtrain.bench.tune.measure import Options, tune
@@ -171,8 +183,8 @@ def bench() -> None:
 
 
 @bench.command("allreduce")
-@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
-@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@_NUM_PROC
+@_HOSTS
 @click.option("--sizes", default="4K:256M", show_default=True, help="A range by factors of 4, or 64K,16M.")
 @click.option(
     "--dtype",
@@ -181,12 +193,10 @@ def bench() -> None:
     show_default=True,
 )
 @click.option("--rounds", default=5, show_default=True, help="How often each contender's turn comes.")
-@click.option(
-    "--engines", default="mpi,horovod", show_default=True, callback=_names, help="Which engines of hvdtrain."
-)
+@_ENGINES
 @click.option("--peers/--no-peers", default=True, help="Stock Horovod and torch.distributed too [yes].")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--save", type=click.Path(), help="Write FILE.json, and a plot of it, FILE.png.")
+@_JSON
+@_SAVE
 def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
     """Sum arrays over ranks: time and bandwidth of each engine, of plain MPI, Horovod and torch, all checked."""
     from hvdtrain.bench.allreduce import Options, allreduce
@@ -195,8 +205,8 @@ def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
 
 
 @bench.command("step")
-@click.option("-np", "--num-proc", "num_proc", type=int, help="Ranks [in a Slurm job all its tasks, else 2].")
-@click.option("-H", "--hosts", help="Hosts and their slots: a:4,b:4.")
+@_NUM_PROC
+@_HOSTS
 @click.option(
     "--model",
     type=click.Choice(["resnet20", "cnn", "mlp", "vgg", "transformer"]),
@@ -206,13 +216,11 @@ def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
 @click.option("--batch", type=int, help="Samples a rank [64; vgg 16, transformer 8 texts].")
 @click.option("--rounds", default=6, show_default=True, help="How often each contender's turn comes.")
 @click.option("--steps", type=int, help="Steps a turn [as many as take about a second].")
-@click.option(
-    "--engines", default="mpi,horovod", show_default=True, callback=_names, help="Which engines of hvdtrain."
-)
+@_ENGINES
 @click.option("--peers/--no-peers", default=True, help="torch and tf_keras too [yes].")
 @click.option("--xla", is_flag=True, help="hvdtrain and Keras alone with jit_compile=True too.")
-@click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-@click.option("--save", type=click.Path(), help="Write FILE.json, and a plot of it, FILE.png.")
+@_JSON
+@_SAVE
 def bench_step(as_json: bool, save: str | None, **options) -> None:
     """Train a model: time a step, efficiency beside processes by themselves, communication, memory; and peers."""
     from hvdtrain.bench.step.measure import step

@@ -18,7 +18,6 @@ from hvdtrain.launch import mpirun, slurm
 from hvdtrain.launch.hosts import Host, LaunchError, all_local, read_hosts
 
 WORK = "hvdtrain.bench.work."
-DTYPES = ("float32", "float64", "float16", "bfloat16", "int32", "int64", "int8", "uint8")
 
 SECONDS = 0.2  # what one contender's round shall take
 MOST, FEWEST = 5000, 2  # sums a round

@@ -86,9 +86,8 @@ class GradientReducer:
             small, context = (each, None) if _is_sparse(each) else self._options.compression.compress(each)
             wire.append(small)
             contexts.append(context)
-        verification = (
-            self.verification
-        )  # that of this trace, though another may be in place as the graph runs
+        # That of this trace: another may be in place by the time the graph runs.
+        verification = self.verification
         reduced, due = self._reduced(wire, variables, verification)
         unseen = [each for each in wire if not self._is_seen(each)]
         checked = verification.check(due, unseen, reduced, variables, state)
