@@ -19,6 +19,7 @@ class Night:
         self.cluster, self.folder = cluster, folder
 
     def submit(self, steps, name, *options, template=TEMPLATE, script="overnight.py", **variables):
+        """Submits a training that is done only once it was stopped, and has gone on for so many steps."""
         words = [str(Path(__file__).with_name(script)), str(steps), str(self.folder / name)]
         asked = ["--nodes=1", "--ntasks-per-node=2", "--cpus-per-task=1", "--time=10", *options]
         return self.cluster.submit(template, *words, options=asked, **variables)
@@ -56,16 +57,16 @@ def night(cluster, workplace):
 
 
 def test_signals_requeues_and_cancelling(cluster, night):
-    limited = night.submit(330, "limited", "--time=1", "--signal=B:USR1@10")
+    limited = night.submit(20, "limited", "--time=1", "--signal=B:USR1@10")
     contained = night.container() | {"HVDTRAIN_MAX_REQUEUES": "0"}
-    capped = night.submit(999, "capped", template=SLURM / "container.sbatch", **contained)
-    cancelled = night.submit(999, "cancelled")
+    capped = night.submit(20, "capped", template=SLURM / "container.sbatch", **contained)
+    cancelled = night.submit(20, "cancelled")
     trained = night.submit(30, "trained", script="trained.py")
     for job in (capped, cancelled):
         job.prints("goes on from step 0 with 2 ranks", timeout=90)
     cluster.ask("scancel", "--batch", "--signal=USR1", capped.number)
     cluster.ask("scancel", cancelled.number)
-    requeued = night.submit(150, "requeued")
+    requeued = night.submit(20, "requeued")
 
     assert capped.ended() == "FAILED" and capped.facts()["ExitCode"] == "75:0"
     assert "is not requeued (exit code 75): it was 0 times already" in capped.output
@@ -91,7 +92,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
     assert "because SIGUSR1 asked it to" in trained.output and "going on from" in trained.output
     assert "trained for 240 steps" in trained.output
 
-    assert limited.ended() == "COMPLETED", limited.output
+    assert limited.ended(timeout=300) == "COMPLETED", limited.output
     assert "(exit code 75, no failure)" in limited.output
     assert "is requeued, for the 1. of at most 20 times (exit code 75)" in limited.output
     assert "start 0, 1 min" in limited.output  # the ranks know the time limit without being told
@@ -110,7 +111,7 @@ def test_the_templates_that_requeue_decide_alike():
 
 def test_a_job_of_more_weight_takes_the_nodes(cluster, night):
     ways = ("srun", "mpirun")
-    pushed = [night.submit(120, way, "--nodes=2", HVDTRAIN_LAUNCHER=way) for way in ways]
+    pushed = [night.submit(20, way, "--nodes=2", HVDTRAIN_LAUNCHER=way) for way in ways]
     for job in pushed:
         job.prints("goes on from step 0 with 4 ranks", timeout=90)
     urgent = night.folder / "urgent.sh"
@@ -127,8 +128,8 @@ def test_a_lost_node(cluster, night):
     """A job whose slurmd dies is started anew by Slurm; one that outlives its node goes on with what is left."""
     smaller = night.folder / "smaller.sh"
     smaller.write_text('#!/bin/sh\nhvdtrain run --max-restarts 2 --min-np 1 -np "$SLURM_NTASKS" "$@"\n')
-    failing = night.submit(400, "failing", "--nodes=2")
-    cutting = night.submit(160, "cutting", "--nodes=2", "--no-kill", template=smaller)
+    failing = night.submit(20, "failing", "--nodes=2")
+    cutting = night.submit(20, "cutting", "--nodes=2", "--no-kill", template=smaller)
     failing.prints("goes on from step 0 with 4 ranks", timeout=90)
     before = night.passes("cutting", 0)
     dead, lost = failing.hosts[1], cutting.hosts[1]
@@ -154,7 +155,7 @@ def test_a_lost_node(cluster, night):
 
 
 def test_the_controller_is_away_when_the_training_stops(cluster, night):
-    job = night.submit(120, "away")
+    job = night.submit(20, "away")
     night.passes("away", 0)
     host, pid = job.hosts[0], re.search(r"; pid (\d+)", job.output)[1]
     cluster.kill_controller(knows=job)
