@@ -3,6 +3,7 @@
 import atexit
 import os
 import sys
+import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
@@ -12,6 +13,9 @@ from hvdtrain.collectives.base import Call, Engine, MismatchError
 from hvdtrain.collectives.single import SingleEngine
 
 CHOICES = ("auto", "horovod", "mpi", "single")
+
+# Seconds that a rank which has only heard of a failure leaves to the one that failed, to say it and to end all.
+FOR_THE_CAUSE = 2.0
 
 # What a rank waits for at its end: another that is still training is told so, instead of waiting for ever.
 _END = Call("end of the script")
@@ -177,10 +181,22 @@ def last_words(error: BaseException) -> str:
     Returns:
         The sentence of the engine's own error, or nothing if `error` says it already or there is none.
     """
-    engines = [_engine, *_engines_of_sets()] if _engine is not None else []
-    hidden = next((each.last_error for each in engines if each.last_error), None)
+    hidden = next((each.last_error for each in _engines() if each.last_error), None)
     buried = hidden is not None and error is not hidden and str(hidden) in str(error)
     return f"hvdtrain: {hidden}" if buried else ""
+
+
+def is_anothers(error: BaseException) -> bool:
+    """Tells whether an error only says that another rank has failed, whose own error is the one to mend.
+
+    Args:
+        error: What ends this process.
+    """
+    return any(each.heard and each.heard in str(error) for each in _engines())
+
+
+def _engines() -> list[Engine]:
+    return [_engine, *_engines_of_sets()] if _engine is not None else []
 
 
 def _engines_of_sets() -> list[Engine]:
@@ -198,6 +214,8 @@ def _end_all_on_error(engine: Engine) -> None:
         sys.stdout.flush()
         sys.stderr.flush()
         if engine.size > 1:
+            if is_anothers(value):
+                time.sleep(FOR_THE_CAUSE)
             engine.abort(1)
 
     sys.excepthook = end_all

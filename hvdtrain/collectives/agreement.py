@@ -85,6 +85,12 @@ class Call:
 
 JOIN = Call("join")
 RAISED = " raised "  # in the kind of a call by which a rank tells that it has failed and will not come
+EXITS = "sys.exit("  # the beginning of one by which it tells that it has left
+
+
+def is_farewell(call: Call) -> bool:
+    """Tells whether a rank says by a call why it does not come."""
+    return RAISED in call.kind or call.kind.startswith(EXITS)
 
 
 def explained(calls: Sequence[Call], ranks: Sequence[int]) -> str:

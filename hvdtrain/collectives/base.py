@@ -26,6 +26,7 @@ from hvdtrain.collectives.agreement import (
     MismatchError,
     StandIn,
     explained,
+    is_farewell,
     ranks_text,
 )
 from hvdtrain.collectives.beside import Beside
@@ -64,6 +65,7 @@ class Engine(ABC):
     closed: bool = False
     beside: Beside | None = None  # where gradients travel while backprop goes on; None where they do not
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
+    heard = ""  # the sentence by which this rank has learned that another one has failed
     timeline: Any = None  # a `Timeline`, while one is written
     _members: tuple[int, ...] | None = None
     _joined: tuple[int, ...] = ()
@@ -439,7 +441,10 @@ class Engine(ABC):
         working = [each for each in calls if each != JOIN]
         stand_in = working[0].stand_in if self._joined else None
         if stand_in is None or not stand_in.possible or any(each != working[0] for each in working):
-            raise MismatchError(explained(calls, self.ranks))
+            words = explained(calls, self.ranks)
+            if any(map(is_farewell, calls)) and not is_farewell(call):
+                self.heard = words
+            raise MismatchError(words)
         return working[0]
 
     def _stand_in_for(self, call: Call) -> None:

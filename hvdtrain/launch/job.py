@@ -150,7 +150,8 @@ class Job:
         if kind not in (wire.STDOUT, wire.STDERR):
             return
         first = self.verdict.first
-        torn_down = first is not None and (rank != first or reported)
+        speaks = first is not None and (rank == first or self.verdict.ranks[first].only_heard)
+        torn_down = first is not None and (reported or not speaks)
         if self._verbose or kind == wire.STDOUT or not (torn_down or self.interrupted):
             self._console.write(rank, kind, payload)
 

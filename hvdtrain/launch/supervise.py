@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -58,6 +59,10 @@ def main() -> None:
     if report.get("resumable"):
         sys.exit(report["code"])  # the others end by themselves, in this same moment
     if not report["done"]:
+        if report.get("anothers"):
+            time.sleep(
+                report["anothers"]
+            )  # the rank that failed itself ends this one, too, once it has said why
         _end_job(report["code"])
 
 
@@ -168,7 +173,11 @@ def _failed(error: BaseException) -> dict:
     lines = traceback.format_exception(type(error), error, script.users_part(error))
     words = traceback.format_exception_only(type(error), error)
     code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    return _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
+    report = _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
+    runtime = sys.modules.get("hvdtrain.runtime")
+    if runtime and runtime.is_anothers(error):
+        report["anothers"] = runtime.FOR_THE_CAUSE
+    return report
 
 
 def _buried(error: BaseException) -> list[str]:

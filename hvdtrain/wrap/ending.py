@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from hvdtrain import runtime
+from hvdtrain.collectives.agreement import EXITS
 from hvdtrain.collectives.base import Call, MismatchError
 from hvdtrain.wrap import files
 
@@ -23,7 +24,7 @@ def in_step() -> Iterator[None]:
     except SystemExit as stop:
         if stop.code and runtime.is_initialized():
             with contextlib.suppress(MismatchError):
-                runtime.engine().agree(Call(f"sys.exit({stop.code})"))
+                runtime.engine().agree(Call(f"{EXITS}{stop.code})"))
         if stop.code:
             files.forget()
         raise

@@ -45,6 +45,37 @@ world.barrier()
     jobs.assert_gone(jobs.pids(3))
 
 
+@pytest.mark.parametrize("launcher", ["hvdtrain run", "mpirun"])
+def test_a_rank_that_has_only_heard_of_a_failure_leaves_the_last_word_to_the_one_that_failed(jobs, launcher):
+    script = """
+from hvdtrain import runtime
+from hvdtrain.collectives.base import MismatchError
+from hvdtrain.data.together import tell
+
+engine = runtime.init()
+try:
+    if rank == 1:
+        raise KeyError("of rank 1")
+    engine.barrier()
+except KeyError as error:
+    tell(engine, "the script", error)
+    while not all(Path(f"heard by {other}").exists() for other in (0, 2)):
+        time.sleep(0.01)
+    raise
+except MismatchError:
+    Path(f"heard by {rank}").touch()
+    raise
+"""
+    found = mpirun.find()
+    plainly = [*found.command(3, (), ()), sys.executable, "the script.py"] if launcher == "mpirun" else []
+    done = jobs.run(script, np=3, command=plainly, HVDTRAIN_ENGINE="mpi", **found.settings(os.environ))
+    assert done.returncode == 1
+    assert "KeyError: 'of rank 1'" in done.stderr, done.stderr
+    if launcher == "hvdtrain run":
+        assert done.stderr.endswith("KeyError: 'of rank 1'\n"), done.stderr
+        assert "hvdtrain: rank 1 of 3" in done.stderr and "MismatchError" not in done.stderr
+
+
 @pytest.fixture
 def little_memory():
     """Files of a control group of 200 MB: what is written its processes into, and its limit."""
