@@ -5,9 +5,12 @@ import pytest
 
 @pytest.fixture(scope="session", autouse=True)
 def world():
+    import gc
+
     import hvdtrain.keras as hvd
 
     hvd.init()
+    gc.freeze()  # TensorFlow itself need not be looked through, over and over, for what can be freed
     return hvd
 
 
@@ -20,5 +23,5 @@ def fresh_names(monkeypatch):
 
     from hvdtrain.gradients import reducer
 
-    keras.utils.clear_session()
+    keras.utils.clear_session(free_memory=False)  # which would take most of a second each time
     monkeypatch.setattr(reducer, "_numbers", itertools.count())
