@@ -32,6 +32,8 @@ class Watch:
     see: Callable[[int, np.ndarray], None] = lambda place, array: None
 
 
+# AutoGraph rewrites what a user's function calls; what goes on beside backprop would take five times as long.
+@tf.autograph.experimental.do_not_convert
 def reduce_gradients(
     engine: Engine,
     dense: Sequence[Any],

@@ -1,9 +1,12 @@
 """Gradients are reduced in TensorFlow's own memory, and nothing else that lies there changes."""
 
+import traceback
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from hvdtrain.collectives import exchange
 from hvdtrain.collectives.base import Call, Op
 from hvdtrain.collectives.beside import Beside
 from hvdtrain.collectives.exchange import reduce_gradients
@@ -55,6 +58,26 @@ def test_computed_tensors_are_averaged_and_other_users_see_the_local_values(engi
         assert_close(before, np.sum(2 * of_rank(engine.rank), dtype=np.float64))
         np.testing.assert_array_equal(local, 2 * of_rank(engine.rank))
     np.testing.assert_array_equal(mine, of_rank(engine.rank))
+
+
+def test_what_a_users_function_calls_of_ours_is_not_rewritten(engine, monkeypatch):
+    files = set()
+    send = engine.grouped_allreduce
+
+    def look(*args, **options):
+        files.update(frame.filename for frame in traceback.extract_stack()[:-1])
+        return send(*args, **options)
+
+    monkeypatch.setattr(engine, "grouped_allreduce", look)
+
+    @tf.function
+    def step(x):
+        return reduced(engine, [x * 2.0])
+
+    assert_close(step(tf.constant(of_rank(engine.rank)))[0], 2 * mean(engine))
+    if engine.native_tensors() is None:
+        assert exchange.__file__ in files
+    assert not any("autograph" in name.rpartition("/")[2] for name in files), files
 
 
 def test_constants_inputs_and_variables_stay_as_they_are(engine):
