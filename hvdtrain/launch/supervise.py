@@ -59,10 +59,8 @@ def main() -> None:
     if report.get("resumable"):
         sys.exit(report["code"])  # the others end by themselves, in this same moment
     if not report["done"]:
-        if report.get("anothers"):
-            time.sleep(
-                report["anothers"]
-            )  # the rank that failed itself ends this one, too, once it has said why
+        # The rank that failed ends this one, too, once it has said why.
+        time.sleep(report.get("anothers", 0))
         _end_job(report["code"])
 
 
