@@ -10,12 +10,16 @@ class Beside:
     """Does what it is given, in that order, while the caller goes on.
 
     After an error nothing more is done until `finish` has raised it: the ranks may no longer be at the same place.
+
+    Attributes:
+        is_awaited: True while the caller has nothing else to do than to wait for the end.
     """
 
     def __init__(self) -> None:
         self._given: queue.SimpleQueue[Callable[[], Any] | None] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
         self._left = 0
+        self.is_awaited = False
         self._done: list[Any] = []
         self._error: BaseException | None = None
         self._changed = threading.Condition()
@@ -50,7 +54,9 @@ class Beside:
             BaseException: The first error, as it was raised.
         """
         with self._changed:
+            self.is_awaited = True
             self._changed.wait_for(lambda: not self._left)
+            self.is_awaited = False
             done, self._done = self._done, []
             error, self._error = self._error, None
         if error is not None:

@@ -97,10 +97,10 @@ class MpiEngine(Engine):
             # In whichever thread: MPI matches no blocking sum of one rank with one that another rank waits for.
             wait(self._comm.Iallreduce(send, receive, operation), self._pause)
 
-    @property
     def _pause(self) -> float | None:
-        """How long to sleep between two looks where this thread is not to take the core; None to wait in MPI."""
-        return PAUSE if self.beside is not None and self.beside.is_here else None
+        """How long to sleep between two looks, where the core is the computation's; None to wait in MPI."""
+        beside = self.beside
+        return PAUSE if beside is not None and beside.is_here and not beside.is_awaited else None
 
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows = np.empty(self.size, np.int64)

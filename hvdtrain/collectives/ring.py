@@ -41,6 +41,24 @@ UNASKED = Stride(60 << 10, 32)
 ASKED = Stride(512 << 10, 8)
 
 
+# How to wait, asked before each look: asleep for so many seconds until the next one, which leaves the core to the
+# computation, or for None inside MPI.
+Pause = Callable[[], float | None]
+
+
+def in_mpi() -> None:
+    """Waits inside MPI."""
+
+
+def wait(request: Any, pause: Pause) -> None:
+    """Waits for a request of MPI."""
+    while (seconds := pause()) is not None:
+        if request.Test():
+            return
+        time.sleep(seconds)
+    request.Wait()
+
+
 class Ring:
     """Combines large arrays over the ranks of a communicator.
 
@@ -62,7 +80,7 @@ class Ring:
         pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
-        pause: float | None = None,
+        pause: Pause = in_mpi,
         whole: Callable[[list[np.ndarray]], Any] | None = None,
     ) -> None:
         """Combines arrays of each rank, with the same results, to the bit, on all of them.
@@ -72,8 +90,7 @@ class Ring:
                 one dtype, of the same lengths on all ranks.
             combine: NumPy's function of two arrays and `out`.
             finish: Called once with each segment of the result, to change it where it lies.
-            pause: Seconds to sleep between two looks for a message, which leaves the core to the computation;
-                None to wait inside MPI.
+            pause: How to wait for a message.
             whole: Called once with all that this rank has combined, before it goes around; the ranks at the same
                 place of rings of one size have the same part.
         """
@@ -105,7 +122,7 @@ class Ring:
         pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
-        pause: float | None,
+        pause: Pause,
     ) -> None:
         ahead = min(len(self._arrived), way.segments)
         received = {item: self._receive(way, item, pairs) for item in items[: ahead - 1]}
@@ -145,15 +162,6 @@ class Ring:
 
     def _landing(self, item: int, like: np.ndarray) -> np.ndarray:
         return self._arrived[item % len(self._arrived)][: like.nbytes].view(like.dtype)
-
-
-def wait(request: Any, pause: float | None) -> None:
-    """Waits for a request of MPI: inside MPI, or asleep between two looks, so many seconds apart."""
-    if pause is None:
-        request.Wait()
-        return
-    while not request.Test():
-        time.sleep(pause)
 
 
 # Which array, and what of it.

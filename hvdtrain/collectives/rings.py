@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.collectives.operands import Pair
-from hvdtrain.collectives.ring import ASKED, UNASKED, Ring
+from hvdtrain.collectives.ring import ASKED, UNASKED, Pause, Ring, in_mpi
 
 # A rank's part below this is better served by MPI's own algorithms, which need fewer messages.
 LEAST_PART_BYTES = 128 << 10
@@ -50,7 +50,7 @@ class Rings:
         pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
-        pause: float | None = None,
+        pause: Pause = in_mpi,
     ) -> None:
         """Combines arrays of each rank; the arguments are those of `Ring.reduce`."""
         local, cross = self._local, self._cross
