@@ -76,6 +76,32 @@ except MismatchError:
         assert "hvdtrain: rank 1 of 3" in done.stderr and "MismatchError" not in done.stderr
 
 
+def test_who_has_only_heard_of_an_exit_leaves_it_the_code_and_the_last_word(jobs):
+    script = """
+from hvdtrain import runtime
+from hvdtrain.collectives.base import MismatchError
+from hvdtrain.wrap.ending import in_step
+
+engine = runtime.init()
+try:
+    with in_step():
+        if rank == 1:
+            sys.exit(3)
+        engine.barrier()
+except SystemExit:
+    while not Path("heard").exists():
+        time.sleep(0.01)
+    raise
+except MismatchError:
+    Path("heard").touch()
+    raise
+"""
+    done = jobs.run(script, HVDTRAIN_ENGINE="mpi")
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.endswith("ended the job: it called sys.exit(3).\n"), done.stderr
+    assert "hvdtrain: rank 1 of 2" in done.stderr and "MismatchError" not in done.stderr
+
+
 @pytest.fixture
 def little_memory():
     """Files of a control group of 200 MB: what is written its processes into, and its limit."""
