@@ -116,7 +116,7 @@ def _turn() -> Any:
     return _turns[0]
 
 
-def counter(name: str) -> Any:
+def counter(name: str, device: str | None = "CPU:0") -> Any:
     """Makes a variable of zero outside of all graphs, also while a tf.function is traced for a second time.
 
     Then TensorFlow lets nobody make variables, and asks the graph whose function it is, within `init_scope` too.
@@ -126,5 +126,5 @@ def counter(name: str) -> Any:
             outside.enter_context(tf.Graph().as_default())
             outside.enter_context(tf.__internal__.eager_context.eager_mode())
         outside.enter_context(tf.init_scope())
-        outside.enter_context(tf.device("CPU:0"))
+        outside.enter_context(tf.device(device))
         return tf.Variable(0, dtype=tf.int64, trainable=False, name=name)

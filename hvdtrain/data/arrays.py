@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.data import nests
-from hvdtrain.data.part import Part, class_weights, refuse_both, weights
+from hvdtrain.data.part import Part, class_weights, refuse_both
 from hvdtrain.data.plan import Plan
 
 
@@ -34,14 +34,19 @@ class ArraySource:
 
     @property
     def partial(self) -> bool:
-        """Whether some batch holds filler."""
-        return self.plan.partial and self.plan.size > 1
+        """Whether some global batch is not full."""
+        return self.remainder == "keep" and self.plan.partial and self.plan.size > 1
+
+    @property
+    def remainder(self) -> str:
+        """What becomes of a last batch that is not full: "keep" or "drop"."""
+        return self.plan.remainder
 
     def part(self, epoch: int, step: int) -> Part:
         """Reads this rank's rows of a global batch."""
         indices, rows = self.plan.part(self._order(epoch), step)
-        x, y, given = (nests.rows(each, indices) for each in (self.x, self.y, self.sample_weight))
-        return Part(x, y, weights(given, y, rows, self.plan.remainder == "pad"), rows)
+        x, y, weight = (nests.rows(value, indices) for value in (self.x, self.y, self.sample_weight))
+        return Part(x, y, weight, rows)
 
     def weighted(self, class_weight: dict[int, float]) -> "ArraySource":
         """Returns the same samples with weights by class."""

@@ -58,7 +58,7 @@ class ShardedTFDataset(tf.data.Dataset):
 
     @property
     def partial(self) -> bool:
-        """Whether some batch may hold filler."""
+        """Whether some global batch may be not full."""
         return self.pipeline.partial
 
     def __iter__(self) -> Iterator[Any]:
@@ -102,13 +102,12 @@ class ShardedTFDataset(tf.data.Dataset):
         self.position.epoch, self.position.step, self.position.done = epoch, step, 0
 
     def reading(
-        self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None
+        self, position: Position, window: int | None, dealt: bool, class_weight: dict[int, float] | None
     ) -> tf.data.Dataset:
         """Returns the same data from a position on, as an adapter of Keras wants to read it."""
         if class_weight is not None:
-            return self.weighted(class_weight).reading(position, window, exact, None)
-        exact = exact and self.partial and self.pipeline.division.size > 1
-        return self._built(_at(position, window is not None), exact, position, window)
+            return self.weighted(class_weight).reading(position, window, dealt, None)
+        return self._built(_at(position, window is not None), dealt, position, window)
 
     def weighted(self, class_weight: dict[int, float]) -> "ShardedTFDataset":
         """Returns the same data at the same position, weighted by class."""
@@ -124,7 +123,7 @@ class ShardedTFDataset(tf.data.Dataset):
         self.end()
 
     def _built(
-        self, moments: Callable[[], _Moments], exact: bool, position: Position, window: int | None = None
+        self, moments: Callable[[], _Moments], dealt: bool, position: Position, window: int | None = None
     ) -> tf.data.Dataset:
         """Makes a data set that asks `moments` for epoch and step whenever it is read from the beginning."""
 
@@ -136,7 +135,7 @@ class ShardedTFDataset(tf.data.Dataset):
                 yield np.array([int(seeds[0]) + 1, int(seeds[1]) + 1, step], np.int64)
 
         asked = tf.data.Dataset.from_generator(numbers, output_signature=tf.TensorSpec((3,), tf.int64))
-        dataset = asked.flat_map(lambda each: self.pipeline.epoch(each[:2], each[2], exact))
+        dataset = asked.flat_map(lambda each: self.pipeline.epoch(each[:2], each[2], dealt))
         if window is not None:
             dataset = dataset.take(window)
         elif self.steps is not None and position.step == 0:
@@ -172,7 +171,12 @@ def _counting(position: Position) -> Callable[[], _Moments]:
 
 
 def tf_pipeline(
-    dataset: tf.data.Dataset, own: int | None, batch_size: int, engine: Engine, shuffle: bool | int, pad: bool
+    dataset: tf.data.Dataset,
+    own: int | None,
+    batch_size: int,
+    engine: Engine,
+    shuffle: bool | int,
+    keep: bool,
 ) -> ByRows | ByFiles:
     """Chooses how a data set is divided: by files where that is balanced, else by rows. All ranks call it.
 
@@ -182,14 +186,16 @@ def tf_pipeline(
         batch_size: The global batch.
         engine: The ranks.
         shuffle: Whether to shuffle, or among how many samples.
-        pad: Whether a last batch is filled up.
+        keep: Whether a last batch that is not full is trained on.
 
     Raises:
         ValueError: If the ranks would read it in different orders.
     """
     batched = own is not None
     reshuffled = lineage.reshuffles(dataset)
-    division = Division(batch_size, engine.rank, engine.size, pad, _buffer(dataset, shuffle, own), reshuffled)
+    division = Division(
+        batch_size, engine.rank, engine.size, keep, _buffer(dataset, shuffle, own), reshuffled
+    )
     if engine.size > 1 and lineage.reads_files(dataset):
         counts = _file_counts(dataset, batched, engine)
         if counts and balanced(counts, division):
@@ -258,13 +264,13 @@ def _by_rows(dataset: tf.data.Dataset, own: int | None, division: Division) -> B
     inner = [spec.shape[1:] for spec in tf.nest.flatten(dataset.element_spec)] if batched else []
     whole = batched and own == wanted and not (division.buffer and all(s.is_fully_defined() for s in inner))
     if whole:
-        steps = length if length >= 0 and division.pad else None
-        return ByRows(dataset, True, division, steps, division.pad)
+        steps = length if length >= 0 and division.keep else None
+        return ByRows(dataset, True, division, steps, division.keep)
     if batched:
-        return ByRows(dataset.unbatch(), False, division, None, division.pad)
+        return ByRows(dataset.unbatch(), False, division, None, division.keep)
     if length < 0:
-        return ByRows(dataset, False, division, None, division.pad)
-    plan = Plan(length, wanted, remainder="pad" if division.pad else "drop")
+        return ByRows(dataset, False, division, None, division.keep)
+    plan = Plan(length, wanted, remainder="keep" if division.keep else "drop")
     return ByRows(dataset, False, division, plan.steps, plan.partial)
 
 

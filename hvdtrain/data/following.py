@@ -4,6 +4,8 @@ from typing import Any
 
 import keras
 
+from hvdtrain import runtime
+
 
 def preceded(model: keras.Model, callbacks: Any, first: keras.callbacks.Callback) -> Any:
     """Puts a callback before those given to `fit`; one of its kind from an earlier `fit` goes.
@@ -26,15 +28,17 @@ def preceded(model: keras.Model, callbacks: Any, first: keras.callbacks.Callback
 
 
 class Follow(keras.callbacks.Callback):
-    """Counts steps for sharded data, so that callbacks may ask `data.state()`.
+    """Count steps for sharded data, so that callbacks may ask `data.state()`, and report losses that do not add up.
 
     Args:
         data: What `hvd.shard` returned.
+        losses: What is known of the model's losses; None on one rank.
     """
 
-    def __init__(self, data: Any) -> None:
+    def __init__(self, data: Any, losses: Any = None) -> None:
         super().__init__()
-        self._data = data
+        self._data, self._losses = data, losses
+        self._reported = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Begins to count."""
@@ -43,3 +47,14 @@ class Follow(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Counts the steps whose batches were trained on."""
         self._data.position.done = batch + 1
+        if not self._reported:
+            self._report()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Report losses that the first step could not tell."""
+        self._report()
+
+    def _report(self) -> None:
+        self._reported = True
+        if self._losses is not None:
+            self._losses.report(runtime.engine())

@@ -22,7 +22,7 @@ class ShardedGenerator:
         batch_size: The global batch.
         rank: This rank.
         size: Number of ranks.
-        pad: Whether a batch that is not full is filled up; else it is left out.
+        keep: Whether a batch that is not full is trained on; else it is left out.
         class_weight: Weights by class, or None.
     """
 
@@ -35,11 +35,11 @@ class ShardedGenerator:
         batch_size: int,
         rank: int,
         size: int,
-        pad: bool,
+        keep: bool,
         class_weight: dict[int, float] | None = None,
     ) -> None:
         self._batches = batches
-        self._options = (batch_size, rank, size, pad)
+        self._options = (batch_size, rank, size, keep)
         self._class_weight = class_weight
         self.position = Position()
 
@@ -47,7 +47,7 @@ class ShardedGenerator:
         return self
 
     def __next__(self) -> Any:
-        return self._next().plain()
+        return self._next().weighted(self._options[-1])
 
     def begin(self) -> None:
         """Nothing is to be done before an epoch, which is whatever its reader says."""
@@ -61,7 +61,7 @@ class ShardedGenerator:
             next(self._parts(), None)
 
     def reading(
-        self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None
+        self, position: Position, window: int | None, dealt: bool, class_weight: dict[int, float] | None
     ) -> tf.data.Dataset:
         """Returns what is left, as an adapter of Keras reads it."""
         if class_weight is not None:
@@ -69,15 +69,16 @@ class ShardedGenerator:
         first = next(self._parts(), None)
         if first is None:
             raise ValueError("hvd.shard: the generator is used up; make a new one for another fit.")
-        emitted = (
-            (lambda part: part.exact()) if exact and first.rows.size > 1 else (lambda part: part.plain())
-        )
-        rest = iter([emitted(first)])
-        spec = tf.nest.map_structure(_spec, emitted(first))
+
+        def batch(part: Part) -> Any:
+            return part.dealt() if dealt else part.weighted(self._options[-1])
+
+        rest = iter([batch(first)])
+        spec = tf.nest.map_structure(_spec, batch(first))
 
         def batches() -> Iterator[Any]:
             yield from rest
-            yield from (emitted(part) for part in self._parts())
+            yield from (batch(part) for part in self._parts())
 
         return tf.data.Dataset.from_generator(batches, output_signature=spec)
 
@@ -89,7 +90,7 @@ class ShardedGenerator:
                 return
 
     def _next(self) -> Part:
-        batch_size, rank, size, pad = self._options
+        batch_size, rank, size, keep = self._options
         while True:
             batch = nests.all_arrays(nests.unpacked(next(self._batches)))
             count = nests.length(batch)
@@ -98,9 +99,8 @@ class ShardedGenerator:
                     f"hvd.shard: the generator yielded a batch of {count}, more than batch_size={batch_size}. "
                     "Its batches are the global ones; give their size as batch_size."
                 )
-            if pad or count == batch_size:
-                rows = deal(count, batch_size, rank, size)
-                return part_of(batch, rows, pad, self._class_weight)
+            if keep or count == batch_size:
+                return part_of(batch, deal(count, rank, size), self._class_weight)
 
 
 def _spec(leaf: Any) -> tf.TensorSpec:

@@ -1,4 +1,4 @@
-"""What a rank trains on in one step: its rows, with weights that make the mean over ranks the mean over samples."""
+"""One rank's part of one global batch, for `fit` and for a loop of the user's own."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -7,10 +7,8 @@ import keras
 import numpy as np
 
 from hvdtrain.data import nests
+from hvdtrain.data.global_batch import Dealt
 from hvdtrain.data.plan import Rows
-
-# Names under which `exact` carries what Keras has no place for; a model's outputs are never called so.
-WEIGHT, REAL, SHARE = "hvdtrain/weight", "hvdtrain/real", "hvdtrain/share"
 
 
 @dataclass(frozen=True)
@@ -20,8 +18,8 @@ class Part:
     Args:
         x: Inputs, arrays of shape (rows, ...).
         y: Targets, likewise, or None.
-        weight: The samples' own weights, 0 for filler; None where there are neither weights nor filler.
-        rows: Which of the rows are samples.
+        weight: The user's sample weights, likewise, or None.
+        rows: Which samples of the global batch these are.
     """
 
     x: Any
@@ -29,62 +27,39 @@ class Part:
     weight: Any
     rows: Rows
 
-    def plain(self) -> Any:
-        """Returns x, (x, y) or (x, y, sample_weight), as every training step of Keras takes it.
+    def dealt(self) -> Dealt:
+        """Return the part with the numbers of samples, as `fit` and `evaluate` read it."""
+        return Dealt(packed(self.x, self.y, self.weight), np.array([self.rows.own, self.rows.total]))
 
-        Keras divides a weighted loss by the number of rows, filler included, and the gradients of all ranks
-        are averaged; the weights are scaled so that the result is the mean over the samples.
+    def weighted(self, keep: bool) -> Any:
+        """Return x, (x, y) or (x, y, sample_weight) for a loop of the user's own.
+
+        The mean of weighted losses on each rank, averaged over the ranks, is the mean over the samples.
+
+        Args:
+            keep: Whether batches that are not full are kept; then all batches with targets have weights.
         """
-        if self.weight is None:
-            return self._without_weight()
-        scale = self.rows.scale
-        return self.x, self.y, nests.mapped(lambda each, _: each * each.dtype.type(scale), self.weight)
-
-    def exact(self) -> Any:
-        """Returns the same with weights not yet scaled, and what the scale is made of: see `exact.py`."""
-        if self.weight is None:
-            return self._without_weight()
-        share = np.array([self.rows.share])
-        return self.x, self.y, {WEIGHT: self.weight, REAL: self.rows.real, SHARE: share}
-
-    def _without_weight(self) -> Any:
-        if self.y is not None:
-            return self.x, self.y
-        return (self.x,) if isinstance(self.x, tuple) else self.x
+        weight = self.weight
+        if weight is None and keep and self.y is not None:
+            weight = np.ones(len(self.rows.take), keras.config.floatx())
+        if weight is not None:
+            weight = nests.mapped(lambda leaf, _: _times(leaf, self.rows.weight), weight)
+        return packed(self.x, self.y, weight)
 
 
-def part_of(
-    batch: tuple[Any, Any, Any], rows: Rows, pad: bool, class_weight: dict[int, float] | None
-) -> Part:
-    """Takes a rank's rows of a global batch.
+def part_of(batch: tuple[Any, Any, Any], rows: Rows, class_weight: dict[int, float] | None) -> Part:
+    """Take a rank's rows of a global batch.
 
     Args:
         batch: x, y and sample_weight of all samples of the batch.
         rows: Which of them are this rank's.
-        pad: Whether batches that are not full are filled up.
         class_weight: Weights by class, or None.
     """
-    x, y, given = (nests.rows(each, rows.take) for each in batch)
+    x, y, weight = (nests.rows(value, rows.take) for value in batch)
     if class_weight is not None:
-        refuse_both(given)
-        given = class_weights(y, class_weight)
-    return Part(x, y, weights(given, y, rows, pad), rows)
-
-
-def weights(given: Any, y: Any, rows: Rows, needed: bool) -> Any:
-    """Returns the weights of this rank's rows, 0 for filler.
-
-    Args:
-        given: This rank's rows of the user's sample_weight, or None.
-        y: This rank's targets; without them Keras has no use for weights.
-        rows: Which rows are samples.
-        needed: Whether weights are wanted where the user gave none, because some batches hold filler.
-    """
-    if given is None and (y is None or not needed):
-        return None
-    if given is None:
-        return rows.real.astype(keras.config.floatx())
-    return nests.mapped(lambda each, _: _cleared(each, rows.real), given)
+        refuse_both(weight)
+        weight = class_weights(y, class_weight)
+    return Part(x, y, weight, rows)
 
 
 def class_weights(y: Any, class_weight: dict[int, float]) -> np.ndarray:
@@ -114,7 +89,15 @@ def refuse_both(sample_weight: Any) -> None:
         raise ValueError("hvd.shard: give class_weight or a sample_weight, not both, as Keras demands.")
 
 
-def _cleared(weight: np.ndarray, real: np.ndarray) -> np.ndarray:
-    weight = weight.astype(keras.config.floatx())  # a copy
-    weight[~real] = 0
-    return weight
+def packed(x: Any, y: Any, weight: Any) -> Any:
+    """Return x, (x, y) or (x, y, sample_weight), as every training step of Keras takes it."""
+    if weight is not None:
+        return x, y, weight
+    if y is not None:
+        return x, y
+    return (x,) if isinstance(x, tuple) else x
+
+
+def _times(weight: np.ndarray, factor: float) -> np.ndarray:
+    weight = weight.astype(keras.config.floatx(), copy=False)
+    return weight if factor == 1 else weight * weight.dtype.type(factor)

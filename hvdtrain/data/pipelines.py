@@ -6,8 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from hvdtrain.data.global_batch import Dealt
 from hvdtrain.data.nests import unpacked
-from hvdtrain.data.part import REAL, SHARE, WEIGHT, refuse_both
+from hvdtrain.data.part import packed, refuse_both
 
 _FILE_POLICY = 1  # AutoShardPolicy.FILE
 
@@ -20,7 +21,7 @@ class Division:
         batch_size: The global batch.
         rank: This rank.
         size: Number of ranks.
-        pad: Whether a last batch is filled up; else it is left out.
+        keep: Whether a last batch that is not full is trained on; else it is left out.
         buffer: Samples among which `tf.data` shuffles; 0 keeps the order.
         reshuffled: Whether the user's data set shuffles itself anew each time it is read.
         class_weight: Weights by class, or None.
@@ -29,7 +30,7 @@ class Division:
     batch_size: int
     rank: int
     size: int
-    pad: bool
+    keep: bool
     buffer: int
     reshuffled: bool = False
     class_weight: dict[int, float] | None = None
@@ -49,7 +50,7 @@ class ByRows:
         batched: Whether they are global batches already.
         division: How they are divided.
         steps: Global batches an epoch, None where that is unknown.
-        partial: Whether a batch may hold filler.
+        partial: Whether a batch may be not full.
     """
 
     dataset: tf.data.Dataset
@@ -58,23 +59,26 @@ class ByRows:
     steps: int | None
     partial: bool
 
-    def epoch(self, seeds: tf.Tensor, start: tf.Tensor, exact: bool) -> tf.data.Dataset:
+    def epoch(self, seeds: tf.Tensor, start: tf.Tensor, dealt: bool) -> tf.data.Dataset:
         """Returns this rank's part of the batches of one epoch, from step `start` on."""
         dataset = shuffled(self.dataset, self.division.buffer, seeds)
         if not self.batched:
-            dataset = dataset.batch(self.division.batch_size, drop_remainder=not self.division.pad)
-        elif not self.division.pad:
+            dataset = dataset.batch(self.division.batch_size, drop_remainder=not self.division.keep)
+        elif not self.division.keep:
             dataset = dataset.filter(lambda *batch: _count(batch) == self.division.batch_size)
-        parted = lambda *batch: self._part(batch, exact)  # noqa: E731
+        parted = lambda *batch: self._part(batch, dealt)  # noqa: E731
         return dataset.skip(start).map(parted, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
-    def _part(self, batch: Any, exact: bool) -> Any:
-        count, division = _count(batch), self.division
+    def _part(self, batch: Any, dealt: bool) -> Any:
+        total, division = _count(batch), self.division
         if division.size == 1:
-            return _emitted(batch, tf.ones([count], tf.bool), count, division, False)
+            return _dealt(batch, total, total, division, dealt)
         slots = division.rank + division.size * tf.range(division.rows, dtype=tf.int64)
-        taken = tf.nest.map_structure(lambda leaf: tf.gather(leaf, slots % count), batch)
-        return _emitted(taken, slots < count, count, division, exact)
+        own = tf.reduce_sum(tf.cast(slots < total, tf.int64))
+        if division.keep:  # else all batches are full, and their number of rows stays known
+            slots = slots[: tf.maximum(own, 1)] % total
+        taken = tf.nest.map_structure(lambda leaf: tf.gather(leaf, slots), batch)
+        return _dealt(taken, own, total, division, dealt)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,22 +102,25 @@ class ByFiles:
 
     @property
     def partial(self) -> bool:
-        """Whether a batch may hold filler."""
-        return self.division.pad and min(self.counts) < self.steps * self.division.rows
+        """Whether some global batch is not full."""
+        return self.division.keep and min(self.counts) < self.steps * self.division.rows
 
-    def epoch(self, seeds: tf.Tensor, start: tf.Tensor, exact: bool) -> tf.data.Dataset:
-        """Returns the batches of one epoch, from step `start` on; they end with samples read once more."""
+    def epoch(self, seeds: tf.Tensor, start: tf.Tensor, dealt: bool) -> tf.data.Dataset:
+        """Return the batches of one epoch, from step `start` on."""
         rows = self.division.rows
         samples = shuffled(self.dataset, self.division.buffer, seeds)
+        # All ranks take the same number of steps: where samples run out, some are read once more and not counted.
         batches = samples.repeat().take(self.steps * rows).batch(rows, drop_remainder=True).enumerate()
-        parted = lambda step, batch: self._part(step, batch, exact)  # noqa: E731
+        parted = lambda step, batch: self._part(step, batch, dealt)  # noqa: E731
         return batches.skip(start).map(parted, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
 
-    def _part(self, step: tf.Tensor, batch: Any, exact: bool) -> Any:
-        rows, counts = self.division.rows, tf.constant(self.counts, tf.int64)
-        real = step * rows + tf.range(rows, dtype=tf.int64) < counts[self.division.rank]
-        count = tf.reduce_sum(tf.clip_by_value(counts - step * rows, 0, rows))
-        return _emitted(batch if isinstance(batch, tuple) else (batch,), real, count, self.division, exact)
+    def _part(self, step: tf.Tensor, batch: Any, dealt: bool) -> Any:
+        rows = self.division.rows
+        held = tf.clip_by_value(tf.constant(self.counts, tf.int64) - step * rows, 0, rows)
+        own, total = held[self.division.rank], tf.reduce_sum(held)
+        if self.division.keep:
+            batch = tf.nest.map_structure(lambda leaf: leaf[: tf.maximum(own, 1)], batch)
+        return _dealt(batch if isinstance(batch, tuple) else (batch,), own, total, self.division, dealt)
 
 
 def own_files(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
@@ -142,7 +149,7 @@ def count_samples(dataset: tf.data.Dataset, batched: bool) -> int:
 def balanced(counts: tuple[int, ...], division: Division) -> bool:
     """Tells whether dividing by files costs no step more, and loses no batch, against dividing by samples."""
     total = sum(counts)
-    best = -(-total // division.batch_size) if division.pad else total // division.batch_size
+    best = -(-total // division.batch_size) if division.keep else total // division.batch_size
     return min(counts) > 0 and _steps(counts, division) == best
 
 
@@ -163,7 +170,7 @@ def shuffled(dataset: tf.data.Dataset, buffer: int, seeds: tf.Tensor) -> tf.data
 
 
 def _steps(counts: tuple[int, ...], division: Division) -> int:
-    return -(-max(counts) // division.rows) if division.pad else min(counts) // division.rows
+    return -(-max(counts) // division.rows) if division.keep else min(counts) // division.rows
 
 
 def _count(batch: Any) -> tf.Tensor:
@@ -171,26 +178,33 @@ def _count(batch: Any) -> tf.Tensor:
     return first.nrows() if isinstance(first, tf.RaggedTensor) else tf.shape(first, tf.int64)[0]
 
 
-def _emitted(batch: Any, real: tf.Tensor, count: tf.Tensor, division: Division, exact: bool) -> Any:
-    """Returns x, (x, y) or (x, y, sample_weight), as `Part` does for arrays."""
-    x, y, given = unpacked(batch)
+def _dealt(batch: Any, own: tf.Tensor, total: tf.Tensor, division: Division, dealt: bool) -> Any:
+    """Return a rank's rows of a global batch, as `Part` does for arrays.
+
+    Args:
+        batch: The rows, in a tuple of x, y and sample_weight.
+        own: How many of them are samples; where there is none, a row that stands in for one.
+        total: How many samples the global batch holds.
+        division: How the samples are divided.
+        dealt: Whether the numbers of samples come along; else they are in the weights.
+    """
+    x, y, weight = unpacked(batch)
     if division.class_weight is not None:
-        refuse_both(given)
-        given = _class_weights(y, division.class_weight)
-    if given is None and (y is None or not division.pad):
-        return x if y is None else (x, y)
-    weight = tf.nest.map_structure(lambda each: _cleared(each, real), real if given is None else given)
-    share = tf.cast(count, tf.float64) / division.size
-    if exact:
-        return x, y, {WEIGHT: weight, REAL: real, SHARE: share[None]}
-    scale = tf.cast(tf.size(real), tf.float64) / share
-    return x, y, tf.nest.map_structure(lambda each: each * tf.cast(scale, each.dtype), weight)
+        refuse_both(weight)
+        weight = _class_weights(y, division.class_weight)
+    if dealt:
+        return Dealt(packed(x, y, weight), tf.stack([own, total]))
+    if weight is None and division.keep and y is not None:
+        weight = tf.ones([tf.maximum(own, 1)], keras.config.floatx())
+    if weight is not None:
+        factor = own * division.size / total
+        weight = tf.nest.map_structure(lambda leaf: _times(leaf, factor), weight)
+    return packed(x, y, weight)
 
 
-def _cleared(weight: tf.Tensor, real: tf.Tensor) -> tf.Tensor:
+def _times(weight: tf.Tensor, factor: tf.Tensor) -> tf.Tensor:
     weight = tf.cast(weight, keras.config.floatx())
-    column = tf.reshape(real, tf.concat([tf.shape(real), tf.ones(tf.rank(weight) - 1, tf.int32)], 0))
-    return tf.where(column, weight, tf.zeros_like(weight))
+    return weight * tf.cast(factor, weight.dtype)
 
 
 def _class_weights(y: Any, class_weight: dict[int, float]) -> tf.Tensor:

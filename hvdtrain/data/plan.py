@@ -6,46 +6,38 @@ from typing import Any
 
 import numpy as np
 
-REMAINDERS = ("pad", "drop")
+REMAINDERS = ("keep", "drop")
 
 
 @dataclass(frozen=True)
 class Rows:
     """One rank's part of one global batch.
 
+    A rank that gets no sample, because the batch holds fewer samples than there are ranks, reads one all the
+    same: it has to take the step with the others. Its `own` is 0, so that the sample counts nothing there.
+
     Args:
-        take: Positions within the global batch, shape (rows,).
-        real: For each of them, whether it is a sample or filler, shape (rows,), bool.
-        count: Samples in the global batch, over all ranks.
+        take: Positions within the global batch, shape (max(own, 1),).
+        own: How many of the batch's samples this rank holds.
+        total: How many samples the batch holds, over all ranks.
         size: Number of ranks.
     """
 
     take: np.ndarray
-    real: np.ndarray
-    count: int
+    own: int
+    total: int
     size: int
 
     @property
-    def share(self) -> float:
-        """How many samples this rank's mean stands for: an equal part of the global batch."""
-        return self.count / self.size
-
-    @property
-    def scale(self) -> float:
-        """What turns a mean over this rank's rows, averaged over ranks, into the mean over the samples."""
-        return len(self.take) / self.share
+    def weight(self) -> float:
+        """What a mean over this rank's samples weighs in a mean over ranks that is the mean over samples."""
+        return self.own * self.size / self.total
 
 
-def deal(count: int, batch_size: int, rank: int, size: int) -> Rows:
-    """Deals a global batch of `count` samples out like cards, so that what is missing is spread evenly.
-
-    Each rank gets `batch_size / size` rows; where samples run out, its rows are filled with samples of the
-    same batch, which layers such as BatchNormalization take better than zeros. One rank needs no filler.
-    """
-    if size == 1:
-        return Rows(np.arange(count), np.ones(count, bool), count, size)
-    slots = rank + size * np.arange(batch_size // size)
-    return Rows(slots % count, slots < count, count, size)
+def deal(count: int, rank: int, size: int) -> Rows:
+    """Deals a global batch of `count` samples out like cards: the ranks' parts differ by one sample at most."""
+    take = np.arange(rank, count, size)
+    return Rows(take if len(take) else np.zeros(1, int), len(take), count, size)
 
 
 @dataclass(frozen=True)
@@ -61,7 +53,7 @@ class Plan:
         size: Number of ranks.
         shuffle: Whether each epoch has a new order.
         seed: With the epoch, all that the order depends on.
-        remainder: What becomes of a last batch that is not full: "pad" or "drop".
+        remainder: What becomes of a last batch that is not full: "keep" or "drop".
     """
 
     length: int
@@ -70,7 +62,7 @@ class Plan:
     size: int = 1
     shuffle: bool = False
     seed: int = 0
-    remainder: str = "pad"
+    remainder: str = "keep"
 
     def __post_init__(self) -> None:
         if self.length < 1:
@@ -78,7 +70,7 @@ class Plan:
         if self.steps == 0:
             raise ValueError(
                 f"hvd.shard: remainder='drop' would drop everything: {self.length} samples do not fill one "
-                f"batch of {self.batch_size}. Use remainder='pad', or a batch_size of at most {self.length}."
+                f"batch of {self.batch_size}. Use remainder='keep', or a batch_size of at most {self.length}."
             )
 
     @property
@@ -89,7 +81,7 @@ class Plan:
 
     @property
     def partial(self) -> bool:
-        """Whether the last batch is not full, so that it needs filler."""
+        """Whether the last batch is not full."""
         return self.steps * self.batch_size > self.length
 
     def order(self, epoch: int) -> np.ndarray:
@@ -97,9 +89,9 @@ class Plan:
         return permutation(self.length, self.seed, epoch) if self.shuffle else np.arange(self.length)
 
     def part(self, order: np.ndarray, step: int) -> tuple[np.ndarray, Rows]:
-        """Returns the indices of this rank's samples at a step, and which of them are real."""
+        """Returns the indices of this rank's samples at a step, and its part of the global batch."""
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
-        rows = deal(len(batch), self.batch_size, self.rank, self.size)
+        rows = deal(len(batch), self.rank, self.size)
         return batch[rows.take], rows
 
 
@@ -136,11 +128,17 @@ def checked_batch_size(batch_size: Any, size: int) -> int:
 
 
 def checked_remainder(remainder: Any) -> str:
-    """Returns `remainder`, or raises ValueError with the two values that there are."""
+    """Return "keep" or "drop"; "pad" is what "keep" was called up to version 0.1.
+
+    Raises:
+        ValueError: For any other value.
+    """
+    if remainder == "pad":
+        return "keep"
     if remainder not in REMAINDERS:
         raise ValueError(
-            "hvd.shard: remainder must be 'pad' (fill the last batch with samples of weight 0) or 'drop' "
-            f"(leave it out). Received: remainder={remainder!r}."
+            "hvd.shard: remainder must be 'keep' (train on a last batch that is not full) or 'drop' (leave it "
+            f"out). Received: remainder={remainder!r}."
         )
     return remainder
 

@@ -30,7 +30,7 @@ class BatchSource:
         size: Number of ranks.
         shuffle: Whether each epoch takes the batches in a new order.
         seed: With the epoch, all that the order depends on.
-        remainder: "pad" or "drop".
+        remainder: "keep" or "drop".
         class_weight: Weights by class, or None.
     """
 
@@ -61,13 +61,13 @@ class BatchSource:
     def partial(self) -> bool:
         """Whether some global batch is not full."""
         full = self.last == self.rows and self.batches % self._group == 0
-        return self.remainder == "pad" and not full and self.size > 1
+        return self.remainder == "keep" and not full and self.size > 1
 
     def part(self, epoch: int, step: int) -> Part:
         """Makes the batches of a step and takes this rank's rows."""
         group = self.order(epoch)[step * self._group : (step + 1) * self._group]
         batch, rows = self._divided(group[0]) if self._group == 1 else self._whole(group)
-        return part_of(nests.unpacked(batch), rows, self.remainder == "pad", self.class_weight)
+        return part_of(nests.unpacked(batch), rows, self.class_weight)
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the order of the user's batches; a last one that is not full stays last in whole groups."""
@@ -109,23 +109,19 @@ class BatchSource:
         if count > self.batch_size:
             raise ValueError(
                 f"hvd.shard: batch {index} of the PyDataset holds {count} samples, more than its first with "
-                f"{self.rows}. Only smaller ones can be filled up."
+                f"{self.rows}. Only the last batch may differ, and hold less."
             )
-        return batch, deal(count, self.batch_size, self.rank, self.size)
+        return batch, deal(count, self.rank, self.size)
 
     def _whole(self, group: np.ndarray) -> tuple[Any, Rows]:
         each = self._group // self.size
         mine = group[self.rank * each : (self.rank + 1) * each]
         found = [_batch(self.dataset, int(index)) for index in (mine if len(mine) else group[:1])]
         batch = tuple(_joined(parts) for parts in zip(*found, strict=True))
-        real = nests.length(batch) if len(mine) else 0
-        # As in `deal`, one rank needs no filler.
-        slots = np.arange(each * self.rows if self.size > 1 else real)
+        own = nests.length(batch) if len(mine) else 0
         # Only the last batch may be smaller, and a group holds it or not on all ranks alike.
         short = self.rows - self.last if int(self.dataset.num_batches) - 1 in group else 0
-        return batch, Rows(
-            slots % nests.length(batch), slots < real, len(group) * self.rows - short, self.size
-        )
+        return batch, Rows(np.arange(max(own, 1)), own, len(group) * self.rows - short, self.size)
 
 
 def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, make: Any) -> BatchSource:

@@ -3,22 +3,23 @@
 import contextlib
 import functools
 import inspect
-import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import tensorflow as tf
 from keras.src.trainers import compile_utils, data_adapters
 
 from hvdtrain import runtime
-from hvdtrain.data import exact
+from hvdtrain.data import losses
 from hvdtrain.data.adapters import DatasetAdapter, TFAdapter
 from hvdtrain.data.datasets import ShardedTFDataset
 from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.data.following import Follow, preceded
 from hvdtrain.data.generators import ShardedGenerator
+from hvdtrain.data.global_batch import Dealt, GlobalBatch, during, mean_update, metrics_update
 from hvdtrain.data.position import Position
 from hvdtrain.data.sharded import ShardedDataset
 from hvdtrain.replacing import replace_where_defined
@@ -34,8 +35,9 @@ def install() -> None:
 
     - `get_data_adapter` shuffles the batches of a PyDataset with each process's own `random`, and refuses
       `class_weight` where there are weights. Sharded data has its own order and takes both.
-    - `fit` and `evaluate` tell sharded data that the model's steps understand filler.
-    - `Mean.update_state` and `CompileMetrics.update_state` then leave filler out: see `exact.py`.
+    - `fit` and `evaluate` tell the model's steps how many samples of the global batch this rank holds.
+    - `Mean.update_state` and `CompileMetrics.update_state` count samples where a rank holds none: see
+      `global_batch.py`; losses are those of the global batch: see `losses.py`.
     """
     global _installed
     if _installed:
@@ -44,9 +46,10 @@ def install() -> None:
     data_adapters.get_data_adapter = _adapting(data_adapters.get_data_adapter)
     replace_where_defined(keras.Model, "fit", _exactly)
     replace_where_defined(keras.Model, "evaluate", _exactly)
-    keras.metrics.Mean.update_state = exact.mean_update(keras.metrics.Mean.update_state)
+    keras.metrics.Mean.update_state = mean_update(keras.metrics.Mean.update_state)
     compile_metrics = compile_utils.CompileMetrics
-    compile_metrics.update_state = exact.metrics_update(compile_metrics.update_state)
+    compile_metrics.update_state = metrics_update(compile_metrics.update_state)
+    losses.install()
 
 
 def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
@@ -67,7 +70,7 @@ def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
             run.training = None  # so that the same data may be for validation, which comes second
             (_watcher.get() or []).clear()
         position = x.position if training else Position(x.position.epoch)
-        data = x.reading(position, run.window if training else None, run.exact, given.get("class_weight"))
+        data = x.reading(position, run.window if training else None, run.dealt, given.get("class_weight"))
         if isinstance(x, ShardedDataset):
             return DatasetAdapter(data, data, training)
         return TFAdapter(data, x, training, run.window if training else None)
@@ -79,7 +82,7 @@ def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
 class _Run:
     """What a `fit` or `evaluate` tells the adapters that are made within it."""
 
-    exact: bool = False
+    dealt: bool = False
     training: Any = None
     window: int | None = None
 
@@ -109,17 +112,24 @@ def _watched(adapter: Any) -> Any:
 
 def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
+    trains = "epochs" in signature.parameters
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs)
         x, validation = given.arguments.get("x"), given.arguments.get("validation_data")
-        sharded = [each for each in (x, validation) if isinstance(each, Sharded)]
+        sharded = [data for data in (x, validation) if isinstance(data, Sharded)]
         if not sharded:
             return method(self, *args, **kwargs)
-        _prepare(self, sharded)
-        this = _Run(exact=True)
-        if isinstance(x, Sharded) and "epochs" in signature.parameters:
-            given.arguments["callbacks"] = preceded(self, given.arguments.get("callbacks"), Follow(x))
+        this = _Run(dealt=runtime.engine().size > 1)
+        if this.dealt:
+            together = trains or is_of_all_ranks(given.arguments.get("callbacks"))
+            evaluated = validation if trains else x
+            _attach(self, "test", _Setting(getattr(evaluated, "partial", False), together))
+        if this.dealt and trains:
+            _attach(self, "train", _Setting(getattr(x, "partial", False), together))
+        if trains and isinstance(x, Sharded):
+            known = self.train_step.hvdtrain_losses if this.dealt else None
+            given.arguments["callbacks"] = preceded(self, given.arguments.get("callbacks"), Follow(x, known))
             this.training = x
             if x.steps is not None:
                 # Keras would go on with one reading of the data, which knows nothing of the next epoch's order.
@@ -133,25 +143,61 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _prepare(model: keras.Model, sharded: list[Any]) -> None:
-    if runtime.engine().size == 1 or not any(each.partial for each in sharded):
+def is_of_all_ranks(callbacks: Any) -> bool:
+    """Tell whether all ranks evaluate together: within a `fit`, or with a callback that combines their metrics."""
+    if isinstance(callbacks, keras.callbacks.CallbackList):
+        return True
+    return any(getattr(callback, "combines_ranks", False) for callback in keras.tree.flatten(callbacks or []))
+
+
+@dataclass
+class _Setting:
+    """What a model's steps depend on beside their batches.
+
+    Args:
+        partial: Whether some global batch may be not full.
+        together: Whether all ranks run the steps.
+    """
+
+    partial: bool
+    together: bool
+
+
+def _attach(model: keras.Model, kind: str, setting: _Setting) -> None:
+    """Make a model's step take what `hvd.shard` deals; all other batches go through unchanged.
+
+    Args:
+        model: The model.
+        kind: "train" or "test".
+        setting: What the step depends on.
+    """
+    original = getattr(model, f"{kind}_step")
+    known = getattr(original, "hvdtrain_losses", None) or losses.Losses()
+    if getattr(original, "hvdtrain_setting", None) == setting:
         return
-    exact.attach(model)
-    if getattr(model, "jit_compile", False):
-        model.jit_compile = False  # leaving rows out is nothing XLA can compile
-        runtime.engine().say(
-            "jit_compile is turned off for this model: the last batch of hvd.shard is not full. With "
-            "hvd.shard(…, remainder='drop') or 'pad' it can stay on."
-        )
-    others = [
-        each
-        for each in keras.tree.flatten(getattr(model, "loss", None))
-        if getattr(each, "reduction", "mean") not in ("sum_over_batch_size", "mean")
-    ]
-    if others and runtime.engine().rank == 0:
-        warnings.warn(
-            f"{type(others[0]).__name__} has reduction={others[0].reduction!r}. A last batch that is not full is "
-            "averaged right over its samples only with 'sum_over_batch_size'; or use "
-            "hvd.shard(…, remainder='drop').",
-            stacklevel=3,
-        )
+    while hasattr(original, "hvdtrain_setting"):
+        original = original.__wrapped__
+    setattr(model, f"{kind}_step", _on_dealt(model, original, setting, known))
+    # What was traced before goes on with the setting of then.
+    setattr(model, f"{kind}_function", None)
+
+
+def _on_dealt(
+    model: keras.Model, original: Callable[[Any], Any], setting: _Setting, known: losses.Losses
+) -> Callable[[Any], Any]:
+    @functools.wraps(original)
+    def step(data: Any) -> Any:
+        if not isinstance(data, Dealt):
+            return original(data)
+        known.added = 0
+        own, total = tf.unstack(tf.cast(tf.ensure_shape(data.samples, [2]), tf.int64))
+        with during(
+            GlobalBatch(
+                model, runtime.engine(), data.batch, own, total, setting.partial, setting.together, known
+            )
+        ):
+            return original(data.batch)
+
+    step.hvdtrain_setting = setting  # type: ignore[attr-defined]
+    step.hvdtrain_losses = known  # type: ignore[attr-defined]
+    return step

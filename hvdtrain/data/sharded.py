@@ -21,7 +21,7 @@ class ShardedDataset(keras.utils.PyDataset):
         source: Where the samples come from.
         position: The epoch and step it is at.
         window: Steps that are read at a time, where that is not what is left of an epoch.
-        exact: Hands on what `exact.py` needs for metrics over samples.
+        dealt: Whether batches come with the numbers of samples, as `fit` and `evaluate` read them.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class ShardedDataset(keras.utils.PyDataset):
         source: ArraySource | BatchSource,
         position: Position,
         window: int | None = None,
-        exact: bool = False,
+        dealt: bool = False,
     ) -> None:
         own = getattr(source, "dataset", None)
         names = ("workers", "use_multiprocessing", "max_queue_size")
@@ -37,7 +37,7 @@ class ShardedDataset(keras.utils.PyDataset):
         self.source = source
         self.position = position
         self._window = window
-        self._exact = exact
+        self._dealt = dealt
 
     @property
     def num_batches(self) -> int:
@@ -51,7 +51,7 @@ class ShardedDataset(keras.utils.PyDataset):
 
     @property
     def partial(self) -> bool:
-        """Whether some batch holds filler."""
+        """Whether some global batch is not full."""
         return self.source.partial
 
     def __len__(self) -> int:
@@ -65,7 +65,7 @@ class ShardedDataset(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Any:
         part = self.part(index)
-        return part.exact() if self._exact else part.plain()
+        return part.dealt() if self._dealt else part.weighted(self.source.remainder == "keep")
 
     def __iter__(self) -> Iterator[Any]:
         self.begin()
@@ -110,8 +110,8 @@ class ShardedDataset(keras.utils.PyDataset):
         self.position.epoch, self.position.step, self.position.done = epoch, step, 0
 
     def reading(
-        self, position: Position, window: int | None, exact: bool, class_weight: dict[int, float] | None
+        self, position: Position, window: int | None, dealt: bool, class_weight: dict[int, float] | None
     ) -> "ShardedDataset":
         """Returns the same data from a position on, as an adapter of Keras wants to read it."""
         source = self.source if class_weight is None else self.source.weighted(class_weight)
-        return ShardedDataset(source, position, window, exact and source.partial)
+        return ShardedDataset(source, position, window, dealt)

@@ -26,10 +26,6 @@ _ADVICE = (
     "drawn while loading, call keras.utils.set_random_seed(0), the same number on all ranks, before it."
 )
 
-_WITHOUT_TARGETS = (
-    "without targets there are no sample weights, so the samples that fill up the last batch count like others. "
-    "Use remainder='drop' where that matters."
-)
 _OF_A_GENERATOR = (
     "of a generator neither length nor order is known. Every rank runs all of it and takes its rows, so it must "
     "yield the same batches on all ranks (the same random seed), and as many. A keras.utils.PyDataset or a "
@@ -62,7 +58,7 @@ def shard(
     batch_size: int | None = None,
     shuffle: bool | int | None = None,
     seed: int = 0,
-    remainder: str = "pad",
+    remainder: str = "keep",
     *,
     class_weight: dict[int, float] | None = None,
     epoch: int = 0,
@@ -93,9 +89,8 @@ def shard(
             `fit`, and a `tf.data.Dataset` keeps its own order. For a `tf.data.Dataset` also the number of
             samples to shuffle among; True means all, or 10000 where the length is unknown.
         seed: With the epoch, all that the order depends on; the same on all ranks.
-        remainder: What becomes of a last batch that is not full. "pad" fills it with samples of weight 0,
-            and scales the weights of the others so that loss and gradient are those of the real samples;
-            "drop" leaves it out.
+        remainder: What becomes of a last batch that is not full. "keep" trains on it: the ranks' parts then
+            differ by one sample, and count by their number of samples; "drop" leaves it out.
         class_weight: Weight of each class, as in `fit`.
         epoch: The epoch to begin with, and
         step: how many of its steps are done already: what `state()` of the result returned.
@@ -199,8 +194,7 @@ class _Local:
     def _sharded(self, source: Any, request: _Request) -> _Found:
         weighted = source if self.class_weight is None else source.weighted(self.class_weight)
         position = _position(request, source.steps)
-        bare = source.partial and weighted.part(request.epoch, 0).weight is None
-        return lambda: ShardedDataset(weighted, position), source.facts(), _WITHOUT_TARGETS if bare else None
+        return lambda: ShardedDataset(weighted, position), source.facts(), None
 
     def _tf(self, request: _Request) -> _Found:
         datasets.refuse_to_resume(self.data, request.epoch, request.step)
@@ -211,8 +205,8 @@ class _Local:
         shuffle = False if request.shuffle is None else request.shuffle
 
         def make() -> datasets.ShardedTFDataset:
-            pad = request.remainder == "pad"
-            pipeline = datasets.tf_pipeline(self.data, own, batch_size, self.engine, shuffle, pad)
+            keep = request.remainder == "keep"
+            pipeline = datasets.tf_pipeline(self.data, own, batch_size, self.engine, shuffle, keep)
             position = _position(request, pipeline.steps)
             result = datasets.ShardedTFDataset(pipeline, request.seed, position)
             return result if self.class_weight is None else result.weighted(self.class_weight)
@@ -226,8 +220,8 @@ class _Local:
                 "hvd.shard: a generator can be neither shuffled nor begun in its middle; shuffle, epoch and step "
                 "are for arrays, tf.data.Dataset and keras.utils.PyDataset."
             )
-        pad, engine = request.remainder == "pad", self.engine
-        result = ShardedGenerator(self.data, batch_size, engine.rank, engine.size, pad, self.class_weight)
+        keep, engine = request.remainder == "keep", self.engine
+        result = ShardedGenerator(self.data, batch_size, engine.rank, engine.size, keep, self.class_weight)
         return lambda: result, [], _OF_A_GENERATOR
 
 

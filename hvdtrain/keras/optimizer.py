@@ -9,6 +9,7 @@ import keras
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Op
+from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.compression import Compression
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
@@ -231,7 +232,8 @@ class _Distributed:
         if len(grads) == 0:
             return super().apply(grads, trainable_variables)  # type: ignore[misc]
         with self._hvdtrain_passed_through("apply"):
-            return super().apply(grads, trainable_variables)  # type: ignore[misc]
+            # Before Keras accumulates gradients: each step of a window has numbers of samples of its own.
+            return super().apply(weighted(grads), trainable_variables)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return copied(self, type(self))

@@ -11,10 +11,8 @@ import tensorflow as tf
 from hvdtrain import runtime
 from hvdtrain.data import lineage
 from hvdtrain.data.datasets import ShardedTFDataset
-from hvdtrain.data.seams import Sharded
-from hvdtrain.keras.callbacks.distributed import Together
+from hvdtrain.data.seams import Sharded, is_of_all_ranks
 from hvdtrain.keras.callbacks.membership import optimizers_of
-from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.replacing import replace_where_defined
 
@@ -24,7 +22,7 @@ _SENTENCES = {
         "measures the whole, on all ranks together."
     ),
     "predict": (
-        "model.predict with what hvd.shard returned predicts each rank's part, with filler, and in its own order. "
+        "model.predict with what hvd.shard returned predicts each rank's part, in its own order. "
         "hvd.predict(model, data), with the data as they were before hvd.shard, predicts all, in order."
     ),
 }
@@ -33,8 +31,9 @@ _ALONE = (
     "hvd.shard returned. Type: model.compile(hvd.DistributedOptimizer(model.optimizer), …)."
 )
 _MADE_OF_IT = (
-    "this data was made of what hvd.shard returned, by .map, .prefetch or the like: loss and metrics count the "
-    "samples that fill up its last batch. Call hvd.shard last, or with remainder='drop'. What is learned is right."
+    "this data was made of what hvd.shard returned, by .map, .prefetch or the like: its samples come with weights, "
+    "by which the loss of a last batch that is not full is scaled on each rank. Call hvd.shard last, or with "
+    "remainder='drop'. What is learned is right."
 )
 _installed = False
 _said: set[str] = set()
@@ -68,7 +67,7 @@ def _speaking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
 def _sentences(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
     x = given.get("x")
     sharded = isinstance(x, Sharded)
-    if name in _SENTENCES and sharded and not _together(given):
+    if name in _SENTENCES and sharded and not is_of_all_ranks(given.get("callbacks")):
         yield _SENTENCES[name]
     if name == "predict":
         return
@@ -76,7 +75,12 @@ def _sentences(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
     if any(isinstance(each, ShardedTFDataset) and each.partial for each in made_of):
         yield _MADE_OF_IT
     own_step = type(model).train_step is not keras.Model.train_step  # which may reduce gradients itself
-    if name == "fit" and sharded and not (own_step or _together(given)) and _plain(model):
+    if (
+        name == "fit"
+        and sharded
+        and not (own_step or is_of_all_ranks(given.get("callbacks")))
+        and _plain(model)
+    ):
         yield _ALONE.format(name=type(model.optimizer).__name__)
 
 
@@ -84,13 +88,3 @@ def _plain(model: Any) -> bool:
     """Tells whether a model is compiled, and with optimizers of which none is distributed."""
     optimizers = optimizers_of(model)
     return bool(optimizers) and not any(is_distributed(each) for each in optimizers)
-
-
-def _together(given: dict[str, Any]) -> bool:
-    """Tells whether the ranks combine what they measure: in a `fit`, or by a callback."""
-    callbacks = given.get("callbacks")
-    if isinstance(callbacks, keras.callbacks.CallbackList):
-        return True  # of a fit
-    return any(
-        isinstance(each, (MetricAverageCallback, Together)) for each in keras.tree.flatten(callbacks or [])
-    )

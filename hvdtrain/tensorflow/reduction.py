@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.verification import Policy, Verification
@@ -46,7 +47,7 @@ class Reduction:
         Raises:
             MismatchError: On every rank, if the ranks do not have gradients of the same sources.
         """
-        result = list(gradients)
+        result = weighted(gradients)
         there = [index for index, each in enumerate(result) if each is not None]
         if there:
             self._reducer.name = f"{self._name}.{_number_in_graph()}"

@@ -86,6 +86,8 @@ class Together(Forwarding):
         average_batch_norm: Whether to average BatchNormalization's statistics.
     """
 
+    combines_ranks = True  # what a model measures with it is that of all ranks
+
     def __init__(self, callbacks: list[Any], average_batch_norm: bool) -> None:
         super().__init__()
         self.given = callbacks

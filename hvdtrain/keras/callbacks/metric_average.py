@@ -37,6 +37,8 @@ class MetricAverageCallback(keras.callbacks.Callback):
         MismatchError: On every rank, if the ranks report different metrics.
     """
 
+    combines_ranks = True  # what a model measures with it is that of all ranks
+
     def __init__(self, device: str = "", process_set: ProcessSet | None = None) -> None:
         super().__init__()
         self.device = device

@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from hvdtrain.data import exact
+from hvdtrain.data import global_batch
 from hvdtrain.keras.checkpointing.saved import Saved
 from hvdtrain.keras.checkpointing.state import TrainingState, adjustable
 
@@ -87,7 +87,7 @@ class Opening(keras.callbacks.Callback):
     def _build(self, iterator: Any) -> None:
         """Makes what `fit` would make in its first step, and sets the state of a model that was not built."""
         if not self._whole or self.model._compile_metrics is not None or self.model._compile_loss is not None:
-            self.model._symbolic_build(data_batch=exact.as_keras(iterator.element_spec))
+            self.model._symbolic_build(data_batch=global_batch.as_keras(iterator.element_spec))
         if self._whole:
             return
         self._whole = True

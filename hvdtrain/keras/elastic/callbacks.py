@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from hvdtrain.data import exact
+from hvdtrain.data import global_batch
 from hvdtrain.keras.elastic.state import State
 from hvdtrain.keras.elastic.variables import Progress, VariablesState
 
@@ -122,7 +122,7 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         steps = self.model.steps_per_execution
         if self._seen == steps:
             # Otherwise fit would build its metrics in its first step, which is left out.
-            self.model._symbolic_build(data_batch=exact.as_keras(iterator.element_spec))
+            self.model._symbolic_build(data_batch=global_batch.as_keras(iterator.element_spec))
         if isinstance(self.state, VariablesState):
             self.state.replaying = True
             if self._seen == steps:

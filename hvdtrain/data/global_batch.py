@@ -1,0 +1,165 @@
+"""Tell a model's step how many samples of the global batch this rank holds, so that each sample counts once.
+
+The ranks' parts of a last batch that is not full differ in size, and the mean of their means is not the mean over
+the samples. So each rank's gradient is weighted by its number of samples before it is averaged. Nothing is added to
+the batch, whatever shape targets, losses and weights have.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import keras
+import tensorflow as tf
+
+from hvdtrain.collectives.base import Engine
+
+Tensor = Any
+
+
+class Dealt(NamedTuple):
+    """One rank's part of a global batch, with the numbers of samples.
+
+    Args:
+        batch: x, (x, y) or (x, y, sample_weight).
+        samples: How many samples of the global batch this rank holds, and how many the global batch holds, int64
+            of shape (2,). Where this rank holds none, the batch is one row that counts nothing.
+    """
+
+    batch: Any
+    samples: Any
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What is known while a model runs one step.
+
+    Args:
+        model: The model.
+        engine: The ranks that hold the global batch.
+        batch: This rank's x, (x, y) or (x, y, sample_weight).
+        own: How many samples this rank holds, int64 scalar.
+        total: How many samples the global batch holds, int64 scalar.
+        partial: Whether some global batch may be not full; else the ranks' parts are equal.
+        together: Whether all ranks run this step, so that it may communicate.
+        losses: What is known of the model's losses; see `losses.py`.
+    """
+
+    model: keras.Model
+    engine: Engine
+    batch: Any
+    own: Tensor
+    total: Tensor
+    partial: bool
+    together: bool
+    losses: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """What this rank's mean weighs in the mean over ranks, float64 scalar: 1 where all parts are equal."""
+        return tf.cast(self.own * self.engine.size, tf.float64) / tf.cast(self.total, tf.float64)
+
+    @property
+    def times_own(self) -> Tensor:
+        """How many times as large as this rank's part the global batch is, float64 scalar."""
+        return tf.cast(self.total, tf.float64) / tf.cast(tf.maximum(self.own, 1), tf.float64)
+
+    def held(self, value: Any) -> Any:
+        """Return a nest of tensors without the row that counts nothing on a rank without samples."""
+        if not self.partial:
+            return value
+        return keras.tree.map_structure(self._held, value)
+
+    def _held(self, tensor: Any) -> Any:
+        if tensor is None:
+            return None
+        rows = tf.minimum(self.own, 1) * tf.shape(tensor, tf.int64)[0]
+        result = tensor[:rows]
+        if getattr(tensor, "_keras_mask", None) is not None:
+            result._keras_mask = tensor._keras_mask[:rows]
+        return result
+
+    def counts_rows(self, metric: Any) -> bool:
+        """Tell whether Keras updates a metric with the mean loss of a batch."""
+        outputs = getattr(self.model._compile_loss, "metrics", ())
+        return metric is self.model._loss_tracker or any(metric is output for output in outputs)
+
+
+_current: ContextVar[GlobalBatch | None] = ContextVar("the global batch of the step that runs", default=None)
+
+
+def current() -> GlobalBatch | None:
+    """Return what is known of the global batch whose step runs, None outside of steps on sharded data."""
+    return _current.get()
+
+
+@contextlib.contextmanager
+def during(step: GlobalBatch | None) -> Iterator[None]:
+    """Set what `current` returns."""
+    token = _current.set(step)
+    try:
+        yield
+    finally:
+        _current.reset(token)
+
+
+def weighted(grads: Sequence[Any]) -> list[Any]:
+    """Weight one rank's gradients by its number of samples; to be called before they are averaged over ranks.
+
+    Args:
+        grads: Tensors, `tf.IndexedSlices` or None, of a mean over this rank's samples.
+
+    Returns:
+        A list like `grads`; the same tensors outside of steps on sharded data.
+    """
+    step = current()
+    if step is None or not step.partial:
+        return list(grads)
+    # Most batches are full: then nothing is computed, and nothing waits for more than its own gradient.
+    equal = tf.equal(step.own * step.engine.size, step.total)
+    return [grad if grad is None else _times(grad, step.weight, equal) for grad in grads]
+
+
+def _times(grad: Any, weight: Tensor, equal: Tensor) -> Any:
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(_times(grad.values, weight, equal), grad.indices, grad.dense_shape)
+    result = tf.cond(equal, lambda: grad, lambda: grad * tf.cast(weight, grad.dtype))
+    return tf.ensure_shape(result, grad.shape)
+
+
+def as_keras(batch: Any) -> Any:
+    """Return a batch, or what describes one, as Keras knows it."""
+    return batch.batch if isinstance(batch, Dealt) else batch
+
+
+def mean_update(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Change `keras.metrics.Mean.update_state`: a mean loss weighs as much as the samples it stands for."""
+
+    @functools.wraps(original)
+    def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
+        step = current()
+        if step is not None and step.partial and step.counts_rows(self):
+            if sample_weight is None:
+                # In a graph Keras does not know the number of rows: it averages outputs' losses over batches.
+                values = values * tf.cast(step.weight, values.dtype)
+            else:
+                sample_weight = tf.cast(step.own, self.dtype)
+        return original(self, values, sample_weight)
+
+    return update_state
+
+
+def metrics_update(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Change the update of compiled metrics: a rank without samples adds nothing."""
+
+    @functools.wraps(original)
+    def update_state(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:
+        step = current()
+        if step is None or self is not step.model._compile_metrics:
+            return original(self, y_true, y_pred, sample_weight)
+        return original(self, step.held(y_true), step.held(y_pred), step.held(sample_weight))
+
+    return update_state

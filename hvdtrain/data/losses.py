@@ -1,0 +1,309 @@
+"""Make a model's losses on the ranks' parts of a batch add up to the loss of the whole batch.
+
+The mean over ranks, each weighted by its samples, is right for a loss that is a mean over samples. Others are
+found out at the first step: a loss is computed on this rank's batch and on two parts of it. If it is the sum of its
+parts, it is scaled. If it is neither their mean nor their sum, no scaling makes it right, and rank 0 warns.
+
+What Keras divides by other numbers than that of samples, valid steps of a mask and sums of weights, is divided by
+the numbers of all ranks.
+"""
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+from keras.src.losses import loss as keras_loss
+from keras.src.trainers.compile_utils import CompileLoss
+
+from hvdtrain import runtime
+from hvdtrain.collectives import operations
+from hvdtrain.collectives.base import Engine, Op
+from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.collectives.tensors import counter
+from hvdtrain.data.global_batch import GlobalBatch, current
+from hvdtrain.replacing import replace, replace_where_defined
+
+Tensor = Any
+
+UNKNOWN, MEAN, SUM, OTHER = range(4)
+_MEANS = ("mean", "sum_over_batch_size")
+
+# What a loss does while it is compared with its parts: nothing but what concerns its own rows.
+_comparing: ContextVar[bool] = ContextVar("a loss is compared with its parts", default=False)
+
+
+@dataclass(frozen=True)
+class _Loss:
+    """One loss of a model: what it is called, and the variable that holds its kind."""
+
+    name: str
+    kind: tf.Variable
+
+
+class Losses:
+    """What is known of the losses of one model: whether each is a mean over samples, a sum, or neither."""
+
+    def __init__(self) -> None:
+        self._known: dict[Any, _Loss] = {}
+        self._reported: set[str] = set()
+        self.added = 0  # losses from add_loss that this step has come to
+
+    def factor(
+        self, step: GlobalBatch, key: Any, name: str, compute: Callable[[Any], Tensor], given: Any
+    ) -> Tensor:
+        """Return what a loss is multiplied by so that the weighted mean over ranks is the loss of the whole.
+
+        Args:
+            step: The step that runs.
+            key: Tells the losses of the model apart.
+            name: What the loss is called in a warning.
+            compute: Computes the loss of rows.
+            given: This rank's rows, a nest of tensors.
+
+        Returns:
+            float64 scalar.
+        """
+        if key not in self._known:
+            self._known[key] = _Loss(name, counter("hvdtrain_loss_kind", device=None))
+        variable = self._known[key].kind
+
+        def compare() -> Tensor:
+            with _apart():
+                return variable.assign(_kind(compute, given), read_value=True)
+
+        try:
+            kind = tf.cond(tf.equal(variable, UNKNOWN), compare, lambda: tf.identity(variable))
+        except (
+            Exception
+        ):  # a loss that cannot be computed on fewer rows, or a model that is called in another way
+            kind = variable.assign(OTHER, read_value=True)
+        return tf.where(tf.equal(kind, SUM), step.times_own, 1.0)
+
+    def report(self, engine: Engine) -> None:
+        """Warn of losses that are neither a mean nor a sum over samples; all ranks call this at the same time."""
+        if not self._known:
+            return
+        kinds = np.array([int(loss.kind.numpy()) for loss in self._known.values()])
+        kinds = engine.allreduce(kinds, Op.MAX)
+        losses = zip(self._known.values(), kinds, strict=True)
+        names = {loss.name for loss, kind in losses if kind == OTHER} - self._reported
+        self._reported |= names
+        if names and engine.rank == 0:
+            warnings.warn(_not_decomposable(sorted(names), engine.size), stacklevel=2)
+
+
+def install() -> None:
+    """Change how Keras computes losses, for steps on sharded data only.
+
+    - `Loss.__call__` and `Model._aggregate_additional_loss` scale losses that are sums over samples.
+    - `apply_mask` and `reduce_values` divide by the numbers of valid steps and by the weights of all ranks.
+    - `reduce_weighted_values` refuses weights that would be multiplied along another axis than the samples.
+    """
+    replace(keras.Loss, "__call__", _of_all_samples)
+    if hasattr(keras.Model, "_aggregate_additional_loss"):  # from Keras 3.6 on
+        replace_where_defined(keras.Model, "_aggregate_additional_loss", _added_of_all_samples)
+    replace(keras_loss, "apply_mask", _over_all_valid_steps)
+    replace(keras_loss, "reduce_values", _over_all_weights)
+    replace(keras_loss, "reduce_weighted_values", _with_weights_of_samples)
+
+
+def _of_all_samples(call: Callable[..., Any]) -> Callable[..., Any]:
+    def __call__(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:  # noqa: N807
+        step = current()
+        if step is None or _inside.get() or _comparing.get() or isinstance(self, CompileLoss):
+            return call(self, y_true, y_pred, sample_weight)
+        given = (y_true, y_pred, sample_weight)
+        with _outermost():
+            value = call(self, *given)
+            factor = step.losses.factor(
+                step, id(self), f"loss {self.name!r}", lambda rows: call(self, *rows), given
+            )
+        return _scaled(value, factor)
+
+    return __call__
+
+
+def _added_of_all_samples(aggregate: Callable[..., Any]) -> Callable[..., Any]:
+    def _aggregate_additional_loss(self: Any, loss: Any) -> Any:
+        step = current()
+        if step is None or step.model is not self or _comparing.get():
+            return aggregate(self, loss)
+        place = step.losses.added
+        step.losses.added += 1
+        if place >= len(self.losses) - len(self._get_regularization_losses()):
+            return aggregate(self, loss)  # a penalty on weights, which knows nothing of samples
+        x, _, _ = keras.utils.unpack_x_y_sample_weight(step.batch)
+
+        def added(rows: Any) -> Any:
+            trainable = [variable.value for variable in self.trainable_variables]
+            others = [variable.value for variable in self.non_trainable_variables]
+            options = {"training": False} if self._call_has_training_arg else {}
+            _, _, losses = self.stateless_call(trainable, others, rows, return_losses=True, **options)
+            return aggregate(self, losses[place])
+
+        name = f"number {place + 1} of the losses from add_loss"
+        factor = step.losses.factor(step, ("added", place), name, added, x)
+        return _scaled(aggregate(self, loss), factor)
+
+    return _aggregate_additional_loss
+
+
+def _over_all_valid_steps(apply_mask: Callable[..., Any]) -> Callable[..., Any]:
+    def over_all_valid_steps(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
+        if mask is not None and reduction in _MEANS and _comparing.get():
+            return apply_mask(sample_weight, mask, dtype, "sum")  # 0 and 1, whatever the other rows
+        result = apply_mask(sample_weight, mask, dtype, reduction)
+        step = current()
+        if mask is None or reduction not in _MEANS or step is None or not step.together:
+            return result
+        size = tf.cast(tf.size(mask), tf.float64)
+        valid = tf.reduce_sum(tf.cast(mask, tf.float64))
+        all_sizes, all_valid = tf.unstack(_sum_over_ranks(step, [size, valid]))
+        # Keras has multiplied by size / valid; all_sizes / all_valid is what one process multiplies by.
+        factor = tf.math.divide_no_nan(all_sizes * valid, all_valid * size)
+        return result * tf.cast(factor, result.dtype)
+
+    return over_all_valid_steps
+
+
+def _over_all_weights(reduce_values: Callable[..., Any]) -> Callable[..., Any]:
+    def over_all_weights(
+        values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size"
+    ) -> Any:
+        weighted = reduction == "mean_with_sample_weight" and sample_weight is not None
+        if weighted and _comparing.get():
+            return reduce_values(
+                values, None, "sum_over_batch_size"
+            )  # not divided by what depends on other rows
+        result = reduce_values(values, sample_weight, reduction)
+        step = current()
+        if not weighted or step is None or not step.together:
+            return result
+        weight = tf.reduce_sum(tf.cast(sample_weight, tf.float64))
+        (all_weight,) = tf.unstack(_sum_over_ranks(step, [weight]))
+        factor = tf.math.divide_no_nan(weight, all_weight) * step.times_own
+        return result * tf.cast(factor, result.dtype)
+
+    return over_all_weights
+
+
+def _with_weights_of_samples(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    def with_weights_of_samples(values: Any, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+        if sample_weight is not None and runtime.is_initialized() and runtime.engine().size > 1:
+            _check_axes(values, sample_weight)
+        return reduce(values, sample_weight, *args, **kwargs)
+
+    return with_weights_of_samples
+
+
+def _check_axes(values: Any, sample_weight: Any) -> None:
+    """Refuse weights that Keras would multiply along the last axis of the losses instead of the samples.
+
+    One process raises an error unless that axis happens to be as long as the batch. On several ranks it may happen
+    to be as long as a rank's part of it, and each process would train on other weights without a word.
+    """
+    losses, weights = keras_loss.squeeze_or_expand_to_same_rank(
+        tf.convert_to_tensor(values), tf.convert_to_tensor(sample_weight)
+    )
+    if None in (losses.shape.rank, weights.shape.rank) or not 0 < weights.shape.rank < losses.shape.rank:
+        return
+    ones = (1,) * (losses.shape.rank - weights.shape.rank)
+    raise ValueError(
+        f"sample_weight has {weights.shape.rank} axes and the loss has {losses.shape.rank}: Keras would multiply "
+        "the weights along the last axis of the losses, not along the samples. Received: sample_weight of shape "
+        f"{_shown(sample_weight.shape)}, losses of shape {_shown(losses.shape)}. Give weights with as many axes, "
+        f"such as sample_weight.reshape({', '.join(map(str, (-1, *weights.shape[1:], *ones)))})."
+    )
+
+
+def _shown(shape: Any) -> str:
+    return f"({', '.join('batch' if not place else str(size) for place, size in enumerate(shape))})"
+
+
+def _sum_over_ranks(step: GlobalBatch, numbers: Sequence[Tensor]) -> Tensor:
+    """Return the sums of numbers over the ranks that hold samples, float64 of shape (len(numbers),)."""
+    mine = tf.stack(numbers) * tf.cast(tf.minimum(step.own, 1), tf.float64)
+    return operations.allreduce(step.engine, tf.stop_gradient(mine), Reduction(Op.SUM))
+
+
+def _kind(compute: Callable[[Any], Tensor], given: Any) -> Tensor:
+    """Compare a loss of this rank's rows with those of their two halves; a single row is taken twice.
+
+    Args:
+        compute: Computes the loss of rows.
+        given: This rank's rows, a nest of tensors.
+
+    Returns:
+        UNKNOWN, MEAN, SUM or OTHER, an int64 scalar.
+    """
+    half = tf.shape(next(leaf for leaf in keras.tree.flatten(given) if leaf is not None))[0] // 2
+    first = _rows(lambda leaf: leaf[: tf.maximum(half, 1)], given)
+    rest = _rows(lambda leaf: leaf[half:], given)
+    both = keras.tree.map_structure(
+        lambda *pair: None if pair[0] is None else tf.concat(pair, 0), first, rest
+    )
+    values = [tf.reduce_sum(compute(rows)) for rows in (both, first, rest)]
+    sizes = [_length(rows) for rows in (both, first, rest)]
+    whole, one, other = (tf.cast(value, tf.float64) for value in values)
+    scale = tf.reduce_max(tf.abs([whole, one, other]))
+    allowed = scale * np.sqrt(np.finfo(values[0].dtype.as_numpy_dtype).eps)
+    is_mean = tf.abs(whole - (sizes[1] * one + sizes[2] * other) / sizes[0]) <= allowed
+    is_sum = tf.abs(whole - one - other) <= allowed
+    # Both where the loss is 0, as at the start of some: the next step will tell.
+    kind = tf.where(is_mean, tf.where(is_sum, UNKNOWN, MEAN), tf.where(is_sum, SUM, OTHER))
+    return tf.cast(tf.where(tf.math.is_finite(scale), kind, UNKNOWN), tf.int64)
+
+
+def _rows(take: Callable[[Any], Any], given: Any) -> Any:
+    return keras.tree.map_structure(lambda leaf: None if leaf is None else take(leaf), given)
+
+
+def _length(rows: Any) -> Tensor:
+    leaf = next(leaf for leaf in keras.tree.flatten(rows) if leaf is not None)
+    return tf.cast(tf.shape(leaf)[0], tf.float64)
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    token = _comparing.set(True)
+    try:
+        yield
+    finally:
+        _comparing.reset(token)
+
+
+_inside: ContextVar[bool] = ContextVar("a loss is computed, of which others may be parts", default=False)
+
+
+@contextlib.contextmanager
+def _outermost() -> Iterator[None]:
+    token = _inside.set(True)
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def _scaled(value: Tensor, factor: Tensor) -> Tensor:
+    """Multiply a loss; of one that Keras was told not to reduce only the gradient, since Keras logs its mean."""
+    factor = tf.cast(factor, value.dtype)
+    if value.shape.rank == 0:
+        return value * factor
+    return value * factor - tf.stop_gradient(value * (factor - 1))
+
+
+def _not_decomposable(names: Sequence[str], size: int) -> str:
+    return (
+        f"hvd.shard: {' and '.join(names)} does not follow from the samples one by one: of a batch it is neither "
+        "the mean nor the sum of what it is of two parts of the batch (as with Dice, contrastive losses, and losses "
+        f"that draw random numbers). Each of the {size} ranks computes it on its own part of a batch and the mean of "
+        "these is trained on, which is not what one process trains on. If that matters, let the loss return one "
+        "value a sample that depends on no other sample; or gather what it compares from all ranks: "
+        "hvdtrain.tensorflow.allgather is differentiable."
+    )
