@@ -27,9 +27,10 @@ class Part:
     weight: Any
     rows: Rows
 
-    def dealt(self) -> Dealt:
-        """Return the part with the numbers of samples, as `fit` and `evaluate` read it."""
-        return Dealt(packed(self.x, self.y, self.weight), np.array([self.rows.own, self.rows.total]))
+    def dealt(self) -> Any:
+        """Return the part as `fit` and `evaluate` read it: on several ranks with the numbers of samples."""
+        batch = packed(self.x, self.y, self.weight)
+        return batch if self.rows.size == 1 else Dealt(batch, np.array([self.rows.own, self.rows.total]))
 
     def weighted(self, keep: bool) -> Any:
         """Return x, (x, y) or (x, y, sample_weight) for a loop of the user's own.

@@ -193,7 +193,8 @@ def _dealt(batch: Any, own: tf.Tensor, total: tf.Tensor, division: Division, dea
         refuse_both(weight)
         weight = _class_weights(y, division.class_weight)
     if dealt:
-        return Dealt(packed(x, y, weight), tf.stack([own, total]))
+        batch = packed(x, y, weight)
+        return batch if division.size == 1 else Dealt(batch, tf.stack([own, total]))
     if weight is None and division.keep and y is not None:
         weight = tf.ones([tf.maximum(own, 1)], keras.config.floatx())
     if weight is not None:

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -56,7 +57,12 @@ def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(get_data_adapter)
     def choose(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Sharded):
-            return _watched(get_data_adapter(x, *args, **kwargs))
+            with warnings.catch_warnings(record=True) as told:
+                warnings.simplefilter("always")
+                adapter = get_data_adapter(x, *args, **kwargs)
+            for warning in told:  # Keras warns in the name of its caller, which is this function
+                warnings.warn(warning.message, stacklevel=2)
+            return _watched(adapter)
         given = inspect.signature(get_data_adapter).bind(x, *args, **kwargs).arguments
         for name in ("y", "sample_weight"):
             if given.get(name) is not None:
@@ -120,15 +126,16 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
         sharded = [data for data in (x, validation) if isinstance(data, Sharded)]
         if not sharded:
             return method(self, *args, **kwargs)
-        this = _Run(dealt=runtime.engine().size > 1)
-        if this.dealt:
+        this = _Run(dealt=True)
+        several = runtime.engine().size > 1
+        if several:
             together = trains or is_of_all_ranks(given.arguments.get("callbacks"))
             evaluated = validation if trains else x
             _attach(self, "test", _Setting(getattr(evaluated, "partial", False), together))
-        if this.dealt and trains:
+        if several and trains:
             _attach(self, "train", _Setting(getattr(x, "partial", False), together))
         if trains and isinstance(x, Sharded):
-            known = self.train_step.hvdtrain_losses if this.dealt else None
+            known = self.train_step.hvdtrain_losses if several else None
             given.arguments["callbacks"] = preceded(self, given.arguments.get("callbacks"), Follow(x, known))
             this.training = x
             if x.steps is not None:

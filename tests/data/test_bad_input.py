@@ -41,9 +41,9 @@ class Empty(keras.utils.PyDataset):
         ((X, Y), {"batch_size": 2.5}, TypeError, "must be an integer"),
         (
             (X, Y),
-            {"batch_size": 8, "remainder": "keep"},
+            {"batch_size": 8, "remainder": "fill"},
             ValueError,
-            "'pad'.*'drop'.*Received: remainder='keep'",
+            "'keep'.*'drop'.*Received: remainder='fill'",
         ),
         ((X, Y), {"batch_size": 8, "seed": -1}, ValueError, "seed must be 0 or more"),
         ((X, Y), {"batch_size": 8, "seed": "a"}, TypeError, "seed must be an integer"),

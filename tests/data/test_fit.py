@@ -129,7 +129,7 @@ def assert_twins(sharded, reference, steps=None, **options):
 
 
 @pytest.mark.parametrize("shuffle", [True, False])
-@pytest.mark.parametrize("remainder", ["pad", "drop"])
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
 def test_arrays_train_as_on_one_process(shuffle, remainder):
     data = shard((X, Y), BATCH, shuffle, remainder=remainder)
     assert_twins(data, Batches(X, Y, shuffle=shuffle, drop=remainder == "drop"))
@@ -393,7 +393,7 @@ def test_fit_says_once_that_an_optimizer_is_not_distributed(capfd, monkeypatch):
     assert said.count("SGD, is not distributed") == (hvd.size() > 1 and hvd.rank() == 0)
 
 
-@pytest.mark.parametrize("remainder", ["pad", "drop"])
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
 def test_fit_says_once_that_metrics_of_what_was_made_of_sharded_data_count_filler(
     capfd, monkeypatch, remainder
 ):
@@ -402,5 +402,5 @@ def test_fit_says_once_that_metrics_of_what_was_made_of_sharded_data_count_fille
     compiled(network)
     for _ in range(2):
         network.fit(shard(slices(), BATCH, remainder=remainder).prefetch(1), verbose=0)
-    speaks = hvd.size() > 1 and hvd.rank() == 0 and remainder == "pad"
+    speaks = hvd.size() > 1 and hvd.rank() == 0 and remainder == "keep"
     assert capfd.readouterr().err.count("Call hvd.shard last") == speaks

@@ -17,8 +17,8 @@ def test_every_sample_once_in_equal_steps(length, size, rows, shuffle, epoch):
         assert plan.steps == -(-length // (size * rows))
         for step in range(plan.steps):
             indices, part = plan.part(plan.order(epoch), step)
-            assert size == 1 or len(indices) == rows
-            seen += list(indices[part.real])
+            assert len(indices) == max(part.own, 1) and part.own <= rows
+            seen += list(indices[: part.own])
     assert sorted(seen) == list(range(length))
 
 
@@ -31,19 +31,19 @@ def test_a_global_batch_is_the_same_on_any_number_of_ranks(length, size, epoch):
         for rank in range(size):
             plan = Plan(length, 16, rank, size, True, seed=5)
             indices, part = plan.part(plan.order(epoch), step)
-            everyone |= set(indices[part.real])
+            everyone |= set(indices[: part.own])
         assert everyone == set(alone.part(alone.order(epoch), step)[0])
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-def test_a_mean_over_ranks_of_weighted_rows_is_the_mean_over_samples(size):
-    values = np.random.default_rng(0).standard_normal(5)
-    means = []
-    for rank in range(size):
-        rows = deal(5, 16, rank, size)
-        means.append(np.mean(values[rows.take] * rows.real * rows.scale))
+@pytest.mark.parametrize("count", [1, 3, 5, 8])
+def test_a_mean_over_ranks_of_weighted_means_is_the_mean_over_samples(size, count):
+    values = np.random.default_rng(0).standard_normal(count)
+    parts = [deal(count, rank, size) for rank in range(size)]
+    means = [np.mean(values[rows.take]) * rows.weight for rows in parts]
     np.testing.assert_allclose(np.mean(means), values.mean(), rtol=1e-14)
-    assert rows.share == 5 / size
+    held = [rows.own for rows in parts]
+    assert sum(held) == count and max(held) - min(held) <= 1
 
 
 def test_what_is_dropped_is_less_than_a_batch():

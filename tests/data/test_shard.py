@@ -25,7 +25,8 @@ def seen(data):
     for batch in data:
         x = np.asarray(batch[0])
         weight = np.asarray(batch[2]) if len(batch) == 3 else np.ones(len(x))
-        assert len(x) == BATCH // hvd.size() or hvd.size() == 1
+        # A rank has its samples and nothing else; where there is none for it, one row of weight 0.
+        assert len(x) <= BATCH // hvd.size() and ((weight > 0).all() or len(x) == 1)
         np.testing.assert_array_equal(x[:, 0].astype(int), np.asarray(batch[1]))
         mine += [int(each) for each in x[weight > 0].reshape(-1)]
         steps += 1
@@ -63,7 +64,7 @@ class Shuffling(Users):
         np.random.shuffle(self.order)
 
 
-@pytest.mark.parametrize("remainder", ["pad", "drop"])
+@pytest.mark.parametrize("remainder", ["keep", "drop"])
 @pytest.mark.parametrize("length", [1, 3, 8, 16, 23])
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_arrays(length, shuffle, remainder):
