@@ -47,7 +47,8 @@ def _run_file(path: str, args: Sequence[str]) -> None:
 
 def _run_module(name: str, args: Sequence[str]) -> None:
     sys.argv = ["-m", *args]
-    _search_first(str(Path.cwd()))
+    if not name.startswith("hvdtrain."):  # ours need nothing of the working directory
+        _search_first(str(Path.cwd()))
     spec = _spec(name)
     loader: Any = spec.loader if spec else None
     code = loader.get_code(spec.name) if spec and hasattr(loader, "get_code") else None
@@ -71,8 +72,9 @@ def _spec(name: str) -> ModuleSpec | None:
 
 
 def _search_first(folder: str) -> None:
+    """Give the script's folder the place that Python gives it; ours has no folder there (see safe_path.py)."""
     if not getattr(sys.flags, "safe_path", False):
-        sys.path[0] = folder
+        sys.path.insert(0, folder)
 
 
 def _become_main(code: CodeType, **attributes: Any) -> None:

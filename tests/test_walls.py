@@ -37,6 +37,7 @@ FLOORS = [
     "mpi_wheel",
     "script",
     "replacing",
+    "safe_path",
 ]
 # launch, diagnose and bench stand side by side.
 BESIDE = {"diagnose": {"launch"}, "bench": {"launch"}}

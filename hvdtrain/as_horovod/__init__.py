@@ -4,6 +4,10 @@ hvdtrain run --as-horovod -np 4 old_script.py
 horovodrun -np 4 python -m hvdtrain.as_horovod old_script.py
 """
 
+from hvdtrain import safe_path
+
+safe_path.leave_working_directory()
+
 import os
 import sys
 

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
+from hvdtrain import safe_path
 from hvdtrain.bench import holder
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.lines import Lines, packed
 from hvdtrain.launch.guard import keep_alive
 
-_RUN = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run"]
+_RUN = [sys.executable, *safe_path.main_of("hvdtrain.cli"), "run"]
 
 UP = 120.0  # seconds for a job to start its ranks
 LATE = 2.0  # seconds for a rank that failed to say so, once another rank's line is cut

@@ -16,7 +16,7 @@ import sys
 from collections.abc import Mapping
 from typing import IO, Any, final
 
-from hvdtrain import topology
+from hvdtrain import safe_path, topology
 from hvdtrain.bench.lines import Lines, packed
 from hvdtrain.launch import guard, wire
 from hvdtrain.launch.console import NOISE
@@ -124,7 +124,7 @@ class Holder:
 
     def _start(self, order: Mapping[str, Any]) -> None:
         self._worker = subprocess.Popen(
-            [sys.executable, "-m", "hvdtrain.bench.worker", order["module"]],
+            [sys.executable, *safe_path.main_of("hvdtrain.bench.worker"), order["module"]],
             env=environ_for(order, self._place),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 import hvdtrain
+from hvdtrain import safe_path
 from hvdtrain.diagnose.question import Answer, Question, ask
 from hvdtrain.launch import mpirun, slurm
 from hvdtrain.launch.hosts import LaunchError
@@ -158,4 +159,4 @@ def reason(answer: Answer) -> str:
 
 
 def _probe(name: str, *args: str) -> list[str]:
-    return [sys.executable, "-m", f"hvdtrain.diagnose.probes.{name}", *args]
+    return [sys.executable, *safe_path.main_of(f"hvdtrain.diagnose.probes.{name}"), *args]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from hvdtrain import safe_path
 from hvdtrain.launch.build_progress import BuildProgress, Steps
 from hvdtrain.launch.horovod_mend import mend
 from hvdtrain.launch.horovod_target import HOROVOD, PASSED_ON, SDIST_SHA256, CannotBuild, Target
@@ -18,7 +19,8 @@ from hvdtrain.launch.mpi_identity import lenient_settings
 
 _TOOLS = ("setuptools>=70.1,<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml")
 _RUNTIME = {"cloudpickle": "cloudpickle", "packaging": "packaging", "psutil": "psutil", "pyyaml": "yaml"}
-_PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--retries", "1", "--timeout", "10")
+_PIP = [sys.executable, *safe_path.main_of("pip._internal.cli.main"), "--disable-pip-version-check"]
+_PIP += ["--retries", "1", "--timeout", "10"]
 
 _PROOF = """
 import horovod.tensorflow as hvd, tensorflow as tf
@@ -105,7 +107,7 @@ def prove(wheel: Path, target: Target, folder: Path, steps: Steps) -> list[Path]
     wheels = [wheel, *_runtime_wheels(folder / "wheels", steps)]
     stage = folder / "stage"
     _pip(["install", "--no-deps", "--no-index", "--target", stage, *wheels], "Horovod's wheel", steps)
-    command: list[str | Path] = [target.launcher, "-n", "2", sys.executable, "-c", _PROOF]
+    command: list[str | Path] = [target.launcher, "-n", "2", sys.executable, *safe_path.code(_PROOF)]
     failure = f"Horovod was built for {target}, but two ranks could not sum with it; nothing was installed."
     output = steps.run(command, failure, _proof_environment(stage), timeout=180)
     if not all(f"rank {rank} of 2 received 3.0" in output for rank in (0, 1)):

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain import cores, topology
+from hvdtrain import cores, safe_path, topology
 from hvdtrain.launch import binding, knobs, mpirun, slurm, tuned, wire
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
 
@@ -113,7 +113,7 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
     mode = [wire.AS_HOROVOD] if options.as_horovod else []
     words = wire.pack_words([*mode, *_wrapping(options), options.script, *options.args])
-    command = [*start, *extra, *_python(options), "-m", "hvdtrain.launch.supervise", *words]
+    command = [*start, *extra, *_python(options), *safe_path.main_of("hvdtrain.launch.supervise"), *words]
     return Plan(command, settings | told, addresses, note)
 
 

@@ -6,6 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
+from hvdtrain import safe_path
 from hvdtrain.launch.asking import ask
 from hvdtrain.launch.hosts import Host, LaunchError
 from hvdtrain.launch.mpirun import Mpi
@@ -15,7 +16,7 @@ ANY_PMI = ("pmix", "pmi2")
 
 # What srun lists it may fail to load, and what it loads may be of a version that the MPI does not understand; then
 # each rank is alone, or dies. Two ranks that meet are the proof.
-_MEET = "from mpi4py import MPI; print('met', MPI.COMM_WORLD.Get_size())"
+_MEET = safe_path.code("from mpi4py import MPI; print('met', MPI.COMM_WORLD.Get_size())")
 
 
 def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
@@ -102,7 +103,7 @@ def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[
     """Starts a world of two and returns what went wrong, or None if they met."""
     command = ["srun", f"--ntasks={ranks}", f"--mpi={pmi}", "--kill-on-bad-exit=1", *overlap(environ)]
     try:
-        done = ask([*command, *python, "-c", _MEET], environ, 120)
+        done = ask([*command, *python, *_MEET], environ, 120)
     except LaunchError as error:
         return str(error)
     if f"met {ranks}" in done.stdout:

@@ -7,6 +7,10 @@ in a batch script say, it writes the lines of every rank but the first with thei
 and a failure in one rank still ends all.
 """
 
+from hvdtrain import safe_path
+
+safe_path.leave_working_directory()
+
 import contextlib
 import ctypes
 import faulthandler

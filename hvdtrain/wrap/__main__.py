@@ -1,5 +1,9 @@
 """`python -m hvdtrain.wrap [--scale-batch] train.py args...`, under hvdtrain run, mpirun, srun, or alone."""
 
+from hvdtrain import safe_path
+
+safe_path.leave_working_directory()
+
 import os
 import sys
 from collections.abc import Sequence

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain import cores
+from hvdtrain import cores, safe_path
 from hvdtrain.launch import binding, plan, slurm
 from hvdtrain.launch.hosts import Host, LaunchError, read_hosts
 from hvdtrain.launch.run import RunOptions, run
+
+SUPERVISE = safe_path.main_of("hvdtrain.launch.supervise")
 
 VERSIONS = {
     "Open MPI 4": "mpirun (Open MPI) 4.1.8",
@@ -79,7 +81,7 @@ COMMANDS = {
 def test_the_command_of_each_mpi(machine, capsys, mpi):
     machine.has("mpirun", VERSIONS[mpi])
     settings, words = written(capsys, hosts="localhost:4", mpi_args="--and 'this too'")
-    rank = [sys.executable, "-m", "hvdtrain.launch.supervise", "train.py", "--epochs", "3 4"]
+    rank = [sys.executable, *SUPERVISE, "train.py", "--epochs", "3 4"]
     mpirun = str(machine.bin / "mpirun")
     assert words == [mpirun, "-np", "4", *COMMANDS[mpi], "--and", "this too", *rank]
     assert settings["TF_CPP_MIN_LOG_LEVEL"] == "2"
@@ -109,7 +111,7 @@ def test_a_script_that_knows_nothing_of_ranks_is_run_by_what_divides_its_work(ma
         "--epochs",
         "3 4",
     ]
-    assert words[-len(wrapped) - 1 :] == ["hvdtrain.launch.supervise", *wrapped]
+    assert words[-len(wrapped) - 2 :] == [*SUPERVISE, *wrapped]
 
 
 def test_what_the_user_has_set_stays(machine, capsys):
@@ -258,8 +260,7 @@ def test_another_python_runs_the_ranks_and_tries_srun(machine, capsys):
         "exec",
         "my image.sif",
         "python3",
-        "-m",
-        "hvdtrain.launch.supervise",
+        *SUPERVISE,
     ]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain import safe_path
 from hvdtrain.diagnose.finding import Finding, note, ok, wrong
 from hvdtrain.diagnose.inquiry import Inquiry
 
@@ -103,8 +104,8 @@ def hostname(inquiry: Inquiry) -> Finding:
     """Checks that this host's name leads to an address, and one that other hosts can reach."""
     host = socket.gethostname()
     # Asked elsewhere because a name server that does not answer can hold a process for a minute.
-    question = "import socket, sys; print(socket.gethostbyname(sys.argv[1]))"
-    answer = inquiry.ask(sys.executable, "-c", question, host)
+    question = "import socket; print(socket.gethostbyname(sys.argv[1]))"
+    answer = inquiry.ask(sys.executable, *safe_path.code(question), host)
     outward = sorted(interfaces(), key=lambda each: each.name.startswith(PRIVATE))
     reachable = outward[0].address if outward else ""
     return judge_hostname(host, answer.out.strip() if answer.code == 0 else "", reachable)

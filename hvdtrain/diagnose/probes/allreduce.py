@@ -10,8 +10,9 @@ import numpy as np
 ELEMENTS = 1 << 20  # 4 MiB: beyond every eager limit, so the transport that training will use is used
 
 
-def main(seconds: int) -> None:
-    """Sums rank + 1 over all ranks; rank 0 prints what it saw as one JSON object."""
+def main() -> None:
+    """Sums rank + 1 over all ranks, within the seconds on the command line; rank 0 prints what it saw as JSON."""
+    seconds = int(sys.argv[1])
     signal.alarm(seconds)  # a rank that hangs inside MPI dies by itself even where its launcher does not
     if os.environ["HVDTRAIN_ENGINE"] == "horovod":
         import tensorflow  # noqa: F401  # before MPI, as in a training script
@@ -27,4 +28,4 @@ def main(seconds: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main()
