@@ -51,6 +51,8 @@ def init(comm: Any = None) -> Engine:
         with heartbeat.Waiting(b"in hvd.init()"):
             engine = _open(choice, place, comm)
         _check_world(engine, None if comm else place)
+        if engine.size == 1 and choice != "single":
+            _tell_if_alone_in_a_job(place)
         _end_all_on_error(engine)
         atexit.register(_end_together, engine)
         unwatched.start(engine)
@@ -152,6 +154,21 @@ def _check_world(engine: Engine, place: topology.Place | None) -> None:
         f"({engine.library}) sees a world of {engine.size}. Each process would train a model of its own.\n"
         f"{_cure(engine, place)} `hvdtrain doctor` shows which MPI is where."
     )
+
+
+def _tell_if_alone_in_a_job(place: topology.Place | None) -> None:
+    """Print a line where a Slurm job has several tasks, and srun has not started this process as one of them."""
+    tasks = topology.slurm_tasks()
+    alone = place is None or (place.launcher == "Slurm" and place.size == 1)
+    if alone and tasks > 1:
+        script = sys.argv[0] or "train.py"
+        print(
+            f"hvdtrain: this Slurm job has {tasks} tasks, but this process was started alone, without srun, and "
+            f"trains in a world of 1. To train on all of them type `hvdtrain run -np {tasks} {script}`, or "
+            f"`srun --mpi=pmix python {script}` (pmi2 for MPICH); HVDTRAIN_ENGINE=single if one is meant.",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _cure(engine: Engine, place: topology.Place) -> str:

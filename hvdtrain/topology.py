@@ -95,6 +95,22 @@ def detect(environ: Mapping[str, str] = os.environ) -> Place | None:
     return None
 
 
+def slurm_tasks(environ: Mapping[str, str] = os.environ) -> int:
+    """Return how many tasks the Slurm job around this process has, whatever started the process.
+
+    Args:
+        environ: The environment to read; the process's own by default.
+
+    Returns:
+        The number of tasks that were asked for, or at least one a node; 0 outside of a Slurm job.
+    """
+    if "SLURM_JOB_ID" not in environ:
+        return 0
+    total = _number(environ, "SLURM_NTASKS") or _number(environ, "SLURM_NPROCS")
+    nodes = _number(environ, "SLURM_JOB_NUM_NODES") or 1
+    return total or nodes * (_number(environ, "SLURM_NTASKS_PER_NODE") or 1)
+
+
 def launcher_variables() -> frozenset[str]:
     """Names every variable of `LAUNCHERS`: what a process started afresh must not inherit."""
     return frozenset(

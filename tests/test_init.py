@@ -66,6 +66,33 @@ def test_auto_without_a_fitting_pmi_is_refused_as_well():
     assert done.returncode == 1 and "world of 1" in done.stderr
 
 
+JOB = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}
+ONE_TASK = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1"}
+
+
+@pytest.mark.parametrize("environ", [JOB, JOB | ONE_TASK, JOB | {"HVDTRAIN_ENGINE": "mpi"}])
+def test_a_process_alone_in_a_slurm_job_of_several_tasks_is_told_so(environ):
+    done = python(INIT, **environ)
+    assert done.returncode == 0 and done.stdout.split()[1] == "1"
+    for words in ("4 tasks", "without srun", "world of 1", "hvdtrain run -np 4", "srun --mpi=pmix python"):
+        assert words in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        JOB | {"SLURM_NTASKS": "1"},
+        JOB | {"HVDTRAIN_ENGINE": "single"},
+        JOB | {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "1"},
+        # What srun starts as a step of one task has one task, however many the job has.
+        JOB | ONE_TASK | {"SLURM_NTASKS": "1"},
+    ],
+)
+def test_one_process_that_was_asked_for_in_a_slurm_job_is_told_nothing(environ):
+    done = python(INIT, **environ)
+    assert done.stdout.split() == ["single", "1"] and done.stderr == ""
+
+
 def test_an_engine_that_is_none():
     done = python(INIT, HVDTRAIN_ENGINE="gloo")
     assert done.returncode == 1 and "auto, horovod, mpi, single" in done.stderr

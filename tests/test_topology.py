@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvdtrain.topology import Place, detect, launcher_variables
+from hvdtrain.topology import Place, detect, launcher_variables, slurm_tasks
 
 OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "3",
@@ -43,6 +43,21 @@ def test_a_batch_script_is_not_a_rank():
     assert (
         detect({"SLURM_PROCID": "0", "SLURM_NTASKS": "4", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "7"}) is None
     )
+
+
+@pytest.mark.parametrize(
+    "environ, tasks",
+    [
+        ({"SLURM_NTASKS": "4"}, 0),
+        ({"SLURM_JOB_ID": "7"}, 1),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}, 4),
+        ({"SLURM_JOB_ID": "7", "SLURM_NPROCS": "3"}, 3),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2", "SLURM_NTASKS_PER_NODE": "4"}, 8),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NUM_NODES": "2"}, 2),
+    ],
+)
+def test_the_tasks_of_a_slurm_job(environ, tasks):
+    assert slurm_tasks(environ) == tasks
 
 
 def test_mpirun_inside_an_allocation_counts_not_the_srun_that_started_its_daemons():
