@@ -31,7 +31,13 @@ _SAVE = click.option("--save", type=click.Path(), help="Write FILE.json, and a p
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})
-@click.option("-np", "--num-proc", "num_proc", type=int, required=True, help="How many ranks to start.")
+@click.option(
+    "-np",
+    "--num-proc",
+    "num_proc",
+    type=int,
+    help="How many ranks to start [all slots of the hosts, or of the scheduler's job].",
+)
 @_HOSTS
 @click.option("--hostfile", type=click.Path(), help="A file of hosts, one a line: a:4, or a slots=4.")
 @click.option(

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from hvdtrain.launch.plan import slots_of_job
 from hvdtrain.launch.run import RunOptions, run
 
 _PROBE = Path(__file__).parent / "probes" / "smoke.py"
@@ -12,11 +13,11 @@ def smoke(num_proc: int | None = None, hosts: str | None = None) -> int:
     """Starts ranks as `hvdtrain run` does; each sums, checks, times, and trains ten steps.
 
     Args:
-        num_proc: How many ranks; all tasks of the Slurm job, or 2, if not given.
+        num_proc: How many ranks; all slots of the scheduler's job, or 2, if not given.
         hosts: Hosts and their slots, as for `hvdtrain run`.
 
     Returns:
         0 if every sum was right and all ranks hold the same weights; else the code of the rank that failed.
     """
-    ranks = num_proc if num_proc is not None else int(os.environ.get("SLURM_NTASKS", 2))
+    ranks = num_proc if num_proc is not None else slots_of_job(os.environ) or 2
     return run(RunOptions(ranks, str(_PROBE), hosts=hosts))

@@ -24,13 +24,13 @@ class Host:
     slots: int
 
 
-def read_hosts(named: str | None, hostfile: str | None, ranks: int) -> tuple[Host, ...]:
+def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None) -> tuple[Host, ...]:
     """Reads the hosts that were asked for, and makes sure that they exist and suffice.
 
     Args:
         named: The value of `-H`, as in "a:4,b:4".
         hostfile: A file with one host a line.
-        ranks: How many ranks are to be started.
+        ranks: How many ranks are to be started; as many as there are slots if None.
 
     Returns:
         The hosts in the order given; none at all where neither was given.
@@ -44,6 +44,18 @@ def read_hosts(named: str | None, hostfile: str | None, ranks: int) -> tuple[Hos
     if not source:
         return ()
     hosts = tuple(_parse(entry, source) for entry in entries)
+    check_hosts(hosts, source, 1 if ranks is None else ranks)
+    return hosts
+
+
+def check_hosts(hosts: Sequence[Host], source: str, ranks: int) -> None:
+    """Raise a LaunchError where hosts have too few slots for ranks, or cannot be found.
+
+    Args:
+        hosts: The hosts.
+        source: What named them, for the message.
+        ranks: How many ranks are to be started.
+    """
     slots = sum(host.slots for host in hosts)
     if slots < ranks:
         raise LaunchError(
@@ -52,7 +64,6 @@ def read_hosts(named: str | None, hostfile: str | None, ranks: int) -> tuple[Hos
         )
     for host in hosts:
         _resolve(host.name, source)
-    return hosts
 
 
 def all_local(hosts: Sequence[Host]) -> bool:

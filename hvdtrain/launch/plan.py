@@ -4,11 +4,11 @@ import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from hvdtrain import cores, safe_path, topology
-from hvdtrain.launch import binding, knobs, mpirun, slurm, tuned, wire
+from hvdtrain.launch import binding, knobs, mpirun, schedulers, slurm, tuned, wire
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
 
 # What an MPI launcher leaves in the environment of its ranks, beside the variables in topology.py.
@@ -20,7 +20,7 @@ class RunOptions:
     """What was asked of `hvdtrain run`.
 
     Args:
-        num_proc: How many ranks to start.
+        num_proc: How many ranks to start; None for as many as the job or the hosts have room for.
         script: The Python script that each rank runs.
         args: What the script finds in `sys.argv` after its name.
         hosts: Hosts and their slots, "a:4,b:4"; this host when neither they nor a file are given.
@@ -41,7 +41,7 @@ class RunOptions:
         walltime: How long the training may take from now, as Slurm writes it: "8:00:00".
     """
 
-    num_proc: int
+    num_proc: int | None
     script: str
     args: tuple[str, ...] = ()
     hosts: str | None = None
@@ -59,6 +59,12 @@ class RunOptions:
     max_restarts: int = 0
     min_np: int | None = None
     walltime: str | None = None
+
+    @property
+    def ranks(self) -> int:
+        """How many ranks to start, once `with_ranks` has found it out."""
+        assert self.num_proc is not None
+        return self.num_proc
 
 
 @dataclass(frozen=True)
@@ -101,7 +107,7 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     check_wrapping(options)
     _check_numbers(options)
     extra = _split("--mpi-args", options.mpi_args)
-    hosts = tuple(left) or read_hosts(options.hosts, options.hostfile, options.num_proc)
+    hosts = tuple(left) or find_hosts(options, environ)
     found = mpirun.find(environ)
     faster, note = _faster(options, found, environ, hosts)
     told = _quiet(options, environ) | _hashing(options, environ) | faster
@@ -115,6 +121,41 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     words = wire.pack_words([*mode, *_wrapping(options), options.script, *options.args])
     command = [*start, *extra, *_python(options), *safe_path.main_of("hvdtrain.launch.supervise"), *words]
     return Plan(command, settings | told, addresses, note)
+
+
+def with_ranks(options: RunOptions, environ: Mapping[str, str]) -> RunOptions:
+    """Fill in the number of ranks where -np was left out: all slots of the hosts, or all tasks of the job.
+
+    Raises:
+        LaunchError: If neither hosts nor a job are known.
+    """
+    if options.num_proc is not None:
+        return options
+    ranks = sum(host.slots for host in read_hosts(options.hosts, options.hostfile)) or slots_of_job(environ)
+    if not ranks:
+        raise LaunchError(
+            "How many ranks? Type -np 4, for example; only in a job of a scheduler and with -H may it be left out."
+        )
+    return replace(options, num_proc=ranks)
+
+
+def slots_of_job(environ: Mapping[str, str]) -> int:
+    """Return how many ranks the job of a scheduler around this process has room for; 0 outside of any."""
+    if slurm.in_allocation(environ):
+        return topology.slurm_tasks(environ)
+    job = schedulers.find_job(environ)
+    return job.slots if job else 0
+
+
+def find_hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, ...]:
+    """Return the hosts that were named, else those of a scheduler's job; none where the ranks start here.
+
+    In a Slurm allocation there are none either, because srun knows them.
+    """
+    if options.hosts or options.hostfile:
+        return read_hosts(options.hosts, options.hostfile, options.ranks)
+    job = None if slurm.in_allocation(environ) else schedulers.find_job(environ)
+    return job.hosts_for(options.ranks) if job else ()
 
 
 def in_allocation(options: RunOptions, environ: Mapping[str, str]) -> bool:
@@ -158,11 +199,11 @@ def _start_by_mpirun(
     if local:
         _check_cores(options)
     settings = {wire.BIND: options.bind, **found.settings(environ)}
-    if local and binding.should_yield(len(os.sched_getaffinity(0)), options.num_proc):
+    if local and binding.should_yield(len(os.sched_getaffinity(0)), options.ranks):
         settings |= {name: value for name, value in binding.YIELDING.items() if name not in environ}
     names = {*environ, *settings, wire.ADDRESS, wire.TOKEN}
     forwarded = [] if local else mpirun.forwarded_names(names)
-    return found.command(options.num_proc, hosts, forwarded), settings
+    return found.command(options.ranks, hosts, forwarded), settings
 
 
 def _start_in_allocation(
@@ -171,9 +212,9 @@ def _start_in_allocation(
     """Writes srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
     # The MPI inside of a container may be another than that of the mpirun here.
     mpi = found.mpi if found and not options.python else None
-    settled = slurm.settle(options.num_proc, mpi, environ, _python(options))
+    settled = slurm.settle(options.ranks, mpi, environ, _python(options))
     environ = {**environ, **settled}
-    command = slurm.srun_command(options.num_proc, options.bind, environ, [node.name for node in nodes])
+    command = slurm.srun_command(options.ranks, options.bind, environ, [node.name for node in nodes])
     if command is not None:
         return command, settled
     if found is None:
@@ -228,7 +269,7 @@ def check_wrapping(options: RunOptions) -> None:
 
 
 def _check_numbers(options: RunOptions) -> None:
-    ranks, fewest = options.num_proc, options.min_np
+    ranks, fewest = options.ranks, options.min_np
     if ranks < 1:
         raise LaunchError(f"-np {ranks} asks for no rank at all; it must be 1 or more.")
     if options.max_restarts < 0:
@@ -252,7 +293,7 @@ def _check_script(options: RunOptions) -> None:
                 f"{shlex.join(options.args)}."
             )
         rest = shlex.join(options.args)
-        raise LaunchError(f"Python is started for you: type hvdtrain run -np {options.num_proc} {rest}")
+        raise LaunchError(f"Python is started for you: type hvdtrain run -np {options.ranks} {rest}")
     if path.is_dir():
         raise LaunchError(f"{options.script} is a folder; expected a Python script.")
     what = "cannot be read" if path.exists() else "is not there"
@@ -261,9 +302,9 @@ def _check_script(options: RunOptions) -> None:
 
 def _check_cores(options: RunOptions) -> None:
     have = len(binding.cores())
-    if options.bind == "core" and options.num_proc > have:
+    if options.bind == "core" and options.ranks > have:
         raise LaunchError(
-            f"--bind core wants one core for each of {options.num_proc} ranks, but {have} are here: "
+            f"--bind core wants one core for each of {options.ranks} ranks, but {have} are here: "
             "type --bind none, or a smaller -np."
         )
 

@@ -14,7 +14,7 @@ from hvdtrain.launch.ending import Ending, conclude, interrupted
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.interrupt import Interrupted, hearing
 from hvdtrain.launch.job import Job
-from hvdtrain.launch.plan import Plan, RunOptions, clean_environ, make_plan
+from hvdtrain.launch.plan import Plan, RunOptions, clean_environ, make_plan, with_ranks
 from hvdtrain.launch.restart import Start
 from hvdtrain.launch.survivors import World, world
 from hvdtrain.preempted import RESUMABLE
@@ -56,6 +56,7 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     """Starts the ranks, as often as need be, and gives the exit code and the last words."""
     environ = clean_environ(os.environ)
     restart.pause(environ, 0)
+    options = with_ranks(options, environ)
     environ |= staging.told(options.stage, environ) | walltime.told(options.walltime, environ)
     environ[restart.RESTART] = "0"
     plan = make_plan(options, environ)
@@ -76,7 +77,7 @@ def _persevere(
     options: RunOptions, plan: Plan, environ: dict[str, str], console: Console, starts: list[Start]
 ) -> Ending:
     """Starts the ranks until there is nothing more to be had from it."""
-    asked = World(options.num_proc)
+    asked = World(options.ranks)
     while True:
         # What the first plan has found out need not be found out again.
         environ = {**environ, **plan.settings}

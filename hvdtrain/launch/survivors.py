@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from hvdtrain.launch import mpirun, slurm
 from hvdtrain.launch.asking import ask
-from hvdtrain.launch.hosts import Host, LaunchError, all_local, read_hosts
-from hvdtrain.launch.plan import RunOptions, in_allocation
+from hvdtrain.launch.hosts import Host, LaunchError, all_local
+from hvdtrain.launch.plan import RunOptions, find_hosts, in_allocation
 
 PATIENCE = 30.0  # seconds for a host to start a program that does nothing
 
@@ -33,7 +33,7 @@ def world(options: RunOptions, environ: Mapping[str, str]) -> World:
     A host that is back takes part again. Where those that are left take fewer ranks than `--min-np` allows, all are
     tried, since one that is starting up may be back by then.
     """
-    whole = World(options.num_proc)
+    whole = World(options.ranks)
     hosts = _hosts(options, environ)
     if all_local(hosts):
         return whole
@@ -43,18 +43,18 @@ def world(options: RunOptions, environ: Mapping[str, str]) -> World:
     if len(left) == len(hosts):
         return whole
     lost = ", ".join(host.name for host, answer in zip(hosts, answers, strict=True) if not answer)
-    fewest = options.min_np or options.num_proc
-    ranks = min(options.num_proc, sum(host.slots for host in left))
+    fewest = options.min_np or options.ranks
+    ranks = min(options.ranks, sum(host.slots for host in left))
     if ranks < fewest:
         few = f"the other hosts take {ranks} ranks, fewer than {fewest} (--min-np)"
-        return World(options.num_proc, note=f"no answer from {lost}; {few}, so all are tried")
+        return World(options.ranks, note=f"no answer from {lost}; {few}, so all are tried")
     return World(ranks, left, f"no answer from {lost}")
 
 
 def _hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, ...]:
     if in_allocation(options, environ):
         return slurm.nodes(environ)
-    return read_hosts(options.hosts, options.hostfile, options.num_proc)
+    return find_hosts(options, environ)
 
 
 def _answers(host: Host, options: RunOptions, environ: Mapping[str, str]) -> bool:
