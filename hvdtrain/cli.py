@@ -1,6 +1,8 @@
 """The `hvdtrain` command: parses what was typed and delegates; every import waits for its command."""
 
+import functools
 import sys
+from typing import Any
 
 import click
 
@@ -30,7 +32,39 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="Print the report a
 _SAVE = click.option("--save", type=click.Path(), help="Write FILE.json, and a plot of it, FILE.png.")
 
 
-@cli.command(context_settings={"allow_interspersed_args": False})
+class _Run(click.Command):
+    """A command that also takes the options of other launchers, which its help does not show."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        return [*super().get_params(ctx), *_foreign_options()]
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            told = "Options for the MPI launcher go into --mpi-args, those of the script stand after it."
+            raise click.NoSuchOption(
+                error.option_name, f"{error.message} {told}", error.possibilities, ctx
+            ) from None
+
+
+@functools.cache
+def _foreign_options() -> tuple[click.Option, ...]:
+    from hvdtrain.launch.foreign import FOREIGN, Foreign
+
+    def option(number: int, row: Foreign) -> click.Option:
+        def note(context: click.Context, parameter: click.Parameter, typed: Any) -> None:
+            if typed:
+                context.meta.setdefault("foreign", []).append((row, typed if row.values else [()]))
+
+        how = {"nargs": row.values, "multiple": True} if row.values else {"is_flag": True}
+        names = [*row.names, f"foreign_{number}"]
+        return click.Option(names, hidden=True, expose_value=False, callback=note, **how)
+
+    return tuple(option(number, row) for number, row in enumerate(FOREIGN))
+
+
+@cli.command(cls=_Run, context_settings={"allow_interspersed_args": False})
 @click.option(
     "-np",
     "--num-proc",
@@ -59,6 +93,7 @@ _SAVE = click.option("--save", type=click.Path(), help="Write FILE.json, and a p
     "--min-np", type=int, help="With --max-restarts: how few ranks will do if hosts are lost [-np]."
 )
 @click.option("--walltime", help="Stop in time, with a checkpoint: 8:00:00 [the end of the Slurm job].")
+@click.option("-m", "--module", is_flag=True, help="SCRIPT is a module, to be run as python -m runs it.")
 @click.option("--dry-run", is_flag=True, help="Print the command and stop.")
 @click.option("-v", "--verbose", is_flag=True, help="Show TensorFlow's and MPI's own messages too.")
 @click.argument("script")
@@ -67,7 +102,8 @@ def run(**options) -> None:
     """Start SCRIPT with ARGS on several ranks with the MPI found here."""
     from hvdtrain.launch.run import RunOptions, run
 
-    sys.exit(run(RunOptions(**options)))
+    foreign = click.get_current_context().meta.get("foreign", [])
+    sys.exit(run(RunOptions(**options), foreign))
 
 
 @cli.command(context_settings={"allow_interspersed_args": False})

@@ -87,6 +87,16 @@ KNOWN = (
     ),
 )
 
+# The variables by which MPIs, NCCL and libfabric learn which network interface to use; each ignores the others'.
+INTERFACE = (
+    "OMPI_MCA_btl_tcp_if_include",
+    "OMPI_MCA_oob_tcp_if_include",
+    "PRTE_MCA_prte_if_include",
+    "HYDRA_IFACE",
+    "FI_TCP_IFACE",
+    "NCCL_SOCKET_IFNAME",
+)
+
 # What is true on one host only, or set afresh by what starts a process.
 _LOCAL_NAMES = re.compile(
     r"HOST(NAME|TYPE)?|PWD|OLDPWD|SHLVL|_|TMPDIR|TERM|TTY|DISPLAY|SSH_.*|XDG_.*|DBUS_.*|SLURM.*|SRUN_.*|S?PMI_.*|"

@@ -5,66 +5,14 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from hvdtrain import cores, safe_path, topology
 from hvdtrain.launch import binding, knobs, mpirun, schedulers, slurm, tuned, wire
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
+from hvdtrain.launch.run_options import RunOptions, check_options, set_variables
 
 # What an MPI launcher leaves in the environment of its ranks, beside the variables in topology.py.
 _INHERITED = ("OMPI_", "OPAL_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL")
-
-
-@dataclass(frozen=True)
-class RunOptions:
-    """What was asked of `hvdtrain run`.
-
-    Args:
-        num_proc: How many ranks to start; None for as many as the job or the hosts have room for.
-        script: The Python script that each rank runs.
-        args: What the script finds in `sys.argv` after its name.
-        hosts: Hosts and their slots, "a:4,b:4"; this host when neither they nor a file are given.
-        hostfile: A file with one host a line.
-        bind: "auto" gives each rank an equal share of the cores where there is one for each, "core" one
-            core, "none" leaves ranks to roam.
-        mpi_args: More options for the MPI launcher.
-        stage: A folder or file that every node of a Slurm job copies to a disk of its own before the ranks start.
-        done_file: Where to write, once every rank has come to its end, that they have.
-        dry_run: Whether to print the command and stop.
-        verbose: Whether to show TensorFlow's and MPI's own messages too.
-        as_horovod: Whether `import horovod` means hvdtrain in the script.
-        wrap: Whether the script knows nothing of ranks, and its work is to be divided among them.
-        scale_batch: With `wrap`, whether each rank keeps the script's batch.
-        python: What runs Python for a rank, "apptainer exec image.sif python3" for one; this Python by default.
-        max_restarts: How often ranks that failed are started again.
-        min_np: The smallest number of ranks to go on with when hosts are lost; `num_proc` by default.
-        walltime: How long the training may take from now, as Slurm writes it: "8:00:00".
-    """
-
-    num_proc: int | None
-    script: str
-    args: tuple[str, ...] = ()
-    hosts: str | None = None
-    hostfile: str | None = None
-    bind: str = "auto"
-    mpi_args: str = ""
-    stage: str | None = None
-    done_file: str | None = None
-    dry_run: bool = False
-    verbose: bool = False
-    as_horovod: bool = False
-    wrap: bool = False
-    scale_batch: bool = False
-    python: str = ""
-    max_restarts: int = 0
-    min_np: int | None = None
-    walltime: str | None = None
-
-    @property
-    def ranks(self) -> int:
-        """How many ranks to start, once `with_ranks` has found it out."""
-        assert self.num_proc is not None
-        return self.num_proc
 
 
 @dataclass(frozen=True)
@@ -103,22 +51,22 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     Raises:
         LaunchError: Where what was asked for, or what is installed, cannot start a job.
     """
-    _check_script(options)
-    check_wrapping(options)
-    _check_numbers(options)
+    check_options(options, environ)
     extra = _split("--mpi-args", options.mpi_args)
     hosts = tuple(left) or find_hosts(options, environ)
     found = mpirun.find(environ)
     faster, note = _faster(options, found, environ, hosts)
-    told = _quiet(options, environ) | _hashing(options, environ) | faster
+    told = _quiet(options, environ) | _hashing(options, environ) | faster | set_variables(options)
     if in_allocation(options, environ):
         start, settings = _start_in_allocation(options, found, {**environ, **told}, hosts)
         addresses = addresses_towards(slurm.first_hosts(environ))
     else:
         start, settings = _start_by_mpirun(options, found, {**environ, **told}, hosts, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
+    extra += _options_of_mpirun(options, found, start)
     mode = [wire.AS_HOROVOD] if options.as_horovod else []
-    words = wire.pack_words([*mode, *_wrapping(options), options.script, *options.args])
+    script = ["-m", options.script] if options.module else [options.script]
+    words = wire.pack_words([*mode, *_wrapping(options), *script, *options.args])
     command = [*start, *extra, *_python(options), *safe_path.main_of("hvdtrain.launch.supervise"), *words]
     return Plan(command, settings | told, addresses, note)
 
@@ -202,7 +150,8 @@ def _start_by_mpirun(
     if local and binding.should_yield(len(os.sched_getaffinity(0)), options.ranks):
         settings |= {name: value for name, value in binding.YIELDING.items() if name not in environ}
     names = {*environ, *settings, wire.ADDRESS, wire.TOKEN}
-    forwarded = [] if local else mpirun.forwarded_names(names)
+    asked = {word.partition("=")[0] for word in options.variables}
+    forwarded = [] if local else sorted({*mpirun.forwarded_names(names), *asked})
     return found.command(options.ranks, hosts, forwarded), settings
 
 
@@ -224,6 +173,24 @@ def _start_in_allocation(
         )
     start, settings = _start_by_mpirun(options, found, environ, nodes, local=False)
     return start, settled | settings
+
+
+def _options_of_mpirun(options: RunOptions, found: mpirun.Launcher | None, start: Sequence[str]) -> list[str]:
+    """Return the options for Open MPI's mpirun, where that is what starts the ranks."""
+    beyond = [word for word in options.mpirun if word.startswith("--") and word != "--mca"]
+    if found is not None and start[0] == found.program:
+        if options.mpirun and not found.mpi.name.startswith("Open MPI"):
+            raise LaunchError(
+                f"{options.mpirun[0]} is an option of Open MPI, and the mpirun here is that of {found.mpi.name}: "
+                f'type {found.mpi.name}\'s own option, as --mpi-args "...".'
+            )
+        return [*options.mpirun]
+    if beyond:
+        raise LaunchError(
+            f"{beyond[0]} is an option of mpirun, and srun starts the ranks here: type srun's option for it, as "
+            '--mpi-args "--distribution=cyclic", or set HVDTRAIN_LAUNCHER=mpirun.'
+        )
+    return []
 
 
 def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
@@ -255,49 +222,6 @@ def _wrapping(options: RunOptions) -> list[str]:
 def _hashing(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
     """Lets sets have one order on all ranks, because each of them makes the vocabulary of such a script."""
     return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
-
-
-def check_wrapping(options: RunOptions) -> None:
-    """Refuses ways of running a script that contradict each other."""
-    if options.scale_batch and not options.wrap:
-        raise LaunchError("--scale-batch says how --wrap divides the work: type --wrap --scale-batch.")
-    if options.wrap and options.as_horovod:
-        raise LaunchError(
-            "--as-horovod is for a script that trains on several ranks by itself, --wrap for one that knows "
-            "nothing of ranks: type one of them."
-        )
-
-
-def _check_numbers(options: RunOptions) -> None:
-    ranks, fewest = options.ranks, options.min_np
-    if ranks < 1:
-        raise LaunchError(f"-np {ranks} asks for no rank at all; it must be 1 or more.")
-    if options.max_restarts < 0:
-        raise LaunchError(f"--max-restarts {options.max_restarts} must be 0 or more.")
-    if fewest is None:
-        return
-    if not options.max_restarts:
-        raise LaunchError("--min-np says with how few ranks to start again: type it with --max-restarts 3.")
-    if not 1 <= fewest <= ranks:
-        raise LaunchError(f"--min-np {fewest} must be from 1 to the {ranks} ranks of -np.")
-
-
-def _check_script(options: RunOptions) -> None:
-    path = Path(options.script)
-    if path.is_file() and os.access(path, os.R_OK):
-        return
-    if path.name.startswith("python") and options.args:
-        if options.args[0].startswith("-"):
-            raise LaunchError(
-                f"Python is started for you, with a script: type the script's file in place of {path.name} "
-                f"{shlex.join(options.args)}."
-            )
-        rest = shlex.join(options.args)
-        raise LaunchError(f"Python is started for you: type hvdtrain run -np {options.ranks} {rest}")
-    if path.is_dir():
-        raise LaunchError(f"{options.script} is a folder; expected a Python script.")
-    what = "cannot be read" if path.exists() else "is not there"
-    raise LaunchError(f"The script {options.script} {what} (looked for from {Path.cwd()}).")
 
 
 def _check_cores(options: RunOptions) -> None:

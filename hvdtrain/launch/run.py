@@ -4,29 +4,33 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from hvdtrain.launch import restart, staging, walltime
 from hvdtrain.launch.console import Console
 from hvdtrain.launch.done import DoneFile
 from hvdtrain.launch.ending import Ending, conclude, interrupted
+from hvdtrain.launch.foreign import Foreign, understand
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.interrupt import Interrupted, hearing
 from hvdtrain.launch.job import Job
-from hvdtrain.launch.plan import Plan, RunOptions, clean_environ, make_plan, with_ranks
+from hvdtrain.launch.plan import Plan, clean_environ, make_plan, with_ranks
 from hvdtrain.launch.restart import Start
+from hvdtrain.launch.run_options import RunOptions, set_variables
 from hvdtrain.launch.survivors import World, world
 from hvdtrain.preempted import RESUMABLE
 
 __all__ = ["RunOptions", "run"]
 
 
-def run(options: RunOptions) -> int:
+def run(options: RunOptions, foreign: Iterable[tuple[Foreign, Sequence[Any]]] = ()) -> int:
     """Runs a script on several ranks: one screen, one exit code, and the first failure's traceback last.
 
     Args:
         options: What was asked for.
+        foreign: What was asked for besides in the words of other launchers (see foreign.py).
 
     Returns:
         0 when every rank has shown that its script came to its end; 75 when the training was asked to stop and
@@ -36,7 +40,7 @@ def run(options: RunOptions) -> int:
     console, starts, begun = Console(options.verbose), list[Start](), time.monotonic()
     try:
         with hearing():
-            code, words = _run(options, console, starts)
+            code, words = _run(understand(options, foreign), console, starts)
     except LaunchError as error:
         code, words = 2, f"hvdtrain: {error}"
     except Interrupted as stop:
@@ -54,6 +58,7 @@ def run(options: RunOptions) -> int:
 
 def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[int, str]:
     """Starts the ranks, as often as need be, and gives the exit code and the last words."""
+    os.environ.update(set_variables(options))  # the launcher reads some of them, too
     environ = clean_environ(os.environ)
     restart.pause(environ, 0)
     options = with_ranks(options, environ)

@@ -21,7 +21,7 @@ from hvdtrain.launch.batch.profile import Profile, read_profile
 from hvdtrain.launch.batch.sbatch import examine_test, submit_batch
 from hvdtrain.launch.batch.site import write_site
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.plan import RunOptions, check_wrapping
+from hvdtrain.launch.run_options import RunOptions, check_wrapping
 
 __all__ = ["SubmitOptions", "read_typed", "submit"]
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from hvdtrain.launch import mpirun, slurm
 from hvdtrain.launch.asking import ask
 from hvdtrain.launch.hosts import Host, LaunchError, all_local
-from hvdtrain.launch.plan import RunOptions, find_hosts, in_allocation
+from hvdtrain.launch.plan import find_hosts, in_allocation
+from hvdtrain.launch.run_options import RunOptions
 
 PATIENCE = 30.0  # seconds for a host to start a program that does nothing
 

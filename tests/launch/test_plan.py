@@ -114,6 +114,40 @@ def test_a_script_that_knows_nothing_of_ranks_is_run_by_what_divides_its_work(ma
     assert words[-len(wrapped) - 2 :] == [*SUPERVISE, *wrapped]
 
 
+def test_a_module_is_handed_on_as_python_takes_it(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    words = written(capsys, script="pkg.train", module=True)[1]
+    assert words[-6:] == [*SUPERVISE, "-m", "pkg.train", "--epochs", "3 4"]
+
+
+@pytest.mark.parametrize("mpi", ["Open MPI 4", "Open MPI 5"])
+def test_options_of_open_mpis_mpirun_follow_our_own(machine, capsys, mpi):
+    machine.has("mpirun", VERSIONS[mpi])
+    asked = ("--map-by", "node", "--mca", "btl", "tcp,self")
+    settings, words = written(capsys, mpirun=asked, variables=("A=1",))
+    place = words.index(sys.executable)
+    assert tuple(words[place - len(asked) : place]) == asked
+    assert settings["A"] == "1" and settings["OMPI_MCA_btl"] == "tcp,self"
+
+
+def test_another_mpi_is_not_given_options_of_open_mpi(machine, capsys):
+    machine.has("mpirun", VERSIONS["MPICH"])
+    assert run(RunOptions(2, "train.py", mpirun=("--map-by", "node"))) == 2
+    assert (
+        "--map-by is an option of Open MPI, and the mpirun here is that of MPICH" in capsys.readouterr().err
+    )
+
+
+def test_srun_gets_the_settings_of_mca_but_no_other_option_of_mpirun(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    settings, words = written(capsys, mpirun=("--mca", "btl", "tcp,self"))
+    assert settings["OMPI_MCA_btl"] == "tcp,self" and "--mca" not in words
+    assert run(RunOptions(2, "train.py", mpirun=("--map-by", "node"))) == 2
+    assert "srun starts the ranks here" in capsys.readouterr().err
+
+
 def test_what_the_user_has_set_stays(machine, capsys):
     machine.has("mpirun", VERSIONS["Open MPI 4"])
     machine.sets(TF_CPP_MIN_LOG_LEVEL="0", OMPI_MCA_mpi_yield_when_idle="0")
@@ -147,6 +181,14 @@ def test_the_environment_goes_to_other_hosts_but_not_what_is_local(machine, caps
     machine.has("mpirun", VERSIONS["MPICH"])
     assert "-genvall" in written(capsys, hosts="far:4")[1]
     assert "-x" not in written(capsys, hosts="far:4")[1]
+
+
+def test_a_variable_that_was_named_goes_to_other_hosts_whatever_it_is(machine, capsys, far):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.sets(TMPDIR="/tmp")
+    _, words = written(capsys, hosts="far:4", variables=("TMPDIR", "MINE=1"))
+    forwarded = {words[at + 1] for at, word in enumerate(words) if word == "-x"}
+    assert {"TMPDIR", "MINE"} <= forwarded
 
 
 def test_no_secret_is_printed(machine, capsys, far):
@@ -272,10 +314,16 @@ BAD = {
     "scaling nothing": ({"scale_batch": True}, "type --wrap --scale-batch"),
     "with ranks and without": ({"wrap": True, "as_horovod": True}, "type one of them"),
     "python itself": ({"script": "python3", "args": ("train.py",)}, "type hvdtrain run -np 4 train.py"),
-    "a module": (
-        {"script": "python3", "args": ("-m", "train")},
-        "type the script's file in place of python3 -m",
+    "python and a module": (
+        {"script": "python3", "args": ("-m", "train", "-x"), "wrap": True},
+        "type hvdtrain run -np 4 --wrap -m train -x",
     ),
+    "python with options": (
+        {"script": "python3", "args": ("-u", "-O", "train.py"), "bind": "none"},
+        "type hvdtrain run -np 4 --bind none --python 'python3 -u -O' train.py",
+    ),
+    "a file as a module": ({"module": True}, "is a file: type hvdtrain run -np 4 train.py"),
+    "a variable that is not set": ({"variables": ("NO_SUCH",)}, "type -x NO_SUCH=value"),
     "an unknown host": (
         {"hosts": "no-such-host.invalid:4"},
         "no-such-host.invalid, which this machine",

@@ -7,7 +7,8 @@ import pytest
 
 from hvdtrain.launch import schedulers
 from hvdtrain.launch.hosts import Host, LaunchError
-from hvdtrain.launch.plan import RunOptions, find_hosts, slots_of_job, with_ranks
+from hvdtrain.launch.plan import find_hosts, slots_of_job, with_ranks
+from hvdtrain.launch.run_options import RunOptions
 
 TWO = (Host("node1", 2), Host("node2", 2))
 

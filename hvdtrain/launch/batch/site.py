@@ -10,16 +10,7 @@ from pathlib import Path
 
 from hvdtrain.launch.batch.profile import Profile, config_folder
 from hvdtrain.launch.hosts import LaunchError
-
-# Those by which MPIs, NCCL and libfabric learn which interface to use; each ignores the others'.
-_INTERFACE = (
-    "OMPI_MCA_btl_tcp_if_include",
-    "OMPI_MCA_oob_tcp_if_include",
-    "PRTE_MCA_prte_if_include",
-    "HYDRA_IFACE",
-    "FI_TCP_IFACE",
-    "NCCL_SOCKET_IFNAME",
-)
+from hvdtrain.launch.mpirun import INTERFACE
 
 # Batch shells are not login shells, so on some clusters nothing has defined `module` there.
 _MODULES = """\
@@ -107,5 +98,5 @@ def _activate(profile: Profile) -> Path:
 def _exports(profile: Profile) -> list[str]:
     """The user's own variables go before the profile's."""
     settings = {"SLURM_MPI_TYPE": profile.pmi, "HVDTRAIN_LAUNCHER": profile.launcher}
-    settings |= dict.fromkeys(_INTERFACE, profile.network)
+    settings |= dict.fromkeys(INTERFACE, profile.network)
     return [f"export {name}=${{{name}-{shlex.quote(value)}}}" for name, value in settings.items() if value]
