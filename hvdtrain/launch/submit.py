@@ -19,7 +19,7 @@ from hvdtrain.launch.batch.partitions import read_partitions
 from hvdtrain.launch.batch.preflight import examine_job, examine_programs, trials_of
 from hvdtrain.launch.batch.profile import Profile, read_profile
 from hvdtrain.launch.batch.sbatch import examine_test, submit_batch
-from hvdtrain.launch.batch.site import write_site
+from hvdtrain.launch.batch.site import Site, compose_site
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.run_options import RunOptions, check_wrapping
 
@@ -66,15 +66,21 @@ def _submit(options: SubmitOptions, environ: dict[str, str]) -> int:
     wrap, scale_batch, as_horovod = (_dashed(name) in options.flags for name in _FLAGS)
     check_wrapping(RunOptions(1, "", wrap=wrap, scale_batch=scale_batch, as_horovod=as_horovod))
     profile = read_profile(options.cluster, environ)
-    batch = _settled(compose(options, profile, environ), profile, environ)
+    site = compose_site(profile, environ)
+    batch = _settled(compose(options, profile, environ), site)
     objections = _tell(_examine(batch, profile, environ, options.dry_run), options)
     if options.dry_run:
+        # Nothing is written here; what is printed writes it where it is missing.
+        if site and not site.path.exists():
+            _print(str(site))
         _print(str(batch))
     if objections and not options.force:
         print("hvdtrain: nothing was submitted.", file=sys.stderr)
         return 2
     if options.dry_run:
         return 0
+    if site:
+        site.write()
     number = submit_batch(batch, environ | batch.settings)
     print(f"Submitted batch job {number}", flush=True)
     return follow(number, batch.template, environ, stay=options.follow)
@@ -84,11 +90,10 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _settled(batch: Batch, profile: Profile, environ: Mapping[str, str]) -> Batch:
+def _settled(batch: Batch, site: Site | None) -> Batch:
     """Adds what depends on files: the site's for the nodes, and a sweep's numbers."""
-    site = write_site(profile, environ)
     if site:
-        batch = replace(batch, settings={"HVDTRAIN_SITE": str(site), **batch.settings})
+        batch = replace(batch, settings={"HVDTRAIN_SITE": str(site.path), **batch.settings})
     if batch.template.name == "array_sweep" and "array" not in batch.options:
         try:
             last = len(trials_of(Path(batch.options.get("chdir") or ".", *batch.words[:1]))) - 1

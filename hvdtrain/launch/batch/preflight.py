@@ -1,6 +1,7 @@
 """What is looked at before a job is submitted, because after it the answer comes when the job starts: at night."""
 
 import os
+import pwd
 import re
 import shlex
 import shutil
@@ -167,15 +168,33 @@ def _log(batch: Batch, base: Path) -> Finding:
     if "/" in name:
         found = f"--job-name={name} has a slash, so no log could be written under it."
         return wrong("log", found, f"--job-name={shlex.quote(name.replace('/', '-'))}")
-    output = base / (batch.options.get("output") or "")
-    folder = output.parent if batch.options.get("output") else base
-    if not folder.is_dir() and "%" not in str(folder):
-        # Slurm would end the job at once, without a word anywhere.
-        return wrong(
-            "log", f"The log's folder {folder} is not there.", f"mkdir -p {shlex.quote(str(folder))}"
-        )
-    for needed in (folder, Path()):
-        if needed.is_dir() and not os.access(needed, os.W_OK):
+    folders = [_folder(batch, base, option) for option in ("output", "error")]
+    for folder in folders:
+        unknown = re.search(r"%\d*[A-Za-z]", str(folder))
+        if unknown:
+            found = f"The log's folder {folder} depends on {unknown[0]}, which is known when the job starts, "
+            found += "and Slurm makes no folders."
+            return wrong(
+                "log", found, "--sbatch='--output=logs/%x-%j.log', with the pattern in the file's name"
+            )
+        if not folder.is_dir():
+            # Slurm would end the job at once, without a word anywhere.
+            return wrong(
+                "log", f"The log's folder {folder} is not there.", f"mkdir -p {shlex.quote(str(folder))}"
+            )
+    for needed in (*folders, Path()):
+        if not os.access(needed, os.W_OK):
             found = f"Log and proof of success are written to {needed.absolute()}, where you may not write."
             return wrong("log", found, "cd to a folder of your own that the nodes see")
-    return ok("log", f"in {folder.absolute()}")
+    return ok("log", f"in {folders[0].absolute()}")
+
+
+def _folder(batch: Batch, base: Path, option: str) -> Path:
+    """Returns the folder of a log, with the patterns replaced whose values are known before the job starts."""
+    name = batch.options.get("job-name") or batch.template.path.name
+    user = pwd.getpwuid(os.geteuid()).pw_name
+    folder = str((base / (batch.options.get(option) or "log")).parent)
+    if "\\" in folder:  # Slurm then takes every % for itself
+        return Path(folder.replace("\\", ""))
+    known = {"%x": name, "%u": user, "%%": "%"}
+    return Path(re.sub(r"%[xu%]", lambda pattern: known[pattern[0]], folder))

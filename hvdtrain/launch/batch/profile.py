@@ -45,7 +45,8 @@ class Profile:
         sbatch: More options for sbatch.
         modules: What `module load` loads on the nodes, in this order.
         venv: The folder of a virtual environment to activate on the nodes.
-        setup: Lines of bash that the nodes run after modules and venv.
+        conda: The name or the folder of a conda environment to activate on the nodes.
+        setup: Lines of bash that the nodes run after modules, venv and conda.
         pmi: What `srun --mpi=` gets.
         launcher: "srun" or "mpirun".
         network: The network interface over which ranks talk.
@@ -66,6 +67,7 @@ class Profile:
     sbatch: tuple[str, ...] = ()
     modules: tuple[str, ...] = ()
     venv: str = ""
+    conda: str = ""
     setup: tuple[str, ...] = ()
     pmi: str = ""
     launcher: str = ""

@@ -1,5 +1,6 @@
 """A cluster's profile: what it fills in, how mistakes are named, and what becomes of it on the nodes."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain.launch.batch.profile import read_profile
-from hvdtrain.launch.batch.site import write_site
+from hvdtrain.launch.batch.site import compose_site
 from hvdtrain.launch.hosts import LaunchError
 
 
@@ -106,6 +107,78 @@ def test_what_a_profile_says_is_true_on_the_nodes_and_only_setup_is_taken_as_she
     assert Path(site).exists() and (login.folder / "site").read_text() != site
 
 
+def test_a_dry_run_writes_nothing_and_prints_what_does(login):
+    login.profile("pmi = 'it\\'s'\nsetup = ['A=1']\n".replace("\\'", ""))
+    before = sorted(login.folder.rglob("*"))
+    dry = login.submit("--dry-run", "train.py")
+    assert dry.returncode == 0 and sorted(login.folder.rglob("*")) == before
+    assert login.submit("train.py").returncode == 0
+    site = Path((login.folder / "site").read_text())
+    text = site.read_text()
+    site.unlink()
+    path = f"{login.environ()['PATH']}:{os.environ['PATH']}"
+    subprocess.run(
+        ["/bin/bash", "-ec", dry.stdout],
+        cwd=login.folder,
+        env=login.environ(PATH=path),
+        check=True,
+        timeout=60,
+    )
+    assert site.read_text() == text
+
+
+# A conda that knows one way only: the shell function that its hook defines.
+CONDA = """#!/bin/sh
+echo 'conda() { [ "$1" = activate ] && [ "$2" = "my env" ] && export IN_CONDA="$2"; }'
+"""
+
+
+def activated(login, site, **environ):
+    script = f'set -euo pipefail; set +u; source {shlex.quote(str(site.path))}; set -u; printf %s "$IN_CONDA"'
+    path = f"{login.environ()['PATH']}:/usr/bin:/bin"
+    return subprocess.run(
+        ["/bin/bash", "-c", script],
+        env=login.environ(PATH=path, **environ),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+def test_a_conda_environment_is_activated_on_the_nodes(login):
+    login.profile("conda = 'my env'\n")
+    site = compose_site(read_profile(None, login.environ()), login.environ())
+    site.write()
+    assert "conda is not on PATH" in activated(login, site).stderr
+    (login.bin / "conda").write_text(CONDA)
+    (login.bin / "conda").chmod(0o755)
+    assert activated(login, site).stdout == "my env"
+
+
+def test_the_conda_of_whoever_submits_is_found_where_the_nodes_have_none(login):
+    base = login.folder / "mini conda"
+    (base / "etc" / "profile.d").mkdir(parents=True)
+    (base / "bin").mkdir()
+    (base / "bin" / "conda").write_text(CONDA)
+    (base / "bin" / "conda").chmod(0o755)
+    (base / "etc" / "profile.d" / "conda.sh").write_text(f'PATH="{base}/bin:$PATH"')
+    login.profile("conda = 'my env'\n")
+    environ = login.environ(CONDA_EXE=str(base / "bin" / "conda"))
+    site = compose_site(read_profile(None, environ), environ)
+    site.write()
+    assert activated(login, site).stdout == "my env"
+
+
+def test_a_conda_environment_that_is_not_there(login):
+    login.profile("conda = './env'\n")
+    assert "is no environment of conda" in login.refused("train.py")
+    (login.folder / "env" / "conda-meta").mkdir(parents=True)
+    assert login.submitted("train.py")
+    login.profile("conda = 'a'\nvenv = 'b'\n")
+    (login.folder / "words").unlink()
+    assert "write one of them" in login.refused("train.py")
+
+
 def test_a_venv_that_is_not_there(login):
     login.profile("venv = '$HOME/venv'\n")
     assert "$HOME/venv/bin/activate is not there" in login.refused("train.py")
@@ -120,7 +193,7 @@ def test_an_export_that_would_keep_the_profile_from_the_job(login):
 
 
 def test_nothing_is_written_where_there_is_nothing_to_say(login):
-    assert write_site(read_profile(None, login.environ()), login.environ()) is None
+    assert compose_site(read_profile(None, login.environ()), login.environ()) is None
     assert login.submitted("train.py") and (login.folder / "site").read_text() == ""
     assert not (login.folder / "config").exists()
 
@@ -129,7 +202,7 @@ def test_the_nodes_find_the_hvdtrain_that_was_typed(login, monkeypatch):
     """As in .venv/bin/hvdtrain submit, with nothing of it on PATH."""
     (login.bin / "hvdtrain").rename(login.folder / "hvdtrain")
     monkeypatch.setattr(sys, "executable", str(login.folder / "python"))
-    site = write_site(read_profile(None, login.environ()), login.environ())
+    site = compose_site(read_profile(None, login.environ()), login.environ()).write()
     found = subprocess.run(
         ["/bin/bash", "-euc", f"source {shlex.quote(str(site))}; command -v hvdtrain"],
         env=login.environ(),

@@ -162,6 +162,10 @@ REFUSED = [
     (["--sbatch=--gpus=8", "train.py"], "--sbatch has --gpus", "--gpus-per-node"),
     (["--sbatch='", "train.py"], "cannot be taken apart", "No closing quotation"),
     (["--sbatch=-o logs/%j.log", "train.py"], "The log's folder logs is not there", "mkdir -p logs"),
+    (["--sbatch=-e err/%x.err", "train.py"], "The log's folder err is not there", "mkdir -p err"),
+    (["-J", "fit", "--sbatch=-o logs/%x/out.log", "train.py"], "folder logs/fit is not", "mkdir -p logs/fit"),
+    (["--sbatch=-o 50%%/%j.log", "train.py"], "folder 50% is not there", "mkdir -p 50%"),
+    (["--sbatch=-o logs/%4j/out.log", "train.py"], "depends on %4j", "--output=logs/%x-%j.log"),
     (["-J", "a/b", "train.py"], "--job-name=a/b has a slash", "--job-name=a-b"),
     (["--cluster=gone", "train.py"], "gone.toml cannot be read: No such file", ""),
     (
@@ -240,6 +244,11 @@ def test_nodes_that_are_down_are_waited_for(login):
     )
     done = login.submit("-N2", "train.py")
     assert done.returncode == 0 and "the job waits for n2 (drained)" in done.stderr
+
+
+def test_a_log_in_a_folder_of_the_jobs_name(login):
+    (login.folder / "logs" / "fit").mkdir(parents=True)
+    assert "--output=logs/%x/%j.log" in login.submitted("-J", "fit", "--sbatch=-o logs/%x/%j.log", "train.py")
 
 
 def test_force(login):
