@@ -26,7 +26,8 @@ from hvdtrain.launch.run_options import RunOptions, check_wrapping
 __all__ = ["SubmitOptions", "read_typed", "submit"]
 
 # sbatch's options that have an option of their own, and those handed to `hvdtrain run`.
-_OPTIONS = ["nodes", "ntasks-per-node", "cpus-per-task", "time", "mem"]
+_OPTIONS = ["nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "time", "mem"]
+_OPTIONS += ["gpus-per-task", "cpus-per-gpu", "mem-per-gpu"]
 _OPTIONS += ["partition", "account", "qos", "job-name", "array"]
 _FLAGS = ("wrap", "scale_batch", "as_horovod")
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hvdtrain.launch.batch.asked import SubmitOptions, as_resources, read_asked
+from hvdtrain.launch.batch.per_node import per_node
 from hvdtrain.launch.batch.profile import Profile
 from hvdtrain.launch.batch.quantities import gpus
 from hvdtrain.launch.batch.templates import Template, find_template, read_options, write_options
@@ -92,8 +93,8 @@ def compose(options: SubmitOptions, profile: Profile, environ: Mapping[str, str]
     Raises:
         LaunchError: For a contradiction, or a template that is not there.
     """
-    asked = read_asked(options)
     said = {name: environ[variable] for name, variable in _VARIABLES.items() if environ.get(variable)}
+    asked = per_node(read_asked(options), {**_counts(profile), **said})
     template = find_template(_choose(options, profile, asked | said))
     given = _of_profile(profile, template, {*asked, *said}) | asked
     given |= _ranks(given, {**template.defaults, **said, **given})
@@ -126,6 +127,13 @@ def _choose(options: SubmitOptions, profile: Profile, asked: Mapping[str, str | 
     if profile.template:
         return profile.template
     return "gpu" if has_gpus or ("gres" not in asked and _of_gpus(profile) not in ("", "0")) else "cpu"
+
+
+def _counts(profile: Profile) -> dict[str, str | None]:
+    """Returns what the profile says of nodes, ranks and GPUs."""
+    found = {"nodes": str(profile.nodes or ""), "ntasks-per-node": str(profile.ntasks_per_node or "")}
+    resources = as_resources({"gpus-per-node": _of_gpus(profile)}) if _of_gpus(profile) else {}
+    return {name: value for name, value in found.items() if value} | resources
 
 
 def _of_gpus(profile: Profile) -> str:

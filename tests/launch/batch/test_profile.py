@@ -33,6 +33,12 @@ def test_what_goes_before_what(login):
     assert not any(word.startswith("--gres") for word in login.submitted("--template=cpu", "train.py"))
 
 
+def test_gpus_of_the_profile_count_for_what_is_typed_by_gpu(login):
+    login.profile('gpus_per_node = 4\npartition = "gpu"\naccount = "deep"\nmem = "1G"\nntasks_per_node = 4\n')
+    words = login.submitted("--cpus-per-gpu=2", "--mem-per-gpu=1G", "train.py")
+    assert {"--gres=gpu:4", "--cpus-per-task=2", "--mem=4096M"} <= set(words)
+
+
 def test_profiles_by_name_and_by_file(login):
     login.profile('account = "by name"', name="big")
     own = login.folder / "own.toml"

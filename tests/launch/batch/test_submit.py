@@ -67,6 +67,51 @@ CHOICES = [
     (["--template=array_sweep", "trials.txt", "train.py"], "array_sweep", ["--array=0-1"]),
     (["--template=smoke", "--nodes=3"], "smoke", ["--nodes=3"]),
     (["--sbatch", "-N 2 --exclusive --constraint 'a b'", "train.py"], "cpu", ["--nodes=2", "--exclusive"]),
+    (["-n6", "-N2", "train.py"], "cpu", ["--ntasks=6", "--nodes=2", "--ntasks-per-node=3"]),
+    (["-n6", "--ntasks-per-node=3", "train.py"], "cpu", ["--ntasks=6", "--nodes=2", "--ntasks-per-node=3"]),
+    (
+        ["-n4", "--gpus-per-task=1", "-p", "gpu", "-A", "deep", "train.py"],
+        "gpu",
+        ["--gres=gpu:4", "--ntasks-per-node=4"],
+    ),
+    (
+        ["--ntasks-per-node=2", "--gpus-per-task=a100:1", "-p", "gpu", "-A", "deep", "train.py"],
+        "gpu",
+        ["--gres=gpu:a100:2"],
+    ),
+    (["--sbatch", "--gpus-per-task=1", "-p", "gpu", "-A", "deep", "train.py"], "gpu", ["--gres=gpu:1"]),
+    (
+        [
+            *[
+                "--gpus-per-node=4",
+                "--cpus-per-gpu=3",
+                "--mem-per-gpu=8G",
+                "-p",
+                "gpu",
+                "-A",
+                "deep",
+                "train.py",
+            ]
+        ],
+        "gpu",
+        ["--cpus-per-task=3", "--mem=32768M", "--ntasks-per-node=4"],
+    ),
+    (
+        [
+            *[
+                "--gpus-per-node=4",
+                "--ntasks-per-node=2",
+                "--cpus-per-gpu=3",
+                "-p",
+                "gpu",
+                "-A",
+                "deep",
+                "train.py",
+            ]
+        ],
+        "gpu",
+        ["--cpus-per-task=6"],
+    ),
     (["--sbatch", "--ntasks=6 -N2", "train.py"], "cpu", ["--ntasks=6", "--ntasks-per-node=3"]),
 ]
 
@@ -144,6 +189,19 @@ REFUSED = [
         "3 rank(s) and 2 GPU(s) a node",
         "--ntasks-per-node=2",
     ),
+    (["--gpus-per-task=some", "train.py"], "--gpus-per-task=some is no number of GPUs", "a100:1"),
+    (["--gpus-per-task=1", "--gpus-per-node=2", "train.py"], "means --gpus-per-node=1", "type one"),
+    (["--cpus-per-gpu=4", "train.py"], "counts by GPUs, and none are asked for", "--cpus-per-task"),
+    (["--mem-per-gpu=4G", "train.py"], "counts by GPUs, and none are asked for", "--mem"),
+    (["--mem-per-gpu=x", "--gpus-per-node=1", "train.py"], "--mem-per-gpu=x is no amount", "16G"),
+    (
+        ["--cpus-per-gpu=4", "-c2", "--gpus-per-node=1", "train.py"],
+        "--cpus-per-task say the same",
+        "type one",
+    ),
+    (["--mem-per-gpu=4G", "--mem=9G", "--gpus-per-node=1", "train.py"], "and --mem say the same", "type one"),
+    (["--sbatch=--cpu-bind=cores", "train.py"], "--sbatch has --cpu-bind", "before the script"),
+    (["-n20", "train.py"], "40 CPUs a node (20 x 2)", "--ntasks-per-node=16"),
     (["--gpus-per-node=many", "train.py"], "--gpus-per-node=many is no number of GPUs", "a100:4"),
     (["--template=cpu", "--gpus-per-node=2", "train.py"], "leaves the GPUs that are asked for idle", "gpu"),
     (
