@@ -127,6 +127,8 @@ def run(**options) -> None:
 )
 @click.option("--preemptible", is_flag=True, help="Requeue the job, which goes on from its checkpoint.")
 @click.option("--image", help="The container's image.")
+@click.option("--cpu-bind", help="How srun binds ranks to CPUs: cores, none.")
+@click.option("--gpu-bind", help="Which GPUs srun shows to a rank: closest, none.")
 @click.option("--sbatch", default="", help="More options for sbatch, as one quoted string.")
 @click.option(
     "--cluster", help="A profile: NAME is ~/.config/hvdtrain/NAME.toml [HVDTRAIN_CLUSTER, cluster]."

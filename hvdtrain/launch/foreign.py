@@ -92,6 +92,10 @@ def _to_mpirun(name: str) -> Meaning:
     return lambda options, *words: replace(options, mpirun=(*options.mpirun, name, *words))
 
 
+def _to_srun(name: str) -> Meaning:
+    return lambda options, value: replace(options, srun=(*options.srun, f"{name}={value}"))
+
+
 def _bind(options: RunOptions, to: str) -> RunOptions:
     if to in ("core", "none"):
         return replace(options, bind=to)
@@ -137,6 +141,10 @@ _PLACEMENT = {"map-by": 1, "rank-by": 1, "npernode": 1, "npersocket": 1, "rankfi
 _PLACEMENT |= {"report-bindings": 0, "display-map": 0, "display-allocation": 0, "use-hwthread-cpus": 0}
 _PLACEMENT |= {"nolocal": 0, "pernode": 0, "bynode": 0, "bycore": 0, "byslot": 0, "nooversubscribe": 0}
 
+# Options that only srun has: of binding, and of the containers of Pyxis.
+_SRUN = ["cpu-bind", "gpu-bind", "mem-bind", "container-image", "container-mounts", "container-workdir"]
+_SRUN += ["container-name", "container-env"]
+
 _FIXED = (
     "the number of ranks is fixed here, and ranks that die are started again from the last commit, as often as "
     "--max-restarts says (docs/elastic.md)"
@@ -169,6 +177,7 @@ FOREIGN = (
     Foreign(("-genv", "-env"), 2, lambda options, name, value: _with(options, f"{name}={value}")),
     *(Foreign(_both(name), count, _to_mpirun(f"--{name}")) for name, count in _PLACEMENT.items()),
     Foreign(_both("bind-to"), 1, _bind),
+    *(Foreign((f"--{name}",), 1, _to_srun(f"--{name}")) for name in _SRUN),
     Foreign(("--gloo",), instead="MPI starts the ranks and carries what they send; there is no Gloo here"),
     Foreign(("--gloo-timeout-seconds",), 1, instead="there is no Gloo here"),
     Foreign(

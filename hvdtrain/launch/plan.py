@@ -63,12 +63,19 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     else:
         start, settings = _start_by_mpirun(options, found, {**environ, **told}, hosts, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
-    extra += _options_of_mpirun(options, found, start)
+    own, told_so = _for_one_launcher(options, found, start)
     mode = [wire.AS_HOROVOD] if options.as_horovod else []
     script = ["-m", options.script] if options.module else [options.script]
     words = wire.pack_words([*mode, *_wrapping(options), *script, *options.args])
-    command = [*start, *extra, *_python(options), *safe_path.main_of("hvdtrain.launch.supervise"), *words]
-    return Plan(command, settings | told, addresses, note)
+    command = [
+        *start,
+        *own,
+        *extra,
+        *_python(options),
+        *safe_path.main_of("hvdtrain.launch.supervise"),
+        *words,
+    ]
+    return Plan(command, settings | told, addresses, "\n".join(filter(None, (note, told_so))))
 
 
 def with_ranks(options: RunOptions, environ: Mapping[str, str]) -> RunOptions:
@@ -160,8 +167,9 @@ def _start_in_allocation(
 ) -> tuple[list[str], dict[str, str]]:
     """Writes srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
     # The MPI inside of a container may be another than that of the mpirun here.
-    mpi = found.mpi if found and not options.python else None
-    settled = slurm.settle(options.ranks, mpi, environ, _python(options))
+    mpi = found.mpi if found and not options.in_container else None
+    containers = [word for word in options.srun if word.startswith("--container")]
+    settled = slurm.settle(options.ranks, mpi, environ, [*containers, *_python(options)])
     environ = {**environ, **settled}
     command = slurm.srun_command(options.ranks, options.bind, environ, [node.name for node in nodes])
     if command is not None:
@@ -175,22 +183,36 @@ def _start_in_allocation(
     return start, settled | settings
 
 
-def _options_of_mpirun(options: RunOptions, found: mpirun.Launcher | None, start: Sequence[str]) -> list[str]:
-    """Return the options for Open MPI's mpirun, where that is what starts the ranks."""
-    beyond = [word for word in options.mpirun if word.startswith("--") and word != "--mca"]
-    if found is not None and start[0] == found.program:
-        if options.mpirun and not found.mpi.name.startswith("Open MPI"):
+def _for_one_launcher(
+    options: RunOptions, found: mpirun.Launcher | None, start: Sequence[str]
+) -> tuple[list[str], str]:
+    """Return the options that only mpirun or only srun has, for the one that starts the ranks, and a note.
+
+    Raises:
+        LaunchError: For an option of another launcher that changes more than the place of a rank on its host.
+    """
+    if start[0] == "srun":
+        # --mca has become a variable.
+        foreign = [word for word in options.mpirun if word.startswith("--") and word != "--mca"]
+        if foreign:
             raise LaunchError(
-                f"{options.mpirun[0]} is an option of Open MPI, and the mpirun here is that of {found.mpi.name}: "
-                f'type {found.mpi.name}\'s own option, as --mpi-args "...".'
+                f"{foreign[0]} is an option of mpirun, and srun starts the ranks here: type srun's own option, as "
+                '--mpi-args "--distribution=cyclic", or set HVDTRAIN_LAUNCHER=mpirun.'
             )
-        return [*options.mpirun]
-    if beyond:
+        return [*options.srun], ""
+    if options.mpirun and found and not found.mpi.name.startswith("Open MPI"):
         raise LaunchError(
-            f"{beyond[0]} is an option of mpirun, and srun starts the ranks here: type srun's option for it, as "
-            '--mpi-args "--distribution=cyclic", or set HVDTRAIN_LAUNCHER=mpirun.'
+            f"{options.mpirun[0]} is an option of Open MPI, and the mpirun here is that of {found.mpi.name}: "
+            f'type {found.mpi.name}\'s own option, as --mpi-args "...".'
         )
-    return []
+    containers = [word for word in options.srun if word.startswith("--container")]
+    if containers:
+        raise LaunchError(
+            f"{containers[0]} is an option of srun with Pyxis, and mpirun starts the ranks here: type --python "
+            '"apptainer exec image.sif python3" for another container, or make srun start them (docs/slurm.md).'
+        )
+    ours = "and mpirun starts the ranks here: they bind themselves, as --bind says"
+    return [*options.mpirun], f"hvdtrain: {options.srun[0]} is for srun, {ours}." if options.srun else ""
 
 
 def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
@@ -203,7 +225,7 @@ def _faster(
     options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], hosts: Sequence[Host]
 ) -> tuple[dict[str, str], str]:
     """Chooses what makes MPI and Horovod faster here and the user has not set, and says what was found."""
-    if found is None or options.python:  # the MPI of a container may be another
+    if found is None or options.in_container:  # the MPI of a container may be another
         return {}, ""
     several = slurm.node_count(environ) > 1 if in_allocation(options, environ) else not all_local(hosts)
     where = "several" if several else "one"
@@ -234,7 +256,8 @@ def _check_cores(options: RunOptions) -> None:
 
 
 def _python(options: RunOptions) -> list[str]:
-    return _split("--python", options.python) or [sys.executable]
+    inside = "python3" if options.in_container else sys.executable
+    return _split("--python", options.python) or [inside]
 
 
 def _split(option: str, words: str) -> list[str]:

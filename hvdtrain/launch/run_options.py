@@ -41,6 +41,7 @@ class RunOptions:
         module: Whether `script` is the name of a module, to be run as `python -m` runs it.
         variables: What the ranks find in their environment, "NAME=value"; "NAME" for one that is set here.
         mpirun: Options for Open MPI's mpirun, and for no other launcher.
+        srun: Options for srun, and for no other launcher.
     """
 
     num_proc: int | None
@@ -64,6 +65,12 @@ class RunOptions:
     module: bool = False
     variables: tuple[str, ...] = ()
     mpirun: tuple[str, ...] = ()
+    srun: tuple[str, ...] = ()
+
+    @property
+    def in_container(self) -> bool:
+        """Whether the ranks may have another Python, and with it another MPI, than this process."""
+        return bool(self.python) or any(word.startswith("--container") for word in self.srun)
 
     @property
     def ranks(self) -> int:
@@ -80,7 +87,7 @@ def command_line(options: RunOptions) -> str:
             getattr(options, field.name),
             _NAMES.get(field.name, f"--{field.name.replace('_', '-')}"),
         )
-        if field.name in ("script", "args", "module", "variables", "mpirun") or value in (
+        if field.name in ("script", "args", "module", "variables", "mpirun", "srun") or value in (
             field.default,
             None,
         ):
@@ -89,7 +96,7 @@ def command_line(options: RunOptions) -> str:
     for variable in options.variables:
         words += ["-x", variable]
     script = ["-m", options.script] if options.module else [options.script]
-    return shlex.join([*words, *options.mpirun, *script, *options.args])
+    return shlex.join([*words, *options.mpirun, *options.srun, *script, *options.args])
 
 
 def set_variables(options: RunOptions) -> dict[str, str]:

@@ -38,7 +38,7 @@ def settle(
         ranks: How many ranks there will be.
         mpi: The MPI that the ranks will load, as far as it is known.
         environ: The environment of the allocation.
-        python: What runs Python for a rank.
+        python: What runs Python for a rank, after options of srun's that it needs.
 
     Returns:
         What a site would write to decide it: SLURM_MPI_TYPE, or HVDTRAIN_LAUNCHER where no PMI of this srun

@@ -30,6 +30,7 @@ _OPTIONS = ["nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "time", "mem"
 _OPTIONS += ["gpus-per-task", "cpus-per-gpu", "mem-per-gpu"]
 _OPTIONS += ["partition", "account", "qos", "job-name", "array"]
 _FLAGS = ("wrap", "scale_batch", "as_horovod")
+_FOR_SRUN = ("cpu_bind", "gpu_bind")
 
 
 def submit(options: SubmitOptions) -> int:
@@ -58,6 +59,7 @@ def read_typed(typed: Mapping[str, Any]) -> SubmitOptions:
     names = {field.name for field in fields(SubmitOptions)}
     own = {name: value for name, value in typed.items() if name in names}
     flags = tuple(_dashed(name) for name in _FLAGS if typed.get(name))
+    flags += tuple(f"{_dashed(name)}={typed[name]}" for name in _FOR_SRUN if typed.get(name))
     said = {name: typed[name.replace("-", "_")] for name in _OPTIONS}
     asked = {name: str(value) for name, value in said.items() if value is not None}
     return SubmitOptions(**own, flags=flags, asked=asked)

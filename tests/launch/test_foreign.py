@@ -55,6 +55,7 @@ INTERFACES = {"OMPI_MCA_btl_tcp_if_include=eth0", "NCCL_SOCKET_IFNAME=eth0", "HY
         ("-bind-to none", {"bind": "none"}),
         # Ranks would else bind themselves once more.
         ("--bind-to socket", {"bind": "none", "mpirun": ("--bind-to", "socket")}),
+        ("--cpu-bind=cores --gpu-bind closest", {"srun": ("--cpu-bind=cores", "--gpu-bind=closest")}),
         ("-m", {"module": True}),
         ("--verbose", {"verbose": True}),
     ],

@@ -148,6 +148,35 @@ def test_srun_gets_the_settings_of_mca_but_no_other_option_of_mpirun(machine, ca
     assert "srun starts the ranks here" in capsys.readouterr().err
 
 
+def test_options_of_srun_reach_srun_and_are_told_where_mpirun_starts_the_ranks(machine, capsys):
+    machine.has("mpirun", VERSIONS["Open MPI 4"])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    words = written(capsys, srun=("--cpu-bind=cores", "--gpu-bind=closest"))[1]
+    assert words[words.index(sys.executable) - 2 : words.index(sys.executable)] == [
+        "--cpu-bind=cores",
+        "--gpu-bind=closest",
+    ]
+    machine.sets(HVDTRAIN_LAUNCHER="mpirun")
+    options = RunOptions(2, "train.py", srun=("--cpu-bind=cores",))
+    made = plan.make_plan(options, dict(os.environ))
+    assert "--cpu-bind=cores is for srun, and mpirun starts the ranks here" in made.note
+    assert "--cpu-bind=cores" not in made.command
+
+
+def test_a_container_of_pyxis_has_its_own_python_and_mpi(machine, capsys):
+    machine.has("mpirun", VERSIONS["MPICH"])
+    machine.has("srun", SRUN)
+    machine.sets(SLURM_JOB_ID="7")
+    words = written(capsys, srun=("--container-image=nvcr.io#tf",))[1]
+    assert "--mpi=pmix" in words
+    place = words.index("--container-image=nvcr.io#tf")
+    assert words[place + 1 : place + 4] == ["python3", *SUPERVISE]
+    machine.sets(HVDTRAIN_LAUNCHER="mpirun")
+    assert run(RunOptions(2, "train.py", srun=("--container-image=x",))) == 2
+    assert "option of srun with Pyxis, and mpirun starts the ranks" in capsys.readouterr().err
+
+
 def test_what_the_user_has_set_stays(machine, capsys):
     machine.has("mpirun", VERSIONS["Open MPI 4"])
     machine.sets(TF_CPP_MIN_LOG_LEVEL="0", OMPI_MCA_mpi_yield_when_idle="0")

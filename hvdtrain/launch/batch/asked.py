@@ -22,7 +22,6 @@ _ELSEWHERE = {
     "-V": "type sbatch --version",
     # srun reads them, and sbatch does not know them.
     "cpu-bind": "type --cpu-bind=cores, before the script",
-    "container-image": "type --container-image=…, before the script",
     # The templates start one rank a GPU, so they must know what a node has.
     "gpus": "type --gpus-per-node=4",
     "ntasks-per-gpu": "type --gpus-per-node=4",

@@ -15,7 +15,7 @@ from hvdtrain.launch.batch.values import examine_values
 # Options that somebody may have meant for submit though they stand after the script.
 _OURS = re.compile(
     r"--(nodes|ntasks(-per-node)?|cpus-per-(task|gpu)|gpus-per-(node|task)|mem-per-gpu|(cpu|gpu)-bind|partition|"
-    r"account|container(-image)?|dry-run|follow|preemptible)(=.*)?"
+    r"account|dry-run|follow|preemptible)(=.*)?"
 )
 
 # What starts ranks elsewhere, and here is done by the templates.

@@ -134,6 +134,11 @@ def test_options_of_run_stand_before_the_script_and_after_the_trials(login):
     assert words[-3:] == ["trials.txt", "--as-horovod", "train.py"]
 
 
+def test_options_of_srun_are_handed_on_before_the_script(login):
+    words = login.submitted("--cpu-bind=cores", "--gpu-bind", "closest", "train.py", "--cpu-bind=x")
+    assert words[-4:] == ["--cpu-bind=cores", "--gpu-bind=closest", "train.py", "--cpu-bind=x"]
+
+
 def test_a_template_of_ones_own(login):
     (login.folder / "mine.sbatch").write_text("#!/bin/bash\n#SBATCH --nodes=9\n")
     assert "--nodes=9 is more than partition main gives" in login.refused(
