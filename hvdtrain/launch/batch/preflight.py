@@ -157,11 +157,20 @@ def _image(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Fin
     image = batch.settings.get("HVDTRAIN_IMAGE")
     if not image:
         yield wrong("image", "The template container needs an image.", "--image=/shared/train.sif")
-    elif "://" not in image and not os.access(base / image, os.R_OK):
+    elif _is_file(image, environ) and not os.access(base / image, os.R_OK):
         yield wrong("image", f"The image {image} cannot be read.", "--image=/shared/train.sif")
-    elif batch.gpus[1] and "--nv" not in environ.get("HVDTRAIN_APPTAINER", ""):
+    elif batch.gpus[1] and _needs_nv(environ) and "--nv" not in environ.get("HVDTRAIN_APPTAINER", ""):
         found = "The container would not see the GPUs without Apptainer's --nv."
         yield note("image", found, "export HVDTRAIN_APPTAINER=--nv")
+
+
+def _needs_nv(environ: Mapping[str, str]) -> bool:
+    return environ.get("HVDTRAIN_CONTAINER", "apptainer") in ("apptainer", "singularity")
+
+
+def _is_file(image: str, environ: Mapping[str, str]) -> bool:
+    """Says whether an image is a file; Shifter, Sarus and Pyxis also take names of a registry."""
+    return "://" not in image and (_needs_nv(environ) or image.startswith(("/", "./")))
 
 
 def _log(batch: Batch, base: Path) -> Finding:
