@@ -20,7 +20,14 @@ FOR_THE_CAUSE = 2.0
 # What a rank waits for at its end: another that is still training is told so, instead of waiting for ever.
 _END = Call("end of the script")
 
+
+class EndedEarlyError(MismatchError):
+    """This rank has come to the end of its script while others are still at work."""
+
+
 _engine: Engine | None = None
+_checks: list[Callable[[Engine], None]] = []
+_checked = False
 # Of each process set by its number: its ranks, and its engine or None where this rank is no member.
 process_sets: dict[int, tuple[tuple[int, ...], Engine | None]] = {}
 
@@ -42,7 +49,7 @@ def init(comm: Any = None) -> Engine:
             would train alone and believe it is all there is.
         ValueError: If HVDTRAIN_ENGINE is not one of its four values.
     """
-    global _engine
+    global _engine, _checked
     if _engine is None:
         choice = os.environ.get("HVDTRAIN_ENGINE", "auto").lower() or "auto"
         if choice not in CHOICES:
@@ -56,7 +63,7 @@ def init(comm: Any = None) -> Engine:
         _end_all_on_error(engine)
         atexit.register(_end_together, engine)
         unwatched.start(engine)
-        _engine = engine
+        _engine, _checked = engine, False
     return _engine
 
 
@@ -70,6 +77,7 @@ def shutdown() -> None:
     if _engine is not None:
         engine, _engine = _engine, None
         engine.agree(_END)
+        _check(engine)
         if engine.timeline is not None:
             engine.timeline.close()
         parts = _engines_of_sets()
@@ -77,6 +85,38 @@ def shutdown() -> None:
         for each in (*parts, engine):
             each.closed = True
             each.shutdown()
+
+
+def before_end(check: Callable[[Engine], None]) -> None:
+    """Let a function compare the ranks when all of them have come to their end.
+
+    Args:
+        check: Takes the world's engine, and is called on all ranks. What it raises ends the job.
+    """
+    _checks.append(check)
+
+
+def finish() -> None:
+    """Wait for all ranks at the end of the script, and compare them while an error can still be reported.
+
+    Raises:
+        EndedEarlyError: On every rank, if some ranks are still at work.
+        MismatchError: On every rank, if a check finds that the ranks differ.
+    """
+    if _engine is not None:
+        try:
+            _engine.agree(_END)
+        except MismatchError as error:
+            raise EndedEarlyError(str(error)) from None
+        _check(_engine)
+
+
+def _check(engine: Engine) -> None:
+    global _checked
+    if not _checked and engine.size > 1:
+        _checked = True
+        for check in _checks:
+            check(engine)
 
 
 def is_initialized() -> bool:
@@ -244,6 +284,7 @@ def _end_together(engine: Engine) -> None:
         return
     try:
         engine.agree(_END)
+        _check(engine)
     except MismatchError as error:
         print(f"hvdtrain: {error}", file=sys.stderr, flush=True)
         engine.abort(1)

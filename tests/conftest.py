@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 
@@ -35,6 +36,15 @@ class _OnlyFailures:
     def pytest_collectreport(self, report):
         if report.failed:
             print(f"\n[rank {RANK}] {report.nodeid}: {report.longrepr}", flush=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_trained():
+    """Forgets what a test has trained, which is compared over the ranks when the process ends."""
+    yield
+    trained = sys.modules.get("hvdtrain.gradients.trained")
+    if trained:
+        trained.registry.clear()
 
 
 @pytest.fixture(scope="session")

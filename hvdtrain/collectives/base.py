@@ -67,6 +67,7 @@ class Engine(ABC):
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
     heard = ""  # the sentence by which this rank has learned that another one has failed
     timeline: Any = None  # a `Timeline`, while one is written
+    has_joined = False  # True once all ranks have called `join`, some of them maybe earlier than others
     _members: tuple[int, ...] | None = None
     _joined: tuple[int, ...] = ()
     _doing: str = ""
@@ -348,7 +349,7 @@ class Engine(ABC):
         while self.size > 1 and not self._all_have_joined():
             self._stand_in_for(self._settled(JOIN))
         late = set(self.ranks) - set(self._joined) or set(self.ranks)
-        self._joined = ()
+        self._joined, self.has_joined = (), True
         return max(late)
 
     def subset(self, ranks: Sequence[int]) -> "Engine | None":

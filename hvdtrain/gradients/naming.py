@@ -12,6 +12,17 @@ def variable_name(variable: Any) -> str:
     return getattr(variable, "path", None) or variable.name
 
 
+def plain_variable(variable: Any) -> Any:
+    """Return TensorFlow's own variable, which a Keras variable only holds."""
+    # Not `value`, which casts inside of an autocast scope.
+    return getattr(variable, "_value", variable)
+
+
+def compared_name(name: str) -> str:
+    """Return the part of a weight's name that is the same on all ranks: layer and weight, without numbers."""
+    return _compared(name, weights_only=True)
+
+
 def described_call(
     kind: str, variables: Sequence[Any], details: Sequence[str], weights_only: bool = True
 ) -> Call:

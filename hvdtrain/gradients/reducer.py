@@ -10,6 +10,7 @@ from hvdtrain.collectives import exchange
 from hvdtrain.collectives.base import Call, Engine, Op
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.options import ReduceOptions, groups_of
+from hvdtrain.gradients.trained import registry
 from hvdtrain.gradients.verification import Verification
 
 # Reducers are used in the same order on all ranks, so a number at first use tells them apart alike everywhere.
@@ -46,6 +47,7 @@ class GradientReducer:
         """Leaves the gradients of a variable, which each rank then trains by itself, on their rank."""
         if not any(variable is each for each in self._local):
             self._local.append(variable)
+            registry.note_local(variable)
 
     def is_local(self, variable: Any) -> bool:
         """Tells whether each rank trains a variable by itself."""
@@ -69,6 +71,7 @@ class GradientReducer:
         if self._engine.size == 1:
             return [self._dense_if_asked(each) for each in gradients]
         everywhere = [index for index, each in enumerate(variables) if not self.is_local(each)]
+        registry.note_averaged(self._engine, [variables[index] for index in everywhere])
         shared = self._shared(
             [self._dense_if_asked(gradients[index]) for index in everywhere],
             [variables[index] for index in everywhere],

@@ -3,10 +3,8 @@
 It lives here and not with the diagnoses because it stands in the way of every gradient.
 """
 
-import math
 import os
 import re
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,9 +15,9 @@ import tensorflow as tf
 from hvdtrain.collectives import tensors
 from hvdtrain.collectives.base import Engine, MismatchError, Op, ranks_text
 from hvdtrain.gradients.naming import variable_name
-
-# Products with signs are summed in pieces, so that their float64 copy stays small.
-_PIECE = 1 << 20
+from hvdtrain.gradients.projection import checksum, precision, projected, smallest
+from hvdtrain.gradients.proof import Proof
+from hvdtrain.gradients.trained import registry
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,13 @@ class Policy:
         every: Distance between two verified steps; None for one step only, 0 for never.
         first: The first verified step, counted from 0.
         strict: Whether ranks that differ are refused, or only reported.
+        again: Whether steps 10, 100, 1000 and so on are verified too; there ranks that differ are refused.
     """
 
     every: int | None = None
     first: int = 0
     strict: bool = True
+    again: bool = False
 
     @classmethod
     def from_environment(cls) -> "Policy":
@@ -59,8 +59,18 @@ class Policy:
 
     def is_due(self, step: int) -> bool:
         """Tells whether a step, counted from 0, is verified."""
+        if self.never:
+            return False
         later = step - self.first
-        return later >= 0 and (later % self.every == 0 if self.every else later == 0) and not self.never
+        chosen = later >= 0 and (later % self.every == 0 if self.every else later == 0)
+        return chosen or self._again(step)
+
+    def is_strict(self, step: int) -> bool:
+        """Tell whether ranks that differ at a step are refused."""
+        return self.strict or (self.again and step >= 9)
+
+    def _again(self, step: int) -> bool:
+        return self.again and re.fullmatch("10+", str(step + 1)) is not None
 
     @property
     def never(self) -> bool:
@@ -88,7 +98,8 @@ class Verification:
         self._step = 0
         self._due = False
         self._seen: dict[int, tuple[float, ...]] = {}
-        self._announced = False
+        self._told = ""
+        self._unproved = False  # True while nothing could be said of the gradients
 
     def begin(self) -> bool:
         """Counts a step.
@@ -97,7 +108,7 @@ class Verification:
             Whether it is verified.
         """
         self._step += 1
-        self._due = self._policy.is_due(self._step - 1)
+        self._due = self._policy.is_due(self._step - 1) or self._unproved
         self._seen = {}
         return self._due
 
@@ -110,7 +121,7 @@ class Verification:
             factor: By what it has been multiplied.
         """
         if self._due and self._op is not Op.ADASUM:
-            self._seen[place] = tuple(part / factor for part in _projected(gradient))
+            self._seen[place] = tuple(part / factor for part in projected(gradient))
 
     def check(
         self,
@@ -150,13 +161,14 @@ class Verification:
         def compare(*arrays: np.ndarray) -> list[np.ndarray]:
             if not self._same_weights(stored, arrays[: len(stored)]):
                 return [np.array(False)]
+            registry.note_verified(variables)
             ends = len(stored) + np.cumsum(parts)
             pairs = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
-            deviation = None
+            proof = None
             if self._op is not Op.ADASUM:  # no sum of projections tells what angles have made of it
                 ours = self._accounts(dense, pairs[: len(unseen)])
-                deviation = self._compare_gradients(trained, ours, pairs[len(unseen) :])
-            self._announce(self._step, len(trained), deviation)
+                proof = self._compare_gradients(trained, ours, pairs[len(unseen) :])
+            self._announce(self._step, len(trained), proof)
             return [np.array(True)]
 
         (checked,) = tensors.on_host(self._engine, compare, [*weights, *gradients], [tf.bool])
@@ -166,21 +178,21 @@ class Verification:
     def _accounts(self, dense: Sequence[bool], unseen: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
         """Puts the accounts taken before sending and those of the rest into the order of the variables."""
         seen = iter([account for _, account in sorted(self._seen.items())])
-        rest = iter([_projected(*parts) for parts in unseen])
+        rest = iter([projected(*parts) for parts in unseen])
         return np.array([next(seen) if each and self._seen else next(rest) for each in dense])
 
     def _same_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> bool:
         try:
             self._compare_weights(names, arrays)
         except MismatchError as error:
-            if self._policy.strict:
+            if self._policy.is_strict(self._step - 1):
                 raise
             self._engine.say(f"warning: {error}")
             return False
         return True
 
     def _compare_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
-        mine = np.array([[_checksum(each) for each in arrays]], np.int64)
+        mine = np.array([[checksum(each) for each in arrays]], np.int64)
         every = self._engine.allgather(mine)
         wrong = np.argwhere((every != every[0]).any(axis=0)).reshape(-1)
         if len(wrong):
@@ -197,26 +209,25 @@ class Verification:
             )
 
     def _compare_gradients(
-        self,
-        names: Sequence[str],
-        ours: np.ndarray,
-        applied: Sequence[Sequence[np.ndarray]],
-    ) -> float:
+        self, names: Sequence[str], ours: np.ndarray, applied: Sequence[Sequence[np.ndarray]]
+    ) -> Proof:
         expected, scale = self._engine.allreduce(ours, self._op).T
-        have = np.array([_projected(*parts)[0] for parts in applied])
-        precision = np.array([_precision(parts[0].dtype) for parts in applied])
-        smallest = np.array([parts[0].size * _smallest(parts[0].dtype) for parts in applied])
-        # An overflow is not an error of ours: the loss scale or the user's callbacks deal with it.
-        distance = np.where(np.isfinite(expected), np.abs(have - expected), 0.0)
-        allowed = 8 * np.sqrt(self._engine.size) * precision * scale + smallest
-        wrong = np.flatnonzero(~(distance <= allowed) & np.isfinite(expected))
-        mine = (
-            self._wrong_gradient(names[wrong[0]], have[wrong[0]], expected[wrong[0]]) if len(wrong) else None
+        dtypes = [parts[0].dtype for parts in applied]
+        proof = Proof(
+            expected,
+            np.array([projected(*parts)[0] for parts in applied]),
+            scale,
+            np.array([precision(each) for each in dtypes]),
+            np.array([parts[0].size * smallest(each) for parts, each in zip(applied, dtypes, strict=True)]),
+            tuple(each.name for each in dtypes),
+            self._engine.size,
         )
-        told = [text for text in self._engine.allgather_object(mine) if text]
+        wrong = proof.wrong()[:1]
+        mine = [self._wrong_gradient(names[index], proof.have[index], expected[index]) for index in wrong]
+        told = [text for texts in self._engine.allgather_object(mine) for text in texts]
         if told:
             raise MismatchError(told[0])
-        return float(np.max(np.divide(distance, scale, out=np.zeros_like(scale), where=scale > 0), initial=0))
+        return proof
 
     def _wrong_gradient(self, name: str, have: float, expected: float) -> str:
         return (
@@ -227,68 +238,19 @@ class Verification:
             "HVDTRAIN_ENGINE, run `hvdtrain doctor`, and report it."
         )
 
-    def _announce(self, step: int, variables: int, deviation: float | None) -> None:
-        applied = ""
-        if deviation is not None:
-            applied = (
-                f", and what is applied is the {self._op.name.lower()} of all ranks' gradients (relative "
-                f"deviation {deviation:.1g})"
-            )
-        if not self._announced:
-            self._engine.say(
-                f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks"
-                f"{applied}."
-            )
-        self._announced = True
-
-
-def _checksum(array: np.ndarray) -> int:
-    """Returns a number of an array's bytes, of which no copy is made: they may be much of what memory there is."""
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    def _announce(self, step: int, variables: int, proof: Proof | None) -> None:
+        """Say what was proved: once, and before that once if nothing could be proved of the gradients."""
+        self._unproved = proof is not None and not proof.compared.any()
+        told = "nothing" if self._unproved else "all"
+        if self._told in ("all", told):
+            return
+        self._told = told
+        applied = proof.sentence(self._op.name.lower()) if proof else "."
+        self._engine.say(
+            f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks{applied}"
+        )
 
 
 def _parts(gradient: Any) -> list[Any]:
     """Takes a gradient apart into tensors: a sparse one into its values and the rows they belong to."""
     return [gradient.values, gradient.indices] if isinstance(gradient, tf.IndexedSlices) else [gradient]
-
-
-def _projected(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[float, float]:
-    """Projects an array on fixed signs, one a row times one a column.
-
-    Args:
-        values: The array, or the values of a sparse gradient.
-        rows: Which rows the values belong to, if not all in order.
-
-    Returns:
-        The projection and the sum of magnitudes, in float64.
-    """
-    table = values.reshape(len(values), math.prod(values.shape[1:])) if values.ndim else values.reshape(1, 1)
-    of_columns = _signs(np.arange(table.shape[1]))
-    of_rows = _signs(np.arange(len(table)) if rows is None else rows)
-    total = magnitude = 0.0
-    step = max(_PIECE // max(table.shape[1], 1), 1)
-    for start in range(0, len(table), step):
-        piece = table[start : start + step].astype(np.float64)
-        # Not by BLAS, which would start threads on cores that belong to other ranks.
-        total += float(np.einsum("i,ij,j", of_rows[start : start + step], piece, of_columns))
-        magnitude += float(np.abs(piece).sum())
-    return total, magnitude
-
-
-def _signs(numbers: np.ndarray) -> np.ndarray:
-    """Draws +1 or -1 for each number, the same on every rank (Knuth's multiplicative hash)."""
-    mixed = numbers.astype(np.uint64) * np.uint64(2654435761) >> np.uint64(15)
-    return 1.0 - 2.0 * (mixed & np.uint64(1)).astype(np.float64)
-
-
-def _smallest(dtype: np.dtype) -> float:
-    """Returns below what magnitude a float dtype rounds coarsely or to zero."""
-    if dtype.name == "bfloat16":
-        return float(np.finfo(np.float32).tiny)
-    limits = np.finfo(dtype)
-    return float(limits.smallest_subnormal if dtype == np.float16 else limits.tiny)
-
-
-def _precision(dtype: np.dtype) -> float:
-    """Returns the distance from 1 to the next number of a float dtype, NumPy's or bfloat16."""
-    return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)

@@ -17,6 +17,7 @@ from hvdtrain.data import seams
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.following import preceded
 from hvdtrain.data.together import compare, is_everybodys
+from hvdtrain.keras import equality
 from hvdtrain.keras.callbacks import checkpoint
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
 from hvdtrain.keras.callbacks.telling import telling
@@ -172,6 +173,18 @@ class InStep(keras.callbacks.Callback):
         """
         self._agree_on_end(sorted({_base(name) for name in logs or {}}) if _checks_validation else [])
         self._compare_data()
+        if epoch == self._first and self.params.get("epochs", 0) > epoch + 1:
+            equality.compare_model(self._engine, self.model, f"after epoch {epoch + 1}")
+
+    def on_train_end(self, logs: Any = None) -> None:
+        """Make sure that all ranks end with the same model, before a callback of one rank may change it.
+
+        Raises:
+            MismatchError: On every rank, if some ranks are still at work, or hold other values.
+        """
+        self._engine.agree(Call("end of training"))
+        equality.compare_model(self._engine, self.model, "at the end of model.fit")
+        equality.forget_model(self.model)
 
     def _step(self, iterator: Any) -> Any:
         """Stands before the model's own step, because of data that end early nobody else hears."""

@@ -13,6 +13,7 @@ from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.compression import Compression
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
+from hvdtrain.gradients.trained import registry
 from hvdtrain.gradients.verification import Policy, Verification
 from hvdtrain.keras import saving, seams
 from hvdtrain.keras.copying import copied
@@ -172,6 +173,9 @@ def local_variables(local_layers: Any) -> list[Any]:
                 f"The local layer {each.name} has no weights yet. Build the model first: give it a keras.Input or "
                 "call it on a batch."
             )
+    for each in layers:
+        for variable in each.weights:  # those that are frozen now as well
+            registry.note_local(variable)
     return [variable for each in layers for variable in each.trainable_variables]
 
 

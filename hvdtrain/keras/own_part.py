@@ -12,6 +12,7 @@ from hvdtrain import runtime
 from hvdtrain.data import lineage
 from hvdtrain.data.datasets import ShardedTFDataset
 from hvdtrain.data.seams import Sharded, is_of_all_ranks
+from hvdtrain.gradients.trained import registry
 from hvdtrain.keras.callbacks.membership import optimizers_of
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.replacing import replace_where_defined
@@ -75,12 +76,9 @@ def _sentences(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
     if any(isinstance(each, ShardedTFDataset) and each.partial for each in made_of):
         yield _MADE_OF_IT
     own_step = type(model).train_step is not keras.Model.train_step  # which may reduce gradients itself
-    if (
-        name == "fit"
-        and sharded
-        and not (own_step or is_of_all_ranks(given.get("callbacks")))
-        and _plain(model)
-    ):
+    together = own_step or is_of_all_ranks(given.get("callbacks"))
+    if name == "fit" and sharded and not together and _plain(model):
+        registry.together = True  # a script that divides data among the ranks trains one model
         yield _ALONE.format(name=type(model.optimizer).__name__)
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.trained import NOTHING, registry
 from hvdtrain.process_sets import ProcessSet, engine_of, global_process_set
 
 
@@ -30,9 +31,13 @@ def broadcast_variables(
     """
     engine = engine_of(process_set)
     root = engine.check_root(root_rank, "broadcast_variables")
+    if engine.size > 1 and not variables:
+        engine.say(NOTHING)
     details = [f"{each.dtype} {tuple(each.shape)}" for each in variables]
     engine.agree(described_call("broadcast of variables", variables, details, weights_only=False))
     for variable in variables:
         value = engine.broadcast(np.asarray(variable.numpy()), root_rank)
         if engine.rank != root:
             variable.assign(value)
+    if engine.size > 1:
+        registry.note_broadcast(engine, variables)

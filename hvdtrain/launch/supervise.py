@@ -20,6 +20,7 @@ import select
 import signal
 import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Sequence
@@ -145,6 +146,21 @@ def _run(words: Sequence[str]) -> dict[str, Any]:
         return _stopped(stop)
     except BaseException as error:
         return _failed(error)
+    return _finished()
+
+
+def _finished() -> dict[str, Any]:
+    """Report a script that came to its end, once it is known that the ranks have come there as one model."""
+    runtime = sys.modules.get("hvdtrain.runtime")
+    others = [each for each in threading.enumerate() if not each.daemon]
+    if runtime is None or len(others) > 1:
+        return SUCCESS  # the script may go on in another thread; the end of the process is looked at as well
+    try:
+        runtime.finish()
+    except runtime.EndedEarlyError as error:
+        return {**_failure(1, str(error), ""), "anothers": runtime.FOR_THE_CAUSE}
+    except Exception as error:
+        return _failure(1, str(error), "")
     return SUCCESS
 
 
@@ -164,7 +180,7 @@ def _stopped(stop: SystemExit) -> dict:
     if isinstance(stop, preempted.Preempted):
         return {**_failure(preempted.RESUMABLE, stop.sentence, ""), "resumable": True}
     if stop.code is None or (isinstance(stop.code, int) and stop.code == 0):
-        return SUCCESS
+        return _finished()
     if isinstance(stop.code, int):
         return _failure((stop.code & 0xFF) or 1, f"it called sys.exit({int(stop.code)}).", "")
     return _failure(1, f"it called sys.exit() with the words: {stop.code}", "")

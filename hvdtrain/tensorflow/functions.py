@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from hvdtrain.collectives import operations
 from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.trained import NOTHING, registry
 from hvdtrain.process_sets import ProcessSet, engine_of, global_process_set
 
 
@@ -125,9 +126,14 @@ def allgather_object(
 
 
 def _assigned(variables: Sequence[Any], root_rank: int, process_set: ProcessSet) -> list[Any]:
+    engine = engine_of(process_set)
+    if engine.size > 1:
+        registry.note_broadcast(engine, variables)
+        if not variables:
+            engine.say(NOTHING)
     details = [f"{tf.as_dtype(each.dtype).name} {tuple(each.shape)}" for each in variables]
     call = described_call(f"broadcast of variables from rank {root_rank}", variables, details)
     values = [tf.convert_to_tensor(each) for each in variables]
-    received = operations.broadcast(engine_of(process_set), values, root_rank, call)
+    received = operations.broadcast(engine, values, root_rank, call)
     assigned = [variable.assign(value) for variable, value in zip(variables, received, strict=True)]
     return [each for each in assigned if each is not None]

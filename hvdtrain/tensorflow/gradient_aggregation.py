@@ -5,6 +5,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdtrain.gradients.trained import registry
 from hvdtrain.process_sets import ProcessSet, global_process_set
 
 
@@ -62,6 +63,7 @@ class LocalGradientAggregationHelper:
     def register_local_var(self, var: Any) -> None:
         """Leaves the gradient of a variable on its rank."""
         self._local.append(var)
+        registry.note_local(var)
 
     def compute_gradients(self, grads: Sequence[Any], vars: Sequence[Any]) -> list[Any]:
         """Adds a pass's gradients to the window.

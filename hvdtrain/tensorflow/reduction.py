@@ -18,7 +18,7 @@ class Reduction:
     """Combines the gradients of a tape or an optimizer; there may be None among them.
 
     The second step is verified, not the first, after which scripts written for Horovod broadcast their variables;
-    weights that differ then are reported, not refused.
+    weights that differ then are reported. If they still differ at the tenth step, they are refused.
 
     Args:
         options: How gradients are combined.
@@ -63,7 +63,7 @@ class Reduction:
         in_session = not (tf.executing_eagerly() or tf.inside_function())
         if in_session or not all(hasattr(each, "assign") for each in sources):
             return Verification(self._engine, self._options.op, Policy(0))
-        policy = replace(Policy.from_environment(), first=1, strict=False)
+        policy = replace(Policy.from_environment(), first=1, strict=False, again=True)
         made = Verification(self._engine, self._options.op, policy)
         # Kept with the first variable, so that it lives as long as what it verifies.
         proofs = sources[0].__dict__.setdefault("_hvdtrain_proofs", {})

@@ -236,3 +236,29 @@ for step in range(40): hvd.allreduce(np.ones(10, "float32"), name="x")
     assert done.returncode == 0, done.stderr
     lines = (jobs.folder / "tuning.csv").read_text().splitlines()
     assert "cycle_time_ms" in lines[0] and len(lines) > 2
+
+
+def test_a_tape_that_was_forgotten_ends_the_job_with_the_names_of_its_variables(jobs):
+    script = """
+import keras, numpy as np, tensorflow as tf
+import hvdtrain.tensorflow as hvd
+
+hvd.init()
+keras.utils.set_random_seed(0)
+first, second = (keras.Sequential([keras.Input((2,)), keras.layers.Dense(1, name=name)]) for name in "ab")
+for model, tape_of in ((first, hvd.DistributedGradientTape), (second, lambda tape: tape)):
+    optimizer, x = keras.optimizers.SGD(0.1), np.full((4, 2), hvd.rank() + 1.0, "float32")
+    for _ in range(3):
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(x) ** 2)
+        gradients = tape_of(tape).gradient(loss, model.trainable_variables)
+        optimizer.apply_gradients(zip(gradients, model.trainable_variables))
+print("rank", hvd.rank(), "is done", flush=True)
+"""
+    done = jobs.run(script, opening="", HVDTRAIN_ENGINE="mpi")
+    assert done.returncode == 1 and done.stdout.count(b"is done") == 2
+    last = done.stderr.splitlines()[-1]
+    assert (
+        "ended the job: The ranks hold different values of trained variables at the end of the script" in last
+    )
+    assert "b/kernel on rank 1" in last and "a/kernel" not in last and "Python was shutting down" not in last

@@ -8,6 +8,9 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Call
+from hvdtrain.gradients.naming import plain_variable
+from hvdtrain.gradients.trained import registry
+from hvdtrain.keras import equality
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of, process_set_of
 from hvdtrain.keras.optimizer import is_distributed
 from hvdtrain.keras.variables import broadcast_variables
@@ -62,7 +65,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 f"All local variables must be of type tf.Variable or keras.Variable. Received: {var!r} of type "
                 f"{type(var).__name__}."
             )
-        self._local.append(_plain(var))
+        self._local.append(plain_variable(var))
+        registry.note_local(var)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Copies everything before the first step; of a model not built yet, once its first batch is there."""
@@ -93,7 +97,10 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Makes sure that no rank goes on alone, waiting for gradients that never come."""
-        engine_of(self.model).agree(Call("end of training"))
+        engine = engine_of(self.model)
+        engine.agree(Call("end of training"))
+        if engine.size > 1 and not any(is_distributed(each) for each in optimizers_of(self.model)):
+            equality.compare_model(engine, self.model, "at the end of model.fit")
 
     def _broadcast(self) -> None:
         compiled = self.model.optimizer
@@ -101,7 +108,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             compiled.build(self.model.trainable_variables)
         state = [variable for each in optimizers_of(self.model) for variable in each.variables]
         local = {id(each) for each in self._local}
-        shared = [each for each in (*self.model.weights, *state) if id(_plain(each)) not in local]
+        shared = [each for each in (*self.model.weights, *state) if id(plain_variable(each)) not in local]
         broadcast_variables(shared, self.root_rank, process_set_of(self.model))
 
     def _broadcast_at_first_batch(self) -> None:
@@ -128,8 +135,3 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
                 f"model is not built and cannot be built from its batches ({error}). Give it a keras.Input, or "
                 "call it once on a batch before model.fit."
             ) from error
-
-
-def _plain(variable: Any) -> Any:
-    """Returns TensorFlow's own variable, of which a Keras variable is a shell."""
-    return variable.value if isinstance(variable, keras.Variable) else variable
