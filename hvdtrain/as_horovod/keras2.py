@@ -2,15 +2,12 @@
 
 import functools
 import importlib
-import importlib.util
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from importlib.abc import MetaPathFinder
-from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from hvdtrain.replacing import definer
+from hvdtrain.replacing import AfterImport, definer
 
 # Arguments that decided nothing a result depends on: how data is fetched, how the step is traced.
 _DROPPED = {
@@ -28,7 +25,7 @@ def install_with_keras() -> None:
     if "keras" in sys.modules:
         install()
     else:
-        sys.meta_path.insert(0, _AfterKeras())
+        sys.meta_path.insert(0, AfterImport("keras", install))
 
 
 def install() -> None:
@@ -45,35 +42,6 @@ def install() -> None:
         vars(legacy).update({name: getattr(keras.optimizers, name) for name in _OPTIMIZERS})
     images = importlib.import_module("keras._tf_keras.keras.preprocessing.image")
     vars(keras.preprocessing.image).update(_public(images))
-
-
-class _AfterKeras(MetaPathFinder):
-    """Waits for the first import of Keras: loading it earlier would be before the script sets its variables."""
-
-    _asking = False
-
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        if fullname != "keras" or self._asking:
-            return None
-        self._asking = True
-        try:
-            spec = importlib.util.find_spec("keras")
-        finally:
-            self._asking = False
-        if spec and spec.loader:
-            loader: Any = spec.loader
-            loader.exec_module = self._then_install(loader.exec_module)
-        return spec
-
-    def _then_install(self, load: Callable[[ModuleType], None]) -> Callable[[ModuleType], None]:
-        def load_and_install(module: ModuleType) -> None:
-            load(module)
-            sys.meta_path.remove(self)  # not before: TensorFlow asks where Keras is without importing it
-            install()
-
-        return load_and_install
 
 
 def _change_models(model: Any) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 from hvdtrain import heartbeat, processes
 from hvdtrain.collectives import horovod_timeline, mpi
 from hvdtrain.collectives.base import Engine, Op, StandIn, World
-from hvdtrain.collectives.horovod_library import find_horovod, load_horovod
+from hvdtrain.collectives.horovod_library import find_horovod, for_hvdtrain, load_horovod
 
 # Up to here Horovod copies gradients together; what is larger pays for no copy through memory.
 _FUSED_BYTES = 8 << 20
@@ -44,7 +44,10 @@ class HorovodEngine(Engine):
         if not (horovod.nccl_built() or os.environ.get("HOROVOD_AUTOTUNE", "0") != "0"):
             os.environ.setdefault("HOROVOD_FUSION_THRESHOLD", str(_FUSED_BYTES))
         before = processes.threads()
-        with horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records:
+        with (
+            for_hvdtrain(),
+            horovod_timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records,
+        ):
             horovod.init(comm) if comm else horovod.init()
         # Its threads turn for ever, whether or not anything goes on.
         heartbeat.set_aside(processes.threads() - before)

@@ -9,6 +9,20 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any
 
+# True while hvdtrain starts Horovod's core for itself.
+serves_hvdtrain = False
+
+
+@contextlib.contextmanager
+def for_hvdtrain() -> Iterator[None]:
+    """Mark what is done with Horovod's core in the block as hvdtrain's own."""
+    global serves_hvdtrain
+    serves_hvdtrain = True
+    try:
+        yield
+    finally:
+        serves_hvdtrain = False
+
 
 @functools.cache
 def load_horovod() -> Any:

@@ -76,7 +76,7 @@ class Proof:
             else ""
         )
         rest = int((~self.compared).sum())
-        left_out = f" Of {rest} further variables they {self._left_out(rest)}." if rest else ""
+        left_out = f" The gradients of {rest} more {self._left_out(rest)}." if rest else ""
         return (
             f", and what is applied is the {combined} of all ranks' gradients{travelling} (relative deviation "
             f"{self._largest(self.distance):.1g}{rounding}).{left_out}"
@@ -88,14 +88,17 @@ class Proof:
 
     def _left_out(self, count: int) -> str:
         """Say why gradients were not compared."""
+        narrowest = self.dtypes[int(np.argmax(self.precision))]
+        rounded = (
+            f" as {narrowest}" if "16" in narrowest else ""
+        )  # they may have been more before they were sent
         reasons = {
-            "are zero": self.finite & (self.scale == 0),
+            f"are zero{rounded}": self.finite & (self.scale == 0),
             "are not finite": ~self.finite,
         }
         known = {words: int(which.sum()) for words, which in reasons.items() if which.any()}
         small = count - sum(known.values())
         if small:
-            narrowest = self.dtypes[int(np.argmax(self.precision))]
             known[f"are too small for {narrowest}"] = small
         if len(known) == 1:
             return next(iter(known))

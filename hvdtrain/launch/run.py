@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hvdtrain.launch import restart, staging, walltime
+from hvdtrain.launch import restart, staging, walltime, wire
 from hvdtrain.launch.console import Console
 from hvdtrain.launch.done import DoneFile
 from hvdtrain.launch.ending import Ending, conclude, interrupted
@@ -18,7 +18,7 @@ from hvdtrain.launch.interrupt import Interrupted, hearing
 from hvdtrain.launch.job import Job
 from hvdtrain.launch.plan import Plan, clean_environ, make_plan, with_ranks
 from hvdtrain.launch.restart import Start
-from hvdtrain.launch.run_options import RunOptions, set_variables
+from hvdtrain.launch.run_options import RunOptions, command_line, set_variables
 from hvdtrain.launch.survivors import World, world
 from hvdtrain.preempted import RESUMABLE
 
@@ -64,6 +64,7 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     options = with_ranks(options, environ)
     environ |= staging.told(options.stage, environ) | walltime.told(options.walltime, environ)
     environ[restart.RESTART] = "0"
+    environ[wire.TYPED] = command_line(replace(options, as_horovod=False, wrap=False, scale_batch=False))
     plan = make_plan(options, environ)
     if options.dry_run:
         print(plan)

@@ -27,7 +27,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain import heartbeat, mpi_wheel, preempted, script, topology
-from hvdtrain.launch import binding, wire
+from hvdtrain.launch import binding, stock_horovod, wire
 from hvdtrain.launch.guard import Connection, Guard, Link, Pipes, Terminal, connect
 from hvdtrain.launch.pulse import STACKS
 
@@ -141,6 +141,8 @@ def _run(words: Sequence[str]) -> dict[str, Any]:
 
             as_horovod.install()
             words = words[1:]
+        elif words[:2] != ["-m", "hvdtrain.wrap"]:
+            stock_horovod.watch(words)
         script.run(words)
     except SystemExit as stop:
         return _stopped(stop)
@@ -177,6 +179,8 @@ def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
 
 def _stopped(stop: SystemExit) -> dict:
     """Reports a `sys.exit()`, which means success without a code and a sentence with a text."""
+    if isinstance(stop, stock_horovod.StockHorovodExit):
+        return _failure(1, str(stop.code), "")
     if isinstance(stop, preempted.Preempted):
         return {**_failure(preempted.RESUMABLE, stop.sentence, ""), "resumable": True}
     if stop.code is None or (isinstance(stop.code, int) and stop.code == 0):

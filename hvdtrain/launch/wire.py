@@ -19,6 +19,8 @@ LOOK, END = 128, 129
 ADDRESS = "HVDTRAIN_RUN_ADDRESS"
 TOKEN = "HVDTRAIN_RUN_TOKEN"
 BIND = "HVDTRAIN_BIND"
+# The command that started the job, without the options that say what kind of script it runs.
+TYPED = "HVDTRAIN_RUN_TYPED"
 
 # The first word of a rank's command where the script is one for Horovod.
 AS_HOROVOD = "--as-horovod"

@@ -2,6 +2,7 @@
 
 import _thread
 import builtins
+import os
 import sys
 import threading
 from collections.abc import Sequence
@@ -23,7 +24,7 @@ _OURS = ("hvdtrain", "horovod")
 _MAY_IMPORT = {*_OURS, *sys.stdlib_module_names, "cloudpickle", "mpi4py"} - {"__main__"}
 _RANKS = (
     "hvdtrain run --wrap is for scripts that know nothing of ranks, and this one imports {name}. Start it without "
-    "--wrap: hvdtrain run -np N script.py; a script for Horovod: hvdtrain run --as-horovod -np N script.py"
+    "--wrap: {typed}"
 )
 _STRATEGY = (
     "hvdtrain run --wrap: the script {what}, which divides the work in a way of its own. Leave it out, "
@@ -90,10 +91,17 @@ def _without_ranks(load: Any) -> Any:
         if name.partition(".")[0] in _OURS and not (args[1:2] or [kwargs.get("level", 0)])[0]:
             asker = str((namespace or {}).get("__name__", "")).partition(".")[0]
             if asker and asker not in _MAY_IMPORT:
-                raise ImportError(_RANKS.format(name=name.partition(".")[0]))
+                raise ImportError(_RANKS.format(name=name, typed=_typed(name)))
         return load(name, namespace, *args, **kwargs)
 
     return import_
+
+
+def _typed(name: str) -> str:
+    """Return the command that was typed, as it should have been for a script that imports this."""
+    typed = os.environ.get("HVDTRAIN_RUN_TYPED", "hvdtrain run -np N script.py")
+    mode = "hvdtrain run --as-horovod" if name.startswith("horovod") else "hvdtrain run"
+    return typed.replace("hvdtrain run", mode, 1)
 
 
 def _refusing(what: str) -> Any:

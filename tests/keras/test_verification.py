@@ -235,3 +235,34 @@ def test_an_error_dealt_with_is_not_repeated_later():
         fit(model, mine(x), mine(y), BATCH)
     assert "not hold the same weights" in runtime.last_words(caught.value)
     assert runtime.last_words(KeyError("of another kind")) == ""
+
+
+def said_of(capfd, optimizer, *steps):
+    """Applies gradients of one variable, step by step; returns what rank 0 said of the verification."""
+    variable = keras.Variable(np.zeros(64), dtype="float32", name="weight")
+    for gradient in steps:
+        optimizer.apply([tf.fill([64], gradient)], [variable])
+    lines = [line for line in capfd.readouterr().err.splitlines() if "verified at step" in line]
+    assert not lines or hvd.rank() == 0
+    return hvd.broadcast_object(lines)
+
+
+def test_zero_gradients_prove_nothing_and_the_next_ones_are_verified(capfd):
+    first, second = said_of(capfd, hvd.DistributedOptimizer(SGD(0.1)), 0.0, 0.0, 0.3, 0.3)
+    assert (
+        "step 1: 1 variables are the same" in first
+        and "The gradients are zero, so nothing is proved" in first
+    )
+    assert (
+        "verified at step 3" in second
+        and "is the average of all ranks' gradients (relative deviation" in second
+    )
+
+
+@pytest.mark.parametrize(
+    "value, words", [(0.1, "sent as float16 (relative deviation"), (1e-9, "are zero as float16")]
+)
+def test_compressed_gradients_are_said_to_be_compressed(capfd, value, words):
+    optimizer = hvd.DistributedOptimizer(SGD(0.1), compression=hvd.Compression.fp16)
+    (said,) = said_of(capfd, optimizer, value)
+    assert words in said and "deviation 1" not in said, said

@@ -277,7 +277,7 @@ REFUSED = {
     "a compiled loop": ("tf.function(loop)()", "hvd.DistributedOptimizer"),
     "a strategy": ("tf.distribute.MirroredStrategy()", "the script makes a MirroredStrategy"),
     "a distribution": ("keras.distribution.set_distribution(None)", "keras.distribution"),
-    "hvdtrain": ("import hvdtrain.keras", "Start it without --wrap: hvdtrain run -np N"),
+    "hvdtrain": ("import hvdtrain.keras", "Start it without --wrap: hvdtrain run -np"),
     "horovod": ("import horovod.tensorflow.keras", "hvdtrain run --as-horovod"),
 }
 
