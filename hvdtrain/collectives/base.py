@@ -67,6 +67,7 @@ class Engine(ABC):
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
     heard = ""  # the sentence by which this rank has learned that another one has failed
     timeline: Any = None  # a `Timeline`, while one is written
+    mid_line = False  # set on the class: True while this process has written a part of a line, such as a bar
     has_joined = False  # True once all ranks have called `join`, some of them maybe earlier than others
     _members: tuple[int, ...] | None = None
     _joined: tuple[int, ...] = ()
@@ -388,8 +389,11 @@ class Engine(ABC):
         return self.ranks.index(root_rank)
 
     def say(self, sentence: str) -> None:
-        """Prints one line for a person, on rank 0 only, where output of the script cannot swallow it."""
+        """Print one line for a person, on rank 0 only; never behind a progress bar on the same line."""
         if self.rank == 0:
+            if Engine.mid_line:
+                Engine.mid_line = False
+                print(flush=True)  # on standard output, where the bar is
             print(f"hvdtrain: {sentence}", file=sys.stderr, flush=True)
 
     def agree(self, call: Call, wish: int = 0) -> int:

@@ -1,11 +1,32 @@
 """Notes in this rank's heartbeat where its training is, so that whoever waits for it can be told."""
 
+import functools
+import importlib
+from collections.abc import Callable
 from typing import Any
 
 import keras
 
 from hvdtrain import heartbeat
+from hvdtrain.collectives.base import Engine
 from hvdtrain.keras.callbacks.membership import optimizers_of
+from hvdtrain.replacing import replace
+
+
+@functools.cache
+def note_lines() -> None:
+    """Note whether Keras has left a progress bar on the current line, so that `Engine.say` starts a new one."""
+    printing = importlib.import_module("keras.src.utils.io_utils")
+
+    def noting(print_message: Callable[..., None]) -> Callable[..., None]:
+        def run(message: Any, line_break: bool = True) -> None:
+            print_message(message, line_break)
+            if str(message) and printing.is_interactive_logging_enabled():
+                Engine.mid_line = not (line_break or str(message).endswith("\n"))
+
+        return run
+
+    replace(printing, "print_msg", noting)
 
 
 class Progress(keras.callbacks.Callback):

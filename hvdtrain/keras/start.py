@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvdtrain import cores, runtime
 from hvdtrain.collectives.base import Engine, ranks_text
-from hvdtrain.keras import equality, fitting, own_part
+from hvdtrain.keras import equality, fitting, own_part, progress
 from hvdtrain.keras.timeline import start_if_asked
 from hvdtrain.process_sets import register
 
@@ -42,6 +42,7 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
     fitting.install()
     own_part.install()
     equality.install()
+    progress.note_lines()
     start_if_asked()
     if process_sets is not None and process_sets != "dynamic":
         register(list(process_sets))

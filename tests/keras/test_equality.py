@@ -132,7 +132,8 @@ def test_a_frozen_layer_that_differs_is_found_before_it_is_unfrozen():
 def test_a_plain_optimizer_beside_a_broadcast():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
     model.compile(SGD(0.1), "mse")
-    assert "dense/kernel" in mismatch(lambda: fit(model))
+    fit(model)  # it was said at the beginning that each rank trains a model of its own
+    assert "dense/kernel" in mismatch(lambda: divergence.compare_at_end(hvd_engine()))
 
 
 def test_what_one_rank_loads_after_fit_is_its_own_business(capfd):

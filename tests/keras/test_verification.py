@@ -1,5 +1,8 @@
 """What must never pass in silence: ranks that hold different weights, models, or gradients."""
 
+import io
+import sys
+
 import keras
 import numpy as np
 import pytest
@@ -266,3 +269,20 @@ def test_compressed_gradients_are_said_to_be_compressed(capfd, value, words):
     optimizer = hvd.DistributedOptimizer(SGD(0.1), compression=hvd.Compression.fp16)
     (said,) = said_of(capfd, optimizer, value)
     assert words in said and "deviation 1" not in said, said
+
+
+def test_what_is_said_never_stands_behind_a_progress_bar(monkeypatch):
+    terminal = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    monkeypatch.setattr(sys, "stderr", terminal)
+    bar = keras.utils.Progbar(3, interval=0)
+    runtime.engine().say("before")
+    for step in range(1, 4):
+        bar.update(step)
+        runtime.engine().say(f"after step {step}")
+        runtime.engine().say("again")
+    lines = terminal.getvalue().splitlines()
+    said = [line for line in lines if "hvdtrain" in line]
+    assert len(said) == (7 if hvd.rank() == 0 else 0)
+    assert all(line.startswith("hvdtrain: ") for line in said), lines
+    assert hvd.rank() or terminal.getvalue().count("\n\n") == 0
