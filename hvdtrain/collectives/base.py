@@ -67,6 +67,7 @@ class Engine(ABC):
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
     heard = ""  # the sentence by which this rank has learned that another one has failed
     timeline: Any = None  # a `Timeline`, while one is written
+    told_of_zeros = False  # set on the class: True once a warning of integer means was given
     mid_line = False  # set on the class: True while this process has written a part of a line, such as a bar
     has_joined = False  # True once all ranks have called `join`, some of them maybe earlier than others
     _members: tuple[int, ...] | None = None
@@ -501,7 +502,8 @@ class Engine(ABC):
         with self._span("ALLREDUCE"):
             alike: dict[np.dtype, list[Pair]] = {}
             for send, receive in pairs:
-                if op is Op.ADASUM or carrier(send.dtype, op) != send.dtype:
+                whole_numbers = op is Op.AVERAGE and send.dtype.kind in "iu"
+                if whole_numbers or op is Op.ADASUM or carrier(send.dtype, op) != send.dtype:
                     self._finish_wide(send, receive, op)
                 else:
                     alike.setdefault(send.dtype, []).append((send, receive))
@@ -514,10 +516,25 @@ class Engine(ABC):
             receive[...] = adasum.combined(send.astype(wide), self.rank, self.size, self._swapped)
         elif fusion.worth_halving(send, op):
             receive[...] = self._halved(send, op)
+        elif op is Op.AVERAGE and wide.kind in "iu":
+            total = send.astype(wide)
+            self._reduce(total, total, Op.SUM)
+            receive[...] = self._averaged(total.copy(), op)
+            self._tell_of_zeros(total, receive)
         else:
             copy = send.astype(wide)
             self._reduce(copy, copy, op)
             receive[...] = copy
+
+    def _tell_of_zeros(self, total: np.ndarray, mean: np.ndarray) -> None:
+        """Warn once where a mean of integers, which is an integer, has become 0."""
+        lost = total[(mean == 0) & (total != 0)]
+        if lost.size and not Engine.told_of_zeros:
+            Engine.told_of_zeros = True
+            self.say(
+                f"warning: a mean of integers was rounded to 0: the sum {lost[0]} of {self.size} ranks, divided by "
+                f"{self.size}. Pass floats, as in hvd.allreduce(tf.cast(x, tf.float32)), or op=hvd.Sum."
+            )
 
     def _halved(self, array: np.ndarray, op: Op) -> np.ndarray:
         """Sums 16-bit floats in float32 while only 16-bit floats travel: each rank sums one part of the array."""

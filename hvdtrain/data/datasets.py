@@ -213,8 +213,8 @@ def own_batch(dataset: tf.data.Dataset) -> int | None:
     """
     if any(isinstance(each, tf.SparseTensorSpec) for each in tf.nest.flatten(dataset.element_spec)):
         raise ValueError(
-            "hvd.shard: sparse tensors cannot be divided by rows. Make them dense after batching: "
-            "dataset.map(lambda x, y: (tf.sparse.to_dense(x), y)); or ragged: tf.RaggedTensor.from_sparse(x)."
+            "hvd.shard: sparse tensors cannot be divided by rows. Make them dense before hvd.shard: "
+            "hvd.shard(dataset.map(lambda x, y: (tf.sparse.to_dense(x), y)), ...)."
         )
     if dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
         raise ValueError(

@@ -148,9 +148,17 @@ def _array(leaf: Any, name: str) -> np.ndarray:
             f"hvd.shard: {name} is a function. Call it, if it makes a generator: hvd.shard({_called(leaf)}, …); or "
             "make a tf.data.Dataset of it: tf.data.Dataset.from_generator(…)."
         )
+    kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
+    if "sparse" in kind.lower():
+        raise TypeError(
+            f"hvd.shard: {name} is sparse, a {kind}, and sparse data cannot be divided by rows. Pass it dense: "
+            "tf.sparse.to_dense(x), or x.toarray() of SciPy. If that is too large, make batches dense: "
+            "hvd.shard(tf.data.Dataset.from_tensor_slices((x, y)).batch(256).map(lambda x, y: "
+            "(tf.sparse.to_dense(x), y))), with x as a tf.SparseTensor."
+        )
     raise TypeError(
         f"hvd.shard: {name} must be a NumPy array, or something that becomes one. Received: "
-        f"{type(leaf).__module__}.{type(leaf).__name__}. Ragged and sparse data go into a tf.data.Dataset."
+        f"{kind}. Ragged data go into a tf.data.Dataset."
     )
 
 

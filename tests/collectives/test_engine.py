@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.collectives.base import Call, MismatchError, Op
+from hvdtrain.collectives.base import Call, Engine, MismatchError, Op
 from hvdtrain.collectives.mpi import PIECE_BYTES
 
 pytestmark = pytest.mark.ranks
@@ -315,3 +315,19 @@ def test_operations_while_tensorflow_traces_a_function(engine):
 
     traced()
     assert seen == [engine.size * (engine.size + 1) / 2, 0, list(range(engine.size))]
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int64"])
+def test_an_integer_mean_that_becomes_zero_is_told_once(engine, capfd, monkeypatch, dtype):
+    monkeypatch.setattr(Engine, "told_of_zeros", False)
+    last = engine.rank == engine.size - 1
+    engine.allreduce(np.array([engine.size, -engine.size * last], dtype))  # the sums divide by the size
+    assert "warning" not in capfd.readouterr().err
+    for _ in range(2):
+        np.testing.assert_array_equal(
+            engine.allreduce(np.array([0, int(last)], dtype)), [0, int(engine.size == 1)]
+        )
+    told = capfd.readouterr().err
+    assert told.count("a mean of integers was rounded to 0: the sum 1 of") == (
+        engine.rank == 0 < engine.size - 1
+    )

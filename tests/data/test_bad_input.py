@@ -205,3 +205,16 @@ def test_a_batch_larger_than_the_global_one():
 def test_sharded_data_is_not_sharded_again():
     with pytest.raises(ValueError, match="sharded already"):
         shard(shard((X, Y), 8), 8)
+
+
+def test_the_advice_for_sparse_tensors_leads_somewhere():
+    x = tf.sparse.from_dense(np.eye(16, dtype="float32"))
+    with pytest.raises(TypeError, match=r"tf.sparse.to_dense\(x\)"):
+        shard((x, Y), batch_size=4)
+    batches = D.from_tensor_slices((x, Y)).batch(4)
+    with pytest.raises(ValueError, match=r"before hvd\.shard"):
+        shard(batches)
+    dense = batches.map(lambda x, y: (tf.sparse.to_dense(x), y))
+    for data in (shard(dense, shuffle=False), shard((tf.sparse.to_dense(x), Y), batch_size=4, shuffle=False)):
+        rows = next(iter(data))[0]
+        assert rows.shape == (-(-4 // hvd.size()), 16)
