@@ -2,6 +2,7 @@
 
 import functools
 import importlib
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from types import ModuleType
@@ -58,7 +59,17 @@ def _without(method: Any, names: Sequence[str]) -> Any:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         return method(self, *args, **{name: each for name, each in kwargs.items() if name not in names})
 
+    call.__signature__ = _with_parameters(method, names)
     return call
+
+
+def _with_parameters(method: Any, names: Sequence[str]) -> inspect.Signature:
+    """Return a signature with more keywords, for functions put around this one that bind their arguments."""
+    signature = inspect.signature(method)
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in signature.parameters.values()):
+        return signature
+    more = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in names]
+    return signature.replace(parameters=[*signature.parameters.values(), *more])
 
 
 def _fit_generator(

@@ -177,8 +177,10 @@ class HorovodEngine(Engine):
 
     @contextlib.contextmanager
     def _at_once(self) -> Iterator[None]:
-        """Lets an operation happen now and on the host, also while TensorFlow traces a function."""
-        with self._tf.init_scope(), self._tf.device("CPU:0"):
+        """Run an operation now and on the host: also while TensorFlow traces a function or builds a graph."""
+        # init_scope alone leaves a traced function, but not the default graph of TensorFlow 1.
+        eager = self._tf.__internal__.eager_context.eager_mode()
+        with self._tf.init_scope(), eager, self._tf.device("CPU:0"):
             yield
 
 

@@ -85,7 +85,8 @@ def _in_turn(tensors: Sequence[Any]) -> Iterator[list[Any]]:
     graph = tf.compat.v1.get_default_graph()
     if not graph.building_function or "WhileBodyGrad" in type(graph).__name__:
         # A session's graph, or the gradient of a loop, where TensorFlow gives no order to uses of a variable.
-        fed = _fed(tensors)
+        # The operation that does nothing shows the control dependencies that the host call will get.
+        fed = _fed([*(each.op for each in tensors if hasattr(each, "op")), tf.no_op()])
         earlier = graph.get_collection_ref("hvdtrain_turn")
         with tf.control_dependencies([last for last, needs in earlier if needs <= fed]):
             yield outputs
@@ -98,9 +99,9 @@ def _in_turn(tensors: Sequence[Any]) -> Iterator[list[Any]]:
         turn.assign_add(1)
 
 
-def _fed(tensors: Sequence[Any]) -> frozenset[str]:
-    """Names the placeholders that tensors are computed from: a call must not wait for one that needs others."""
-    seen, left = set(), [each.op for each in tensors if hasattr(each, "op")]
+def _fed(operations: Sequence[Any]) -> frozenset[str]:
+    """Name the placeholders that operations need: a call must not wait for one that needs others."""
+    seen, left = set(), list(operations)
     while left:
         operation = left.pop()
         if operation not in seen:

@@ -74,7 +74,16 @@ class LocalGradientAggregationHelper:
 
         Returns:
             At the end of a window the reduced gradients, otherwise those that were given.
+
+        Raises:
+            NotImplementedError: In a graph of TensorFlow 1, which does not run the assignments in order.
         """
+        if not (tf.executing_eagerly() or tf.inside_function()):
+            passes = self.backward_passes_per_step
+            raise NotImplementedError(
+                f"backward_passes_per_step={passes} does not work in a graph of TensorFlow 1. Leave it out and "
+                f"feed batches {passes} times as large to session.run."
+            )
         there = [index for index, each in enumerate(grads) if each is not None]
         given = [self._dense(grads[index]) for index in there]
         variables = [vars[index] for index in there]

@@ -140,6 +140,7 @@ score = hvd.allreduce(model.evaluate_generator(batches(), 2, workers=4))
 assert len(score) == 2
 if hvd.rank() == 0:
     model.save("old.h5")
+assert model.predict_generator(batches(), 2, max_queue_size=2, workers=4, use_multiprocessing=True).shape == (32, 3)
 hvd_tf.barrier() if hasattr(hvd_tf, "barrier") else None
 loaded = hvd.load_model("old.h5", compression=compression)
 assert type(loaded.optimizer).__name__ == "SGD"
@@ -289,6 +290,49 @@ assert ("val_loss" in history) == (hvd.rank() == 0)
     + EQUAL
 )
 
+SESSION = (
+    """
+import numpy as np
+import tensorflow.compat.v1 as tf
+tf.disable_eager_execution()
+import horovod.tensorflow as hvd
+hvd_tf = hvd
+hvd.init()
+rank = hvd.rank()
+x = tf.placeholder(tf.float32, [None, 1])
+w = tf.get_variable("w", initializer=[[rank + 1.0]])
+total = hvd.allreduce(tf.constant([rank + 1.0]), op=hvd.Sum)
+joined = hvd.allgather(tf.fill([rank + 1], rank))
+sent = hvd.broadcast(tf.constant(rank), 1)
+loss = tf.reduce_mean(tf.square(tf.matmul(x, w) - 3 * x))
+global_step = tf.train.get_or_create_global_step()
+train = hvd.DistributedOptimizer(tf.train.MomentumOptimizer(0.05, 0.5)).minimize(loss, global_step=global_step)
+hooks = [hvd.BroadcastGlobalVariablesHook(0), tf.train.StopAtStepHook(last_step=60)]
+with tf.train.MonitoredTrainingSession(hooks=hooks) as session:
+    assert session.run(w) == 1.0
+    found = [np.asarray(each).tolist() for each in session.run([total, joined, sent])]
+    assert found == [[3.0], [0, 1, 1], 1], found
+    while not session.should_stop():
+        _, last = session.run([train, w], {x: np.full((4, 1), rank + 1.0)})
+np.testing.assert_allclose(last, 3.0, atol=1e-3)
+
+later = hvd.broadcast_global_variables(1)  # in the same graph, after an operation that a placeholder feeds
+with tf.Session() as session:
+    session.run(tf.global_variables_initializer())
+    session.run(later)
+    assert session.run(w) == 2.0
+try:
+    hvd.DistributedOptimizer(tf.train.AdamOptimizer(), backward_passes_per_step=4).minimize(loss)
+except NotImplementedError as error:
+    assert "batches 4 times as large" in str(error)
+else:
+    raise AssertionError("accepted")
+model = tf.Module()
+model.weights = [last]
+"""
+    + EQUAL
+)
+
 EXAMPLES = {
     "validation on rank 0": (VALIDATION_ON_RANK_0, []),
     "keras fit": (KERAS_FIT, []),
@@ -299,6 +343,15 @@ EXAMPLES = {
     "benchmark adasum": (BENCHMARK, ["--use-adasum"]),
     "sparse": (SPARSE, []),
 }
+
+
+@pytest.mark.parametrize("engine", ["mpi", "horovod"])
+def test_a_session_of_tensorflow_1(scripts, engine):
+    if engine == "horovod":
+        pytest.importorskip("horovod", reason="Horovod is not built here")
+    ended = scripts.run(SESSION, engine=engine)
+    assert ended.returncode == 0, ended.stderr
+    assert "equal weights" in ended.stdout
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -327,3 +380,46 @@ print(type(opt).__name__, round(float(opt.lr), 3), len(opt.variables()))
 """
     ended = scripts.alone(text)
     assert ended.stdout == "Adam 0.1 2\n", ended.stderr
+
+
+FETCHING = """
+import numpy as np
+import tensorflow as tf
+early = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(1)])
+import horovod.tensorflow.keras as hvd
+hvd.init()
+import keras
+
+
+class Subclassed(tf.keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.dense = tf.keras.layers.Dense(1)
+
+    def call(self, inputs):
+        return self.dense(inputs)
+
+    def fit(self, *args, **kwargs):
+        return super().fit(*args, **kwargs)
+
+
+inputs = keras.Input((4,))
+functional = keras.Model(inputs, keras.layers.Dense(1)(inputs))
+x = np.ones((32, 4), "float32")
+fetching = {"max_queue_size": 20, "workers": 4, "use_multiprocessing": True}
+for model in (early, Subclassed(), functional):
+    model.compile(hvd.DistributedOptimizer(tf.keras.optimizers.SGD(0.1)), "mse")
+    model.fit(x, x[:, :1], verbose=0, **fetching)
+    model.evaluate(x, x[:, :1], verbose=0, **fetching)
+    model.predict(x, verbose=0, **fetching)
+try:
+    model.fit(x, x[:, :1], worker=4)
+except TypeError as error:
+    print(error)
+"""
+
+
+def test_how_data_is_fetched_is_accepted(scripts):
+    ended = scripts.alone(FETCHING)
+    assert ended.returncode == 0, ended.stderr
+    assert "unexpected keyword argument 'worker'" in ended.stdout
