@@ -11,6 +11,9 @@ from typing import Any
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
+# By the function in its place: what translates arguments, and the function that gets them.
+_translated: dict[Any, tuple[Make, Callable[..., Any]]] = {}
+
 
 def replace(owner: Any, name: str, make: Make) -> None:
     """Puts `make(original)` in the place of a function, with the original's name and documentation.
@@ -21,7 +24,28 @@ def replace(owner: Any, name: str, make: Make) -> None:
         make: Takes the function and returns the one in its place.
     """
     original = getattr(owner, name)
-    setattr(owner, name, functools.wraps(original)(make(original)))
+    if original in _translated:
+        translate, original = _translated.pop(original)
+        setattr(owner, name, functools.wraps(original)(make(original)))
+        replace_outermost(owner, name, translate)
+    else:
+        setattr(owner, name, functools.wraps(original)(make(original)))
+
+
+def replace_outermost(owner: Any, name: str, make: Make) -> None:
+    """Put `make(original)` in the place of a function, and keep it outside of what `replace` puts there later.
+
+    So that what binds the arguments of a call never sees those that only this replacement understands.
+
+    Args:
+        owner: A class or module.
+        name: Name of the function in it; it has at most one outermost replacement.
+        make: Takes the function and returns the one in its place.
+    """
+    original = getattr(owner, name)
+    translated = functools.wraps(original)(make(original))
+    _translated[translated] = make, original
+    setattr(owner, name, translated)
 
 
 def replace_where_defined(kind: type, name: str, make: Make) -> None:

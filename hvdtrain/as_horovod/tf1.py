@@ -27,6 +27,11 @@ _SCRIPT = (
     "tf.app, tf.flags and tf.contrib are gone. Use argparse, and call main() under "
     "`if __name__ == '__main__':`."
 )
+_GPUS = "each rank has one GPU here. Delete the call; -np and hvd.DistributedOptimizer take its place."
+_PHASE = (
+    "Keras 3 has no learning phase. Call the model or layer with training=True or training=False; fit, evaluate "
+    "and predict do so."
+)
 
 # A name that an old script did not find, as a whole, and what to do; the first that matches.
 _ADVICE = (
@@ -36,6 +41,8 @@ _ADVICE = (
     (r"(Adam|Adagrad|Adadelta|GradientDescent|Momentum|RMSProp|Ftrl|ProximalAdagrad)Optimizer", _OPTIMIZER),
     (r"placeholder\w*|get_variable|variable_scope|\w+_initializer|global_variables|Graph\w*", _GRAPH),
     (r"get_default_graph|reset_default_graph|disable_eager_execution|layers|assign\w*|losses", _GRAPH),
+    (r"multi_gpu_model", _GPUS),
+    (r"learning_phase|set_learning_phase|in_train_phase|in_test_phase", _PHASE),
     (r"app|flags|contrib|logging|gfile", _SCRIPT),
 )
 _MISSING = re.compile(

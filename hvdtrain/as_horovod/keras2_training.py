@@ -1,0 +1,191 @@
+"""Methods of models and callbacks that Keras 3 has dropped, and the names that Keras 2 gave to logs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras as keras3
+import numpy as np
+
+from hvdtrain.replacing import definer, replace
+
+# Keras 3 calls the rate by its second name, Keras before 2.3 called the accuracy by its first.
+_SYNONYMS = (("lr", "learning_rate"), ("acc", "accuracy"), ("val_acc", "val_accuracy"))
+_OTHER_NAME = dict([*_SYNONYMS, *((new, old) for old, new in _SYNONYMS)])
+
+
+def install(keras: Any) -> None:
+    """Put the methods back into models and callbacks."""
+    trainer = definer(keras.Model, "fit")
+    for method in (_fit_generator, _evaluate_generator, _predict_generator, _predict_classes, _predict_proba):
+        setattr(trainer, method.__name__.removeprefix("_"), method)
+    definer(keras.Model, "metrics_names").metrics_names = property(_metrics_names)
+    replace(keras.callbacks.ModelCheckpoint, "__init__", _taking_period)
+    replace(keras.callbacks.ModelCheckpoint, "on_epoch_end", _every_period)
+    replace(keras.callbacks.CallbackList, "on_train_begin", _with_names_of_today)
+    replace(keras.callbacks.CallbackList, "on_epoch_end", _with_both_names)
+    replace(keras.callbacks.History, "on_train_begin", _recording_both_names)
+
+
+def _fit_generator(
+    self: Any,
+    generator: Any,
+    steps_per_epoch: float | None = None,
+    epochs: int = 1,
+    verbose: Any = 1,
+    callbacks: Any = None,
+    validation_data: Any = None,
+    validation_steps: float | None = None,
+    validation_freq: int = 1,
+    class_weight: Any = None,
+    max_queue_size: int = 10,
+    workers: int = 1,
+    use_multiprocessing: bool = False,
+    shuffle: bool = True,
+    initial_epoch: int = 0,
+) -> Any:
+    return self.fit(
+        generator,
+        steps_per_epoch=steps_per_epoch,
+        epochs=epochs,
+        verbose=verbose,
+        callbacks=callbacks,
+        validation_data=validation_data,
+        validation_steps=validation_steps,
+        validation_freq=validation_freq,
+        class_weight=class_weight,
+        # Of a generator it never decided anything, and Keras 3 would warn.
+        shuffle=shuffle and isinstance(generator, keras3.utils.PyDataset),
+        initial_epoch=initial_epoch,
+    )
+
+
+def _evaluate_generator(
+    self: Any,
+    generator: Any,
+    steps: float | None = None,
+    callbacks: Any = None,
+    max_queue_size: int = 10,
+    workers: int = 1,
+    use_multiprocessing: bool = False,
+    verbose: Any = 0,
+) -> Any:
+    return self.evaluate(generator, steps=steps, callbacks=callbacks, verbose=verbose)
+
+
+def _predict_generator(
+    self: Any,
+    generator: Any,
+    steps: float | None = None,
+    callbacks: Any = None,
+    max_queue_size: int = 10,
+    workers: int = 1,
+    use_multiprocessing: bool = False,
+    verbose: Any = 0,
+) -> Any:
+    return self.predict(generator, steps=steps, callbacks=callbacks, verbose=verbose)
+
+
+def _predict_proba(self: Any, x: Any, batch_size: int | None = None, verbose: Any = 0) -> Any:
+    return self.predict(x, batch_size=batch_size, verbose=verbose)
+
+
+def _predict_classes(self: Any, x: Any, batch_size: int | None = None, verbose: Any = 0) -> Any:
+    predicted = self.predict(x, batch_size=batch_size, verbose=verbose)
+    if predicted.shape[-1] > 1:
+        return np.argmax(predicted, axis=-1)
+    return (predicted > 0.5).astype("int32")
+
+
+def _metrics_names(model: Any) -> list[str]:
+    """Return the names of what `evaluate` returns, where Keras 3 says "compile_metrics" for several."""
+    names = []
+    for metric in model.metrics:
+        several = metric is getattr(model, "_compile_metrics", None)
+        names += [each.name for each in metric.metrics] if several else [metric.name]
+    return names
+
+
+def _taking_period(init: Callable[..., None]) -> Callable[..., None]:
+    def __init__(self: Any, *args: Any, period: int = 1, **kwargs: Any) -> None:  # noqa: N807
+        init(self, *args, **kwargs)
+        self.period, self.epochs_since_last_save = period, 0
+
+    return __init__
+
+
+def _every_period(on_epoch_end: Callable[..., None]) -> Callable[..., None]:
+    def end(self: Any, epoch: int, logs: Any = None) -> None:
+        self.epochs_since_last_save += 1
+        if self.epochs_since_last_save >= self.period:
+            self.epochs_since_last_save = 0
+            on_epoch_end(self, epoch, logs)
+
+    return end
+
+
+class _Logs(dict):
+    """Logs that are found by both of their names, and shown by the one that Keras gave."""
+
+    def __missing__(self, name: str) -> Any:
+        other = _OTHER_NAME.get(name)
+        if other is None or not dict.__contains__(self, other):
+            raise KeyError(name)
+        return dict.__getitem__(self, other)
+
+    def __contains__(self, name: object) -> bool:
+        return dict.__contains__(self, name) or dict.__contains__(self, _OTHER_NAME.get(str(name)))
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return super().get(name, super().get(str(_OTHER_NAME.get(name)), default))
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)
+
+
+def _with_both_names(on_epoch_end: Callable[..., None]) -> Callable[..., None]:
+    def end(self: Any, epoch: int, logs: Any = None) -> None:
+        found = _Logs(logs or {})
+        on_epoch_end(self, epoch, found)
+        if logs is not None:
+            logs.update(found)
+
+    return end
+
+
+def _recording_both_names(on_train_begin: Callable[..., None]) -> Callable[..., None]:
+    def begin(self: Any, logs: Any = None) -> None:
+        on_train_begin(self, logs)
+        self.history = _Logs(self.history)
+
+    return begin
+
+
+def _with_names_of_today(on_train_begin: Callable[..., None]) -> Callable[..., None]:
+    """Let callbacks watch "accuracy" where they ask for "acc", unless the model was compiled with that."""
+
+    def begin(self: Any, logs: Any = None) -> None:
+        for callback in self.callbacks:
+            if not _has_acc(callback.model):
+                _watch_accuracy(callback)
+        on_train_begin(self, logs)
+
+    return begin
+
+
+def _has_acc(model: Any) -> bool:
+    compiled = getattr(model, "_compile_metrics", None)
+    given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
+    found = [each for each in keras3.tree.flatten(given) if each is not None]
+    return "acc" in [each if isinstance(each, str) else getattr(each, "name", None) for each in found]
+
+
+def _watch_accuracy(callback: Any) -> None:
+    monitor, path = getattr(callback, "monitor", None), getattr(callback, "filepath", None)
+    if monitor in ("acc", "val_acc"):
+        callback.monitor = _OTHER_NAME[monitor]
+    if isinstance(path, str):
+        for name in ("acc", "val_acc"):
+            path = path.replace(f"{{{name}:", f"{{{_OTHER_NAME[name]}:").replace(
+                f"{{{name}}}", f"{{{_OTHER_NAME[name]}}}"
+            )
+        callback.filepath = path
