@@ -293,7 +293,7 @@ class Engine(ABC):
 
         Returns:
             The received rows in the order of their senders, and an int32 array of shape (size,): how many
-            rows came from each.
+            rows came from each. It is int64 where a number of rows does not fit int32.
 
         Raises:
             ValueError: If `splits` does not fit the array.
@@ -304,7 +304,7 @@ class Engine(ABC):
         self.agree(Call("alltoall", (f"{array.dtype} of shape (any, {inner(array)})",)))
         with self._span("ALLTOALL"):
             received, counts = self._exchange(array, splits)
-        return received, np.array(counts, np.int32)
+        return received, np.array(counts, np.int32 if max(counts) < 1 << 31 else np.int64)
 
     def allgather_object(self, value: Any) -> list[Any]:
         """Returns the picklable values of all ranks, in their order, on every rank; of one that joined, None."""
@@ -329,7 +329,7 @@ class Engine(ABC):
             length = int(self._broadcast(np.array([len(data)]), root)[0])
             buffer = data if self.rank == root else np.empty(length, np.uint8)
             data = self._broadcast(buffer, root)
-        return pickle.loads(data.tobytes())
+        return pickle.loads(data.data)
 
     def barrier(self) -> None:
         """Waits until every rank has come here."""
@@ -470,8 +470,7 @@ class Engine(ABC):
         joined, lengths = self._gather(_pickled(value))
         ends = np.cumsum(lengths)
         return [
-            pickle.loads(joined[end - length : end].tobytes())
-            for end, length in zip(ends, lengths, strict=True)
+            pickle.loads(joined[end - length : end].data) for end, length in zip(ends, lengths, strict=True)
         ]
 
     def _combined(self, operands: Sequence[np.ndarray], op: Op, in_place: Sequence[bool]) -> list[np.ndarray]:
@@ -547,6 +546,13 @@ class Engine(ABC):
         flat = array.reshape(-1)
         splits = [flat.size if rank == partner else 0 for rank in range(self.size)]
         return self._exchange(flat, splits)[0].reshape(array.shape)
+
+    def _reduce_and_take(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
+        """Reduces whole arrays and returns this rank's rows, where an engine cannot scatter them."""
+        whole = np.empty_like(array)
+        self._reduce(array, whole, op)
+        start = sum(rows[: self.rank])
+        return whole[start : start + rows[self.rank]].copy()
 
     def _averaged(self, total: np.ndarray, op: Op) -> np.ndarray:
         """Turns a sum into a mean, in place; integers are rounded toward zero, as Horovod does."""

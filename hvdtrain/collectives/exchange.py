@@ -49,7 +49,7 @@ def reduce_gradients(
     Args:
         engine: The engine that moves them.
         dense: Tensors to combine with `op`, in the order of the variables.
-        rows: Tensors to join along their first dimension: values and indices of sparse gradients.
+        rows: Tensors to join along their first dimension: values and indices of each sparse gradient in turn.
         op: SUM, AVERAGE or ADASUM.
         call: What the ranks compare before anything is sent; its kind also names the operations.
         watch: Who looks on.
@@ -87,17 +87,37 @@ def _in_core(
 ) -> tuple[list[Any], list[Any], Any]:
     call = replace(call, stand_in=_stand_in(dense, op, rows, groups, native=True))
 
-    def agree() -> list[Any]:
-        engine.agree(call)
+    def agree(*sizes: np.ndarray) -> list[Any]:
+        largest = engine.agree(call, max(map(int, sizes), default=0))
+        _check_joined(engine, sizes, largest)
         engine.leave_to_core()
         return [np.array(watch.begin())]
 
     # Not before backprop has begun: a rank whose data end here must not have promised to take part. The last
     # variable's gradient is the first one there, so what Horovod overlaps with backprop it still does.
     with tf.control_dependencies(list(dense[-1:] or rows[-1:])):
-        (begun,) = on_host(engine, agree, [], [tf.bool])
+        # Indices are known before backprop, so that this does not wait for the values.
+        sizes = [
+            tf.size(indices, tf.int64) * (values.shape[1:].num_elements() or 1)
+            for values, indices in zip(rows[::2], rows[1::2], strict=True)
+        ]
+        (begun,) = on_host(engine, agree, sizes, [tf.bool])
     with tf.control_dependencies([begun]):
         return *engine.native_tensors().combine(call.kind, dense, rows, op, groups, devices), begun
+
+
+def _check_joined(engine: Engine, sizes: Sequence[np.ndarray], largest: int) -> None:
+    """Raises on every rank if the ranks' rows together are more than the engine's own core can count.
+
+    Args:
+        engine: The engine.
+        sizes: How many elements this rank adds to each tensor of joined rows.
+        largest: The largest of these numbers on all ranks.
+    """
+    native, most = engine.native_tensors(), largest * engine.size
+    if most > native.most_elements:
+        most = int(engine.allreduce(np.array(sizes), Op.SUM).max())
+    native.check_size("allgather", most)
 
 
 class _Way:

@@ -17,6 +17,10 @@ from hvdtrain.collectives.horovod_library import find_horovod, for_hvdtrain, loa
 # Up to here Horovod copies gradients together; what is larger pays for no copy through memory.
 _FUSED_BYTES = 8 << 20
 
+# Most elements of one operation: Horovod hands their number to MPI as a 32-bit integer, unchecked. What is larger
+# goes over MPI without Horovod's core.
+MOST_ELEMENTS = (1 << 31) - 1
+
 # What Horovod's operation does not take travels in the next wider type that it does.
 _CARRIER = {"bool": np.uint8, "int16": np.int32, "uint16": np.int32, "uint32": np.int64}
 
@@ -81,6 +85,9 @@ class HorovodEngine(Engine):
         return bool((mine[:2] == lowest[:2]).all()), -int(lowest[2])
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        if send.size > MOST_ELEMENTS:
+            self._mpi_engine("a reduction", send.size)._reduce(send, receive, op)
+            return
         receive[...] = self._on_cpu(
             lambda tensor: self.horovod.allreduce(tensor, op=self._ops[op], name="hvdtrain.allreduce"),
             self._carried(send),
@@ -92,6 +99,9 @@ class HorovodEngine(Engine):
             lambda tensor: self.horovod.allgather(tensor, name="hvdtrain.allgather.rows"),
             np.array([len(array)]),
         )
+        nbytes = int(counts.sum()) * array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+        if nbytes > MOST_ELEMENTS:
+            return self._mpi_engine("an allgather", nbytes)._gather(array)
         joined = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
         if joined.nbytes:
             received = self._on_cpu(
@@ -101,6 +111,8 @@ class HorovodEngine(Engine):
         return joined, counts.tolist()
 
     def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
+        if array.nbytes > MOST_ELEMENTS:
+            return self._mpi_engine("a broadcast", array.nbytes)._broadcast(array, root_rank)
         result = array.copy()
         if result.nbytes:
             result.reshape(-1).view(np.uint8)[...] = self._on_cpu(
@@ -111,12 +123,13 @@ class HorovodEngine(Engine):
 
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
         # Horovod scatters sums of few types only; the whole result holds every rank's rows.
-        whole = np.empty_like(array)
-        self._reduce(array, whole, op)
-        start = sum(rows[: self.rank])
-        return whole[start : start + rows[self.rank]].copy()
+        return self._reduce_and_take(array, rows, op)
 
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        # No rank knows what another one receives; it is at most what the largest sender sends to each.
+        most = self._compared(0, array.nbytes)[1] * self.size
+        if most > MOST_ELEMENTS:
+            return self._mpi_engine("an alltoall", most)._exchange(array, splits)
         with self._at_once():
             received, counts = self.horovod.alltoall(
                 self._tf.constant(_as_bytes(array)),
@@ -164,6 +177,16 @@ class HorovodEngine(Engine):
             return self._side_channel._gather_objects(value)
         return super()._gather_objects(value)
 
+    def _mpi_engine(self, what: str, elements: int) -> Engine:
+        """Return what moves arrays that are too large for Horovod's core."""
+        if self._side_channel is None:
+            raise OverflowError(
+                f"{what} of up to {elements} elements or bytes is too large for Horovod, which counts at most "
+                f"{MOST_ELEMENTS}, and {self.library} here does not serve several threads at once, so that it "
+                "cannot be sent beside Horovod. Use HVDTRAIN_ENGINE=mpi, or smaller arrays."
+            )
+        return self._side_channel
+
     def _carried(self, array: np.ndarray) -> np.ndarray:
         if array.dtype == np.uint64:
             raise TypeError(
@@ -192,6 +215,11 @@ class NativeTensors:
         self.horovod = horovod
         self._ops = {**ops, Op.AVERAGE: horovod.Average}
 
+    @property
+    def most_elements(self) -> int:
+        """Most elements of one operation."""
+        return MOST_ELEMENTS
+
     def combine(
         self,
         name: str,
@@ -213,10 +241,14 @@ class NativeTensors:
 
         Returns:
             The combined tensors and the joined ones, as lists like `dense` and `rows`.
+
+        Raises:
+            ValueError: If there are more elements in a tensor, or in a group, than Horovod can count.
         """
         reduced = list(dense)
         alone = set(range(len(dense))) - {index for members in groups for index in members}
         for members in (*groups, *([index] for index in sorted(alone))):
+            self.check_size("reduction", sum(dense[index].shape.num_elements() or 0 for index in members))
             for dtype in dict.fromkeys(
                 dense[index].dtype for index in members
             ):  # a group of Horovod's has one
@@ -227,6 +259,14 @@ class NativeTensors:
                     reduced[index] = part
         with self._tf.device(devices[1]):
             return reduced, [self._joined(each, f"{name}.rows.{index}") for index, each in enumerate(rows)]
+
+    def check_size(self, what: str, elements: int) -> None:
+        """Raises ValueError where an operation has more elements than Horovod can count."""
+        if elements > self.most_elements:
+            raise ValueError(
+                f"The {what} of gradients has {elements} elements, more than the {self.most_elements} that Horovod "
+                "counts. Use HVDTRAIN_ENGINE=mpi, which has no such limit, or divide the variable or the group."
+            )
 
     def stand_in(self, name: str, work: StandIn) -> None:
         """Takes part in a `combine` of the other ranks with zeros and without rows."""

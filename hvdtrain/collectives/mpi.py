@@ -17,6 +17,9 @@ from hvdtrain.mpi_identity import mpi_name
 
 # What MPI's own algorithms get at once: a sum is averaged before it has left the caches.
 PIECE_BYTES = 4 << 20
+# Most bytes of one MPI call: MPI counts in 32 bits, and some transports stop a little below 2 GiB. What is larger
+# travels in several messages.
+MESSAGE_BYTES = 1 << 30
 # How long the thread beside the computation sleeps between two looks, in seconds: what a link of 1 Gbit/s brings
 # meanwhile is less than what may be on its way.
 PAUSE = 0.0005
@@ -105,25 +108,23 @@ class MpiEngine(Engine):
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows = np.empty(self.size, np.int64)
         self._comm.Allgather(np.array([len(array)]), rows)
-        if rows.sum() >= 1 << 31:
-            raise OverflowError(
-                f"allgather: MPI counts rows in 32 bits, and {rows.sum()} are to be joined. Reshape the array so "
-                "that it has fewer, longer rows."
-            )
         received = np.empty((int(rows.sum()), *array.shape[1:]), array.dtype)
-        unit = self._row_type(array)
-        self._comm.Allgatherv([_bytes(array), len(array), unit], [_bytes(received), rows, None, unit])
-        unit.Free()
+        counts = rows * _width(array)
+        if received.nbytes <= MESSAGE_BYTES:
+            self._comm.Allgatherv(_bytes(array), [_bytes(received), counts, None, self._mpi.BYTE])
+        else:
+            self._swap([_bytes(array)] * self.size, _cut(received, counts))
         return received, rows.tolist()
 
     def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
         result = array.copy()
-        flat = _bytes(result)
-        for start in range(0, flat.size, 1 << 30):  # an MPI count is a 32-bit number
-            self._comm.Bcast(flat[start : start + (1 << 30)], root_rank)
+        for message in _messages(_bytes(result)):
+            self._comm.Bcast(message, root_rank)
         return result
 
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
+        if array.nbytes > MESSAGE_BYTES:
+            return self._reduce_and_take(array, rows, op)
         width = int(np.prod(array.shape[1:], dtype=np.int64))
         mine = np.empty((rows[self.rank], *array.shape[1:]), array.dtype)
         operation = self._operation(array.dtype, op)
@@ -134,12 +135,19 @@ class MpiEngine(Engine):
         sent, counts = np.array(splits, np.int64), np.empty(self.size, np.int64)
         self._comm.Alltoall(sent, counts)
         received = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
-        unit = self._row_type(array)
-        self._comm.Alltoallv(
-            [_bytes(array), sent, _starts(sent), unit], [_bytes(received), counts, _starts(counts), unit]
-        )
-        unit.Free()
+        width = _width(array)
+        self._swap(_cut(array, sent * width), _cut(received, counts * width))
         return received, counts.tolist()
+
+    def _swap(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+        """Send bytes to each rank and receive bytes from each, of any number."""
+        received[self.rank][...] = sent[self.rank]
+        others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
+        requests = [
+            self._comm.Irecv(message, rank) for rank in others for message in _messages(received[rank])
+        ]
+        requests += [self._comm.Isend(message, rank) for rank in others for message in _messages(sent[rank])]
+        self._mpi.Request.Waitall(requests)
 
     def _subset(self, ranks: Sequence[int]) -> "MpiEngine | None":
         group = self._comm.Get_group()
@@ -166,11 +174,6 @@ class MpiEngine(Engine):
 
     def _operation(self, dtype: np.dtype, op: Op) -> Any:
         return (self._bool_ops if dtype == np.bool_ else self._ops)[op]
-
-    def _row_type(self, array: np.ndarray) -> Any:
-        """Counting in rows instead of bytes keeps MPI's 32-bit counts small, whatever the dtype."""
-        width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
-        return self._mpi.BYTE.Create_contiguous(width).Commit()
 
 
 def load_mpi() -> Any:
@@ -238,5 +241,17 @@ def _bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return np.concatenate(([0], np.cumsum(counts)[:-1]))
+def _width(array: np.ndarray) -> int:
+    """Return the number of bytes of a row."""
+    return array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+
+
+def _cut(array: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Return the bytes of an array in parts of these lengths."""
+    ends = np.cumsum(counts)
+    return [_bytes(array)[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _messages(part: np.ndarray) -> list[np.ndarray]:
+    """Cut bytes into what one MPI call can move."""
+    return [part[start : start + MESSAGE_BYTES] for start in range(0, part.size, MESSAGE_BYTES)]
