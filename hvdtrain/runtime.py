@@ -1,28 +1,24 @@
 """The one mutable global: which engine is in use, and the proof that its world is the one launched."""
 
 import atexit
+import contextlib
 import os
 import sys
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
 from hvdtrain import heartbeat, topology, unwatched
+from hvdtrain.collectives.agreement import Known, known, mark
 from hvdtrain.collectives.base import Call, Engine, MismatchError
 from hvdtrain.collectives.single import SingleEngine
 
 CHOICES = ("auto", "horovod", "mpi", "single")
 
-# Seconds that a rank which has only heard of a failure leaves to the one that failed, to say it and to end all.
-FOR_THE_CAUSE = 2.0
-
+# What a rank waits for that only reports another one's failure: to be ended by that rank, which shows its error.
+_LEAVES = Call("the end of a rank that cannot go on, because another one has failed", farewell=True)
 # What a rank waits for at its end: another that is still training is told so, instead of waiting for ever.
 _END = Call("end of the script")
-
-
-class EndedEarlyError(MismatchError):
-    """This rank has come to the end of its script while others are still at work."""
 
 
 _engine: Engine | None = None
@@ -100,14 +96,14 @@ def finish() -> None:
     """Wait for all ranks at the end of the script, and compare them while an error can still be reported.
 
     Raises:
-        EndedEarlyError: On every rank, if some ranks are still at work.
-        MismatchError: On every rank, if a check finds that the ranks differ.
+        MismatchError: On every rank, if some ranks are still at work, or a check finds that the ranks differ.
     """
     if _engine is not None:
         try:
             _engine.agree(_END)
         except MismatchError as error:
-            raise EndedEarlyError(str(error)) from None
+            # The ranks that are still at work show where; this one has no more to say.
+            raise mark(error, Known.REPORTED) from None
         _check(_engine)
 
 
@@ -238,18 +234,38 @@ def last_words(error: BaseException) -> str:
     Returns:
         The sentence of the engine's own error, or nothing if `error` says it already or there is none.
     """
-    hidden = next((each.last_error for each in _engines() if each.last_error), None)
-    buried = hidden is not None and error is not hidden and str(hidden) in str(error)
-    return f"hvdtrain: {hidden}" if buried else ""
+    hidden = _original(error)
+    return f"hvdtrain: {hidden}" if hidden is not error else ""
 
 
-def is_anothers(error: BaseException) -> bool:
-    """Tells whether an error only says that another rank has failed, whose own error is the one to mend.
+def await_cause(error: BaseException) -> None:
+    """Waits for the rank that failed, if an error only reports its failure: its own error is the one to fix.
+
+    That rank shows its error and then ends all ranks. Should it go on instead, it learns at its next operation that
+    this one has left, and this one goes on to show the error.
 
     Args:
         error: What ends this process.
     """
-    return any(each.heard and each.heard in str(error) for each in _engines())
+    if _engine is not None and _engine.size > 1 and _is_reported(error):
+        with contextlib.suppress(Exception):
+            _engine.agree(_LEAVES)
+
+
+def _is_reported(error: BaseException | None) -> bool:
+    """Tells whether another rank's failure is what an error, or what it was raised from or during, reports."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if known(_original(error)) is Known.REPORTED:
+            return True
+        seen.add(id(error))
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return False
+
+
+def _original(error: BaseException) -> BaseException:
+    found = (each.original(error) for each in _engines())
+    return next((each for each in found if each is not error), error)
 
 
 def _engines() -> list[Engine]:
@@ -265,14 +281,13 @@ def _end_all_on_error(engine: Engine) -> None:
     previous: Callable = sys.excepthook
 
     def end_all(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
+        await_cause(value)
         previous(kind, value, traceback)
         if last_words(value):
             print(f"\n{last_words(value)}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         if engine.size > 1:
-            if is_anothers(value):
-                time.sleep(FOR_THE_CAUSE)
             engine.abort(1)
 
     sys.excepthook = end_all

@@ -1,11 +1,15 @@
 """What the ranks compare before an operation, and the sentence they all get when they do not agree."""
 
+import enum
 import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from hvdtrain.collectives.operands import Op
+
+Error = TypeVar("Error", bound=BaseException)
 
 # Kinds of calls that say by themselves what is done; any other names a place in the script, or a reducer.
 _OPERATIONS = {
@@ -16,6 +20,24 @@ _OPERATIONS = {
 
 class MismatchError(ValueError):
     """The ranks do not ask for the same thing. Raised on every rank, with the same explanation."""
+
+
+class Known(enum.Enum):
+    """What all ranks know of an error that has been shared among them."""
+
+    ORIGINAL = "raised by the work of this rank"
+    REPORTED = "raised because another rank has failed"
+
+
+def mark(error: Error, known: Known) -> Error:
+    """Notes that all ranks know of an error. What only reports another rank's must not end the job before that."""
+    error.hvdtrain_known = known  # type: ignore[attr-defined]
+    return error
+
+
+def known(error: BaseException) -> Known | None:
+    """Returns what `mark` has noted, or None for an error of which this rank alone knows."""
+    return getattr(error, "hvdtrain_known", None)
 
 
 @dataclass(frozen=True)
@@ -55,12 +77,14 @@ class Call:
         details: One line for each thing that must be the same on all ranks.
         shown: The same lines as a person should read them, where they hold more than what must be the same.
         stand_in: What a rank that has joined does instead; None where an operation needs every rank.
+        farewell: True if nothing is to be done: this rank tells why it leaves the others.
     """
 
     kind: str
     details: tuple[str, ...] = ()
     shown: tuple[str, ...] = field(default=(), compare=False)
     stand_in: StandIn | None = field(default=None, compare=False)
+    farewell: bool = field(default=False, compare=False)
     digest: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -84,13 +108,6 @@ class Call:
 
 
 JOIN = Call("join")
-RAISED = " raised "  # in the kind of a call by which a rank tells that it has failed and will not come
-EXITS = "sys.exit("  # the beginning of one by which it tells that it has left
-
-
-def is_farewell(call: Call) -> bool:
-    """Tells whether a rank says by a call why it does not come."""
-    return RAISED in call.kind or call.kind.startswith(EXITS)
 
 
 def explained(calls: Sequence[Call], ranks: Sequence[int]) -> str:
@@ -121,8 +138,10 @@ def _advice(calls: Sequence[Call]) -> str:
             "A rank that has called join stands in for sums, means, gathers and barriers only: every other "
             "operation needs all ranks. Move it before the join, or give all ranks the same number of batches."
         )
-    if any(RAISED in call.kind for call in calls):
-        return "The other ranks cannot go on alone. Mend that error; its traceback is that rank's own."
+    if any(call.farewell for call in calls):
+        return (
+            "The other ranks cannot go on alone. Fix the cause on that rank, which shows its own traceback."
+        )
     return (
         "Every rank must run the same operations in the same order on the same model. Look for a condition "
         "on the rank, a layer that is frozen or missing on some ranks, or data that ends earlier on some."

@@ -23,10 +23,12 @@ from hvdtrain.collectives import adasum, fusion
 from hvdtrain.collectives.agreement import (
     JOIN,
     Call,
+    Known,
     MismatchError,
     StandIn,
     explained,
-    is_farewell,
+    known,
+    mark,
     ranks_text,
 )
 from hvdtrain.collectives.beside import Beside
@@ -35,6 +37,8 @@ from hvdtrain.collectives.operands import Op, Pair, carrier, described, inner, o
 _PHASES = {
     each: each.upper() for each in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
 }
+
+_MOST_WORDS = 600  # characters of an error of which other ranks are told
 
 __all__ = ["Call", "Engine", "MismatchError", "Op", "StandIn", "World", "ranks_text"]
 
@@ -65,7 +69,6 @@ class Engine(ABC):
     closed: bool = False
     beside: Beside | None = None  # where gradients travel while backprop goes on; None where they do not
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
-    heard = ""  # the sentence by which this rank has learned that another one has failed
     timeline: Any = None  # a `Timeline`, while one is written
     told_of_zeros = False  # set on the class: True once a warning of integer means was given
     mid_line = False  # set on the class: True while this process has written a part of a line, such as a bar
@@ -389,6 +392,35 @@ class Engine(ABC):
             )
         return self.ranks.index(root_rank)
 
+    def tell(self, what: str, error: BaseException) -> None:
+        """Lets all other ranks know, at whatever they do together next, why this one does not come.
+
+        They get a `MismatchError` that quotes the error. Nothing is told of an error that all ranks know.
+
+        Args:
+            what: What raised the error.
+            error: The error, which the caller raises.
+        """
+        if self.size == 1 or self.is_known(error):
+            return
+        mark(error, Known.ORIGINAL)
+        words = " ".join(str(error).split())
+        if len(words) > _MOST_WORDS:  # TensorFlow puts the cause behind a long stack
+            words = f"{words[: _MOST_WORDS // 3]} … {words[-_MOST_WORDS * 2 // 3 :]}"
+        with contextlib.suppress(MismatchError):
+            self.agree(Call(f"{what} raised {type(error).__name__}: {words}", farewell=True))
+
+    def is_known(self, error: BaseException) -> bool:
+        """Tells whether all ranks know of an error, be it within one that TensorFlow made of it."""
+        error = self.original(error)
+        return isinstance(error, MismatchError) or known(error) is not None
+
+    def original(self, error: BaseException) -> BaseException:
+        """Returns the error of this engine of which TensorFlow has made another one, or `error` itself."""
+        hidden = self.last_error
+        # TensorFlow hands on nothing but the text, with text of its own around it.
+        return hidden if hidden is not None and str(hidden) in str(error) else error
+
     def say(self, sentence: str) -> None:
         """Print one line for a person, on rank 0 only; never behind a progress bar on the same line."""
         if self.rank == 0:
@@ -447,10 +479,10 @@ class Engine(ABC):
         working = [each for each in calls if each != JOIN]
         stand_in = working[0].stand_in if self._joined else None
         if stand_in is None or not stand_in.possible or any(each != working[0] for each in working):
-            words = explained(calls, self.ranks)
-            if any(map(is_farewell, calls)) and not is_farewell(call):
-                self.heard = words
-            raise MismatchError(words)
+            error = MismatchError(explained(calls, self.ranks))
+            if any(each.farewell for each in calls) and not call.farewell:
+                mark(error, Known.REPORTED)
+            raise error
         return working[0]
 
     def _stand_in_for(self, call: Call) -> None:

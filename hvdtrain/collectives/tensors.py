@@ -62,6 +62,7 @@ def on_host(
             return function(*arrays)
         except MismatchError as error:
             engine.last_error = TensorMismatchError(str(error))
+            engine.last_error.__dict__.update(error.__dict__)  # what is noted of the error stays noted
             raise engine.last_error from None
         except Exception as error:
             engine.last_error = error

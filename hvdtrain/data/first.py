@@ -9,7 +9,7 @@ from typing import Any
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Engine, ranks_text
-from hvdtrain.data.together import share_failures
+from hvdtrain.data.together import raise_reported, share_failures
 
 REMIND = 60.0  # seconds after which a waiting rank says whom it waits for
 
@@ -85,8 +85,7 @@ def _first(what: str, is_first: Callable[[int, int], bool], timeout: float) -> I
 
 
 def _raise(what: str, failures: list[str]) -> None:
-    if failures:
-        raise RuntimeError(f"{what}: the block that one rank runs for others failed on {'; '.join(failures)}")
+    raise_reported(f"{what}: the block that one rank runs for others failed on", failures)
 
 
 def _waited(engine: Engine, what: str, first: list[int], timeout: float) -> list[str]:

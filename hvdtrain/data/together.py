@@ -1,10 +1,9 @@
 """Local work that all ranks do at the same point: an error on one is an error on all, and nobody waits."""
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from hvdtrain.collectives.agreement import RAISED
+from hvdtrain.collectives.agreement import Known, mark
 from hvdtrain.collectives.base import Call, Engine, MismatchError, ranks_text
 
 Result = TypeVar("Result")
@@ -34,51 +33,26 @@ def together(engine: Engine, what: str, work: Callable[[], Result]) -> Result:
     failures = share_failures(engine, what, error)
     if error is not None:
         raise error
-    if failures:
-        raise RuntimeError(f"{what} failed on {'; '.join(failures)}")
+    raise_reported(f"{what} failed on", failures)
     return result  # type: ignore[return-value]
+
+
+def raise_reported(words: str, failures: list[str]) -> None:
+    """Raises RuntimeError on a rank that has succeeded, if others have failed."""
+    if failures:
+        raise mark(RuntimeError(f"{words} {'; '.join(failures)}"), Known.REPORTED)
 
 
 def share_failures(engine: Engine, what: str, error: BaseException | None) -> list[str]:
     """Tells every rank which ranks have failed, and with what error."""
     if engine.size == 1:
         return []
+    if error is not None:
+        mark(error, Known.ORIGINAL)
     engine.agree(Call(what))
     said = None if error is None else f"{type(error).__name__}: {error}"
     everyone = engine.allgather_object(said)
     return [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text is not None]
-
-
-def tell(engine: Engine, what: str, error: BaseException) -> None:
-    """Lets all other ranks know, at whatever they do together next, why this one does not come.
-
-    They get a `MismatchError` that quotes the error. Of an error that has been told, or that all ranks got
-    together, nothing is told again.
-
-    Args:
-        engine: The ranks.
-        what: What raised the error.
-        error: The error, which the caller raises on.
-    """
-    if engine.size == 1 or is_everybodys(engine, error) or getattr(error, "hvdtrain_told", False):
-        return
-    error.hvdtrain_told = True  # type: ignore[attr-defined]
-    with contextlib.suppress(MismatchError):
-        engine.agree(Call(f"{what}{RAISED}{type(error).__name__}: {_short(str(error))}"))
-
-
-def _short(text: str, most: int = 600) -> str:
-    """Keeps the beginning and the end, where TensorFlow puts the cause behind a long stack."""
-    words = " ".join(text.split())
-    return words if len(words) <= most else f"{words[: most // 3]} … {words[-most * 2 // 3 :]}"
-
-
-def is_everybodys(engine: Engine, error: BaseException) -> bool:
-    """Tells whether all ranks got this error together, be it within one that TensorFlow made of it."""
-    hidden = engine.last_error
-    return isinstance(error, MismatchError) or (
-        isinstance(hidden, MismatchError) and str(hidden) in str(error)
-    )
 
 
 def compare(engine: Engine, what: str, facts: Facts, advice: str | Mapping[str, str]) -> None:

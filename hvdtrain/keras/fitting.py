@@ -3,20 +3,18 @@
 import contextlib
 import inspect
 import re
-import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 import tensorflow as tf
 
-from hvdtrain.collectives.agreement import RAISED
 from hvdtrain.collectives.base import Call, Engine
 from hvdtrain.collectives.single import SingleEngine
 from hvdtrain.data import seams
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.following import preceded
-from hvdtrain.data.together import compare, is_everybodys
+from hvdtrain.data.together import compare
 from hvdtrain.keras import equality
 from hvdtrain.keras.callbacks import checkpoint
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
@@ -42,7 +40,6 @@ _ADVICE = {
     "validation": _VALIDATION,
     "the list of metrics": _METRICS,
 }
-_GRACE = 1.0  # seconds
 
 _checks_data = True
 _checks_validation = True
@@ -87,7 +84,10 @@ def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
         given["callbacks"] = preceded(self, given.get("callbacks"), callback)
         given["callbacks"] = preceded(self, given["callbacks"], progress)
         try:
-            with _told(engine), seams.watching(fingerprint) if fingerprint else contextlib.nullcontext():
+            with (
+                telling(engine, "model.fit", (Exception,)),
+                seams.watching(fingerprint) if fingerprint else contextlib.nullcontext(),
+            ):
                 history = fit(**given)
                 engine.agree(Call("end of training"))  # no rank stops before the others
                 return history
@@ -95,19 +95,6 @@ def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
             callback.leave(self)
 
     return run
-
-
-@contextlib.contextmanager
-def _told(engine: Engine) -> Iterator[None]:
-    """Tells the other ranks of an error that only this one has met."""
-    with telling(engine, "model.fit", (Exception,)):
-        try:
-            yield
-        except Exception as error:
-            if is_everybodys(engine, error) and RAISED in str(error):
-                # The rank that failed has more to say, and ends the job when it has said it.
-                threading.Event().wait(_GRACE)
-            raise
 
 
 class InStep(keras.callbacks.Callback):

@@ -150,8 +150,7 @@ class Job:
         if kind not in (wire.STDOUT, wire.STDERR):
             return
         first = self.verdict.first
-        speaks = first is not None and (rank == first or self.verdict.ranks[first].only_heard)
-        torn_down = first is not None and (reported or not speaks)
+        torn_down = first is not None and (reported or rank != first)
         if self._verbose or kind == wire.STDOUT or not (torn_down or self.interrupted):
             self._console.write(rank, kind, payload)
 

@@ -21,7 +21,6 @@ import signal
 import socket
 import sys
 import threading
-import time
 import traceback
 from collections.abc import Sequence
 from typing import Any
@@ -64,8 +63,6 @@ def main() -> None:
     if report.get("resumable"):
         sys.exit(report["code"])  # the others end by themselves, in this same moment
     if not report["done"]:
-        # The rank that failed ends this one, too, once it has said why.
-        time.sleep(report.get("anothers", 0))
         _end_job(report["code"])
 
 
@@ -145,8 +142,10 @@ def _run(words: Sequence[str]) -> dict[str, Any]:
             stock_horovod.watch(words)
         script.run(words)
     except SystemExit as stop:
+        _await_cause(stop)
         return _stopped(stop)
     except BaseException as error:
+        _await_cause(error)
         return _failed(error)
     return _finished()
 
@@ -159,22 +158,25 @@ def _finished() -> dict[str, Any]:
         return SUCCESS  # the script may go on in another thread; the end of the process is looked at as well
     try:
         runtime.finish()
-    except runtime.EndedEarlyError as error:
-        return {**_failure(1, str(error), ""), "anothers": runtime.FOR_THE_CAUSE}
     except Exception as error:
+        _await_cause(error)
         return _failure(1, str(error), "")
     return SUCCESS
 
 
 def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
     """Hands the report to the guard; a failure's must be on its way before MPI may kill the guard too."""
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(Exception):
-            stream.flush()
+    _flush()
     with contextlib.suppress(OSError):
         os.write(reports, json.dumps(report).encode() + b"\n")
     if not report["done"]:
         select.select([awaited], [], [], 5)
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(Exception):
+            stream.flush()
 
 
 def _stopped(stop: SystemExit) -> dict:
@@ -195,11 +197,15 @@ def _failed(error: BaseException) -> dict:
     lines = traceback.format_exception(type(error), error, script.users_part(error))
     words = traceback.format_exception_only(type(error), error)
     code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    report = _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
+    return _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
+
+
+def _await_cause(error: BaseException) -> None:
+    """Leaves the last word to another rank, where this one has only learned of its failure."""
     runtime = sys.modules.get("hvdtrain.runtime")
-    if runtime and runtime.is_anothers(error):
-        report["anothers"] = runtime.FOR_THE_CAUSE
-    return report
+    if runtime:
+        _flush()
+        runtime.await_cause(error)
 
 
 def _buried(error: BaseException) -> list[str]:

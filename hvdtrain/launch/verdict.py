@@ -39,11 +39,6 @@ class Rank:
         return self.gone and self.status is None and not self.report
 
     @property
-    def only_heard(self) -> bool:
-        """Whether it failed because it has heard that another rank has."""
-        return bool(self.report.get("anothers"))
-
-    @property
     def succeeded(self) -> bool:
         """Whether the script came to its end and the process ended well after it."""
         return self.done and self.status == 0
@@ -139,15 +134,9 @@ class Verdict:
         return re.split(r"[.:,] |[.:]$", _ending(rank).strip(), maxsplit=1)[0]
 
     def _blame(self, rank: int, failed: bool, telling: bool = True) -> None:
-        """Remembers the first failure; one that does not tell the cause makes way for a later one that does."""
-        if not failed:
-            return
-        telling = telling and not self.ranks[rank].only_heard
-        if self.first is None or (telling and not self._tells_the_cause(self.first)):
+        """Remembers the first failure; one that tells nothing makes way for a later one that does."""
+        if failed and (self.first is None or (telling and self.ranks[self.first].vanished)):
             self.first = rank
-
-    def _tells_the_cause(self, rank: int) -> bool:
-        return not (self.ranks[rank].vanished or self.ranks[rank].only_heard)
 
     def _chorus(self) -> str:
         """Names the other ranks that failed with the same words."""

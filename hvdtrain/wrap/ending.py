@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 
 from hvdtrain import runtime
-from hvdtrain.collectives.agreement import EXITS
 from hvdtrain.collectives.base import Call, MismatchError
 from hvdtrain.wrap import files
 
@@ -16,15 +15,13 @@ def in_step() -> Iterator[None]:
         yield
     except Exception as error:
         if runtime.is_initialized():
-            from hvdtrain.data import together  # which loads Keras: here the script has done so
-
-            together.tell(runtime.engine(), "the script", error)
+            runtime.engine().tell("the script", error)
         files.forget()  # a job that fails may end before Python does
         raise
     except SystemExit as stop:
         if stop.code and runtime.is_initialized():
             with contextlib.suppress(MismatchError):
-                runtime.engine().agree(Call(f"{EXITS}{stop.code})"))
+                runtime.engine().agree(Call(f"sys.exit({stop.code})", farewell=True))
         if stop.code:
             files.forget()
         raise

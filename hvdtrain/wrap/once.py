@@ -4,6 +4,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+from hvdtrain.collectives.agreement import Known, mark
 from hvdtrain.collectives.base import Engine
 
 
@@ -25,7 +26,7 @@ def on_rank_zero(engine: Engine, work: Callable[[], Any]) -> Any:
             error = caught
     result, failure = engine.broadcast_object((result, _portable(error)))
     if failure is not None:
-        raise failure if error is None else error
+        raise mark(failure, Known.REPORTED) if error is None else mark(error, Known.ORIGINAL)
     return result
 
 

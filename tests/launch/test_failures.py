@@ -50,7 +50,6 @@ def test_a_rank_that_has_only_heard_of_a_failure_leaves_the_last_word_to_the_one
     script = """
 from hvdtrain import runtime
 from hvdtrain.collectives.base import MismatchError
-from hvdtrain.data.together import tell
 
 engine = runtime.init()
 try:
@@ -58,7 +57,7 @@ try:
         raise KeyError("of rank 1")
     engine.barrier()
 except KeyError as error:
-    tell(engine, "the script", error)
+    engine.tell("the script", error)
     while not all(Path(f"heard by {other}").exists() for other in (0, 2)):
         time.sleep(0.01)
     raise
@@ -74,6 +73,94 @@ except MismatchError:
     if launcher == "hvdtrain run":
         assert done.stderr.endswith("KeyError: 'of rank 1'\n"), done.stderr
         assert "hvdtrain: rank 1 of 3" in done.stderr and "MismatchError" not in done.stderr
+
+
+REPORTING = """
+import hvdtrain.keras as hvd
+from hvdtrain import runtime
+from hvdtrain.data.together import together
+from hvdtrain.wrap.once import on_rank_zero
+
+hvd.init()
+engine = runtime.engine()
+agree = engine.agree
+
+def noted(call, *more):
+    if call.farewell:  # it waits to be ended by rank 0
+        Path("waits").touch()
+    return agree(call, *more)
+
+def fail():
+    raise OSError("no route to host")
+
+def first_overall():
+    with hvd.first_overall():
+        fail()
+
+def in_all():
+    together(engine, "reading", fail if rank == 0 else int)
+
+def broadcast():
+    on_rank_zero(engine, fail)
+
+def while_handled():
+    try:
+        in_all()
+    except RuntimeError:
+        raise ValueError("without data")
+
+try:
+    engine.agree = agree if rank == 0 else noted
+    KIND()
+except OSError:
+    while rank == 0 and not Path("waits").exists():
+        time.sleep(0.01)
+    raise
+"""
+
+
+@pytest.mark.parametrize("engine", ["mpi", "horovod"])
+@pytest.mark.parametrize(
+    "kind, launcher",
+    [
+        ("first_overall", "hvdtrain run"),
+        ("first_overall", "mpirun"),
+        ("in_all", "hvdtrain run"),
+        ("broadcast", "mpirun"),
+        ("while_handled", "hvdtrain run"),
+    ],
+)
+def test_an_error_that_the_ranks_share_is_shown_by_the_rank_that_met_it(jobs, engine, kind, launcher):
+    if engine == "horovod":
+        pytest.importorskip("horovod")
+    found = mpirun.find()
+    plainly = [*found.command(2, (), ()), sys.executable, "the script.py"] if launcher == "mpirun" else []
+    settings = found.settings(os.environ)
+    done = jobs.run(REPORTING.replace("KIND", kind), command=plainly, HVDTRAIN_ENGINE=engine, **settings)
+    assert done.returncode == 1
+    tracebacks = [
+        line for line in done.stderr.splitlines() if line.startswith(("Traceback", "[1] Traceback"))
+    ]
+    assert "OSError: no route to host" in done.stderr and "ValueError: without data" not in done.stderr
+    assert "RuntimeError" not in done.stderr and len(tracebacks) == 1, done.stderr
+
+
+def test_a_rank_that_goes_on_after_its_error_does_not_keep_the_others(jobs):
+    script = """
+from hvdtrain import runtime
+from hvdtrain.data.first import first_overall
+
+engine = runtime.init()
+try:
+    with first_overall():
+        raise OSError("no route to host")
+except OSError:
+    pass
+engine.barrier()
+"""
+    done = jobs.run(script, HVDTRAIN_ENGINE="mpi")
+    assert done.returncode == 1
+    assert done.stderr.endswith("failed on rank 0: OSError: no route to host\n"), done.stderr
 
 
 def test_who_has_only_heard_of_an_exit_leaves_it_the_code_and_the_last_word(jobs):

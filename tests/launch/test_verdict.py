@@ -21,8 +21,8 @@ class Told(Verdict):
             self.note(rank, wire.HELLO, json.dumps({"host": "h", "rank": rank}).encode())
         return self
 
-    def reports(self, rank, code=1, text="ValueError: x", traceback=TRACE, **more):
-        report = {"done": code == 0, "code": code, "text": text, "traceback": traceback, **more}
+    def reports(self, rank, code=1, text="ValueError: x", traceback=TRACE):
+        report = {"done": code == 0, "code": code, "text": text, "traceback": traceback}
         self.note(rank, wire.REPORT, json.dumps(report).encode())
         return self
 
@@ -67,14 +67,6 @@ def test_a_lost_connection_makes_way_for_a_reason_but_not_for_tearing_down():
     assert Told(2).closes(0).reports(1).first == 1
     assert Told(2).closes(0).ends(1, 5).first == 1
     assert Told(2).ends(0, -15).reports(1).first == 0
-
-
-def test_who_has_only_heard_of_a_failure_makes_way_for_who_failed():
-    assert Told(3).reports(0, anothers=2.0).ends(0, 1).reports(2, anothers=2.0).reports(1).first == 1
-    assert Told(3).reports(0, anothers=2.0).ends(2, 5).first == 2
-    assert Told(3).reports(1).reports(0, anothers=2.0).ends(0, 1).first == 1
-    assert Told(3).closes(2).reports(0, anothers=2.0).first == 2
-    assert Told(3).reports(0, anothers=2.0).reports(2, anothers=2.0).ends(2, 1).ends(1, -15).first == 0
 
 
 def test_a_connection_that_ends_after_its_rank_is_no_failure():

@@ -4,7 +4,6 @@ import contextlib
 from collections.abc import Iterator
 
 from hvdtrain.collectives.base import Engine
-from hvdtrain.data.together import tell
 from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
 
 
@@ -24,5 +23,5 @@ def telling(
     except (HorovodInternalError, HostsUpdatedInterrupt):
         raise  # the business of hvd.elastic, which tells the others itself
     except kinds as error:
-        tell(engine, what, error)
+        engine.tell(what, error)
         raise
