@@ -1,7 +1,9 @@
 """Keras' adapters for sharded data: what reads it, and tells it where epochs of training end."""
 
+from collections.abc import Callable
 from typing import Any
 
+import tensorflow as tf
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
@@ -85,3 +87,27 @@ class TFAdapter(_Epochs, TFDatasetAdapter):
             self._begun = False
             self._sharded.position.advance(window, self._sharded.steps)
         super().on_epoch_end()
+
+
+def untuned(get_iterated: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Keep `tf.data` from tuning itself while Keras reads, so that an epoch starts without a pause.
+
+    The tuning thread sleeps for 10 ms, then 20, 40, … up to a minute. Keras destroys an iterator once an epoch.
+    That wakes the thread and only then marks it as cancelled (TensorFlow's `CancellationManager` runs its
+    callbacks first), so a thread that looks in between sleeps on, and the destructor waits for it: for about as
+    long as the epoch took. Without tuning, what has `num_parallel_calls=AUTOTUNE` makes as many calls at once as
+    the rank has cores, 16 at most, and `prefetch(AUTOTUNE)` chooses its length by itself.
+
+    Args:
+        get_iterated: Keras' `TFEpochIterator._get_iterator`, which returns what is read from the beginning.
+    """
+
+    def get(self: Any) -> Any:
+        dataset = get_iterated(self)
+        if not isinstance(dataset, tf.data.Dataset) or dataset.options().autotune.enabled is not None:
+            return dataset  # belongs to a tf.distribute strategy, or its user has decided
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return dataset.with_options(options)
+
+    return get

@@ -142,6 +142,7 @@ class ShardedTFDataset(tf.data.Dataset):
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps))
         options = tf.data.Options()
         options.deterministic = True
+        options.autotune.enabled = False  # for loops of your own; `adapters.untuned` says why
         return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
 
     def _inputs(self) -> list[tf.data.Dataset]:

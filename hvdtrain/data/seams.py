@@ -1,4 +1,4 @@
-"""Where Keras learns to read what `hvd.shard` returns: four of its functions, each for sharded data only."""
+"""Where Keras learns to read what `hvd.shard` returns, and to start an epoch of any data without a pause."""
 
 import contextlib
 import functools
@@ -11,11 +11,12 @@ from typing import Any
 
 import keras
 import tensorflow as tf
+from keras.src.backend.tensorflow.trainer import TFEpochIterator
 from keras.src.trainers import compile_utils, data_adapters
 
 from hvdtrain import runtime
 from hvdtrain.data import losses
-from hvdtrain.data.adapters import DatasetAdapter, TFAdapter
+from hvdtrain.data.adapters import DatasetAdapter, TFAdapter, untuned
 from hvdtrain.data.datasets import ShardedTFDataset
 from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.data.following import Follow, preceded
@@ -23,7 +24,7 @@ from hvdtrain.data.generators import ShardedGenerator
 from hvdtrain.data.global_batch import Dealt, GlobalBatch, during, mean_update, metrics_update
 from hvdtrain.data.position import Position
 from hvdtrain.data.sharded import ShardedDataset
-from hvdtrain.replacing import replace_where_defined
+from hvdtrain.replacing import replace, replace_where_defined
 
 Sharded = ShardedDataset | ShardedTFDataset | ShardedGenerator
 
@@ -37,6 +38,7 @@ def install() -> None:
     - `get_data_adapter` shuffles the batches of a PyDataset with each process's own `random`, and refuses
       `class_weight` where there are weights. Sharded data has its own order and takes both.
     - `fit` and `evaluate` tell the model's steps how many samples of the global batch this rank holds.
+    - `TFEpochIterator` reads data of all kinds without the pause between epochs: see `adapters.untuned`.
     - `Mean.update_state` and `CompileMetrics.update_state` count samples where a rank holds none: see
       `global_batch.py`; losses are those of the global batch: see `losses.py`.
     """
@@ -47,6 +49,7 @@ def install() -> None:
     data_adapters.get_data_adapter = _adapting(data_adapters.get_data_adapter)
     replace_where_defined(keras.Model, "fit", _exactly)
     replace_where_defined(keras.Model, "evaluate", _exactly)
+    replace(TFEpochIterator, "_get_iterator", untuned)
     keras.metrics.Mean.update_state = mean_update(keras.metrics.Mean.update_state)
     compile_metrics = compile_utils.CompileMetrics
     compile_metrics.update_state = metrics_update(compile_metrics.update_state)
