@@ -5,6 +5,7 @@ import signal
 import sys
 
 import pytest
+from runner.events import PIPE, Events
 
 from hvdtrain import topology
 
@@ -22,6 +23,8 @@ def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         # A shell starts what it puts into the background so, and tests that interrupt jobs would wait in vain.
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    if PIPE in os.environ:
+        config.pluginmanager.register(Events(os.environ.pop(PIPE), RANK), "events")
     if RANK:
         reporter = config.pluginmanager.getplugin("terminalreporter")
         config.pluginmanager.unregister(reporter)
