@@ -11,6 +11,8 @@ from hvdtrain import topology
 
 PLACE = topology.detect()
 RANK = PLACE.rank if PLACE else 0
+# The fixtures that start ranks, hvdtrain, or a Python that loads TensorFlow.
+JOBS = {"jobs", "scripts", "bench", "marked", "command", "environment"}
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # What this user has tuned for this machine is no part of what is tested.
@@ -29,6 +31,14 @@ def pytest_configure(config):
         reporter = config.pluginmanager.getplugin("terminalreporter")
         config.pluginmanager.unregister(reporter)
         config.pluginmanager.register(_OnlyFailures(), "only_failures")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark the tests that start jobs through a fixture made for that."""
+    for item in items:
+        if JOBS & set(item.fixturenames):
+            item.add_marker(pytest.mark.jobs)
 
 
 class _OnlyFailures:

@@ -18,7 +18,7 @@ import sys
 from runner import descendants, following, launches
 from runner.reporting import Report
 
-WITHOUT = "Left out: tests that start jobs, slow ones, 1 and 4 ranks (`make test-all`); Slurm (`make test-cluster`)."
+WITHOUT = "Left out: most tests that start jobs, slow ones, 1 and 4 ranks (make test-all); Slurm (make test-cluster)."
 
 
 def main() -> int:

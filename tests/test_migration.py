@@ -12,6 +12,8 @@ import pytest
 from hvdtrain.launch.mpi_identity import lenient_settings
 from hvdtrain.launch.plan import clean_environ
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parent.parent
 EXAMPLES, DOCUMENT = ROOT / "keras_examples" / "migration", ROOT / "docs" / "horovod.md"
 LAUNCH = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run"]

@@ -79,6 +79,7 @@ def test_the_real_core_may_run_beneath(scripts, engine):
     assert "3.0 2" in ended.stdout
 
 
+@pytest.mark.smoke
 def test_a_module_and_its_exit_code(scripts):
     scripts.write(
         "import sys, horovod.keras as hvd\nhvd.init()\nprint(sys.argv[1:], __name__)\nsys.exit(7)", "task.py"

@@ -6,7 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from hvdtrain.launch.plan import clean_environ
+
+pytestmark = pytest.mark.jobs
 
 SCRIPT = str(Path(__file__).parent.parent.parent / "keras_examples" / "sharded_digits.py")
 

@@ -90,6 +90,7 @@ print("never")
 """
 
 
+@pytest.mark.jobs
 def test_the_time_limit_ends_the_job_and_names_who_is_waited_for(tmp_path):
     script = tmp_path / "slow.py"
     script.write_text(SCRIPT)

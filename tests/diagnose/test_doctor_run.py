@@ -338,6 +338,7 @@ def test_a_check_that_breaks_is_a_row_and_the_others_still_run():
     assert findings[0].mend
 
 
+@pytest.mark.jobs
 def test_this_environment():
     """What the other tests stand in for, once for real: TensorFlow, MPI and two ranks on each engine."""
     as_any_user = {name: value for name, value in os.environ.items() if "ALLOW_RUN_AS_ROOT" not in name}

@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.jobs
+
 SMOKE = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "smoke"]
 
 
@@ -14,6 +16,7 @@ def smoke(*options: str, **environ: str) -> subprocess.CompletedProcess:
     return subprocess.run([*SMOKE, *options], env=settings, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.smoke
 def test_two_ranks_sum_and_train():
     done = smoke()
     assert done.returncode == 0, done.stderr

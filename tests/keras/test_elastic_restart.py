@@ -9,6 +9,8 @@ import pytest
 
 from hvdtrain.launch.plan import clean_environ
 
+pytestmark = pytest.mark.jobs
+
 ROOT = Path(__file__).parents[2]
 
 SCRIPT = """

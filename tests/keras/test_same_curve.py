@@ -13,6 +13,8 @@ import pytest
 from hvdtrain.launch.mpi_identity import lenient_settings
 from hvdtrain.launch.plan import clean_environ
 
+pytestmark = pytest.mark.jobs
+
 SCRIPT = str(Path(__file__).parent.parent.parent / "keras_examples" / "same_curve.py")
 LAUNCH = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run"]
 

@@ -13,6 +13,8 @@ import pytest
 from hvdtrain.launch.mpi_identity import lenient_settings
 from hvdtrain.launch.plan import clean_environ
 
+pytestmark = pytest.mark.jobs
+
 LAUNCH = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run", "-np"]
 SCRIPT = """
 import json, os, signal, sys, time, zlib

@@ -7,6 +7,7 @@ import pytest
 TOLD = ["--done-file", "done.json"]
 
 
+@pytest.mark.smoke
 def test_it_appears_when_every_rank_has_done_its_work(jobs):
     (jobs.folder / "done.json").write_text("of the last job")
     done = jobs.run("assert not os.path.exists('done.json')\n", options=TOLD)

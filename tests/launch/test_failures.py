@@ -23,6 +23,7 @@ ENDINGS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_one_rank_fails_while_others_wait_for_it(jobs, ending):
     script = f"""{jobs.leave_pids}

@@ -71,7 +71,7 @@ class Launch:
 
 def quick(engines: tuple[str, ...]) -> list[Launch]:
     """Return what `make test` runs: all areas, in one process and on two ranks of each engine, within minutes."""
-    plain = Launch("plain", marks="not ranks and not cluster and not jobs and not slow")
+    plain = Launch("plain", marks="not ranks and not cluster and not slow and (not jobs or smoke)")
     ranks = "ranks and not slow and not jobs"
     launches = [plain, Launch("mpi", 2, _without_tensorflow(), ranks), Launch("horovod", 2, _native(), ranks)]
     return [launch for launch in launches if launch.engine in engines]

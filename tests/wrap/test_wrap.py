@@ -13,6 +13,8 @@ import pytest
 from hvdtrain.launch.mpi_identity import lenient_settings
 from hvdtrain.launch.plan import clean_environ
 
+pytestmark = pytest.mark.jobs
+
 HERE = Path(__file__).parent
 ALL = sorted(path.stem for path in (HERE / "scripts").glob("*.py"))
 # The kinds of models whose work is divided in different ways.
@@ -252,6 +254,7 @@ def test_a_rate_that_cannot_be_scaled_is_refused(job):
     assert "comes from CosineDecay, which cannot be set" in ended.stderr
 
 
+@pytest.mark.smoke
 def test_an_error_ends_the_job_with_its_traceback(job):
     ended = run(*LAUNCH, "-np", "2", "job.py", "--epochs", "4", folder=job)
     assert ended.returncode == 1
