@@ -68,3 +68,14 @@ def engine():
 
     hvd.init()
     return runtime.engine()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def default_floats():
+    """Leave the next file Keras' defaults: a policy that was first asked for while floats were float64 stays so."""
+    yield
+    if "keras" in sys.modules:
+        import keras
+
+        keras.config.set_floatx("float32")
+        keras.config.set_dtype_policy("float32")

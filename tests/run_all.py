@@ -18,7 +18,9 @@ import sys
 from runner import descendants, following, launches
 from runner.reporting import Report
 
-WITHOUT = "Left out: most tests that start jobs, slow ones, 1 and 4 ranks (make test-all); Slurm (make test-cluster)."
+WITHOUT = (
+    "Left out: most tests with jobs, slow ones, 1 and 4 ranks (make test-all); Slurm (make test-cluster)."
+)
 
 
 def main() -> int:

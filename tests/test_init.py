@@ -19,7 +19,6 @@ def python(code, **environ):
         env=clean | {"TF_CPP_MIN_LOG_LEVEL": "3"} | environ,
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 
@@ -185,7 +184,6 @@ def mpirun(code, size=2):
         env=clean | root | {"HVDTRAIN_ENGINE": "mpi", "OMPI_MCA_mpi_yield_when_idle": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
     )
 
 

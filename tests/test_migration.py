@@ -29,9 +29,7 @@ def learned(*command) -> list[tuple[str, str]]:
     environ = (
         clean_environ(os.environ) | lenient_settings() | {"HVDTRAIN_ENGINE": "mpi", "OMP_NUM_THREADS": "1"}
     )
-    process = subprocess.run(
-        [str(word) for word in command], env=environ, capture_output=True, text=True, timeout=240
-    )
+    process = subprocess.run([str(word) for word in command], env=environ, capture_output=True, text=True)
     assert process.returncode == 0, process.stderr
     assert "hvdtrain: engine mpi" in process.stderr
     return TOLD.findall(process.stdout)

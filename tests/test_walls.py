@@ -83,7 +83,7 @@ def test_gradients_never_ask_the_runtime_and_know_no_keras():
 def test_what_starts_on_a_login_node_loads_neither_tensorflow_nor_mpi(module):
     heavy = ("tensorflow", "keras", "mpi4py.MPI")
     code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_two_abstract_bases_no_more():

@@ -37,7 +37,6 @@ class Scripts:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
-            timeout=200,
         )
 
     def alone(self, text: str, *args: str):

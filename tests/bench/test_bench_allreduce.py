@@ -32,7 +32,6 @@ def saved(tmp_path_factory, command):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=200,
     )
     return folder, done
 
@@ -82,7 +81,6 @@ def test_a_report_compared_with_itself_differs_in_nothing(saved, command):
         cwd=saved[0],
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert done.returncode == 0, done.stderr
     assert "1.000" in done.stdout and "Different" not in done.stdout and "Only in" not in done.stdout
@@ -163,7 +161,7 @@ def test_a_signal_ends_it_with_words_and_leaves_nothing(command, marked, tmp_pat
     while process.poll() is None and not any(map(_works, marked.now())):
         pass
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == code
     assert f"{number.name} ended the measurement" in stderr.decode()
     assert not marked()
@@ -200,7 +198,7 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(bench, marked, t
     assert done.returncode == 2
     assert done.stderr.startswith("hvdtrain: ") and sentence in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["taken.json"]
-    assert not marked(0)
+    assert not marked.now()
 
 
 def test_a_dtype_that_nobody_knows_is_refused_with_those_there_are(bench):

@@ -168,7 +168,7 @@ with Field([Contender("a", "players"), Contender("b", "players")], 2) as field:
     driver = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, env=dict(os.environ))
     assert driver.stdout.readline() == b"up\n"
     driver.send_signal(signal.SIGKILL)
-    driver.communicate(timeout=30)
+    driver.communicate()
     assert not marked()
 
 

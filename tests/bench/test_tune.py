@@ -71,7 +71,6 @@ def test_the_best_of_each_choice_is_written_down_and_used(tuning, tmp_path, caps
         env={**os.environ, tuned.VARIABLE: str(file), "HVDTRAIN_TEST_FACTOR_D": "7"},
         capture_output=True,
         text=True,
-        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("0.5 7\n") == 2
@@ -170,7 +169,6 @@ def test_bad_input_is_one_sentence_and_starts_nothing(words, marked):
         [sys.executable, "-c", "from hvdtrain.cli import main; main()", "tune", *words],
         capture_output=True,
         text=True,
-        timeout=100,
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert BAD[words] in done.stderr and done.stderr.count("\n") == 1

@@ -38,10 +38,10 @@ def small_disk(tmp_path):
     path = tmp_path / "disk"
     path.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(path)]
-    if os.geteuid() or subprocess.run(mount, capture_output=True, timeout=30).returncode:
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
         pytest.skip("a small file system needs root and mount")
     yield path
-    subprocess.run(["umount", "-l", str(path)], check=True, timeout=30)
+    subprocess.run(["umount", "-l", str(path)], check=True)
 
 
 def names(folder):
@@ -126,7 +126,7 @@ def test_a_full_disk_leaves_the_one_before_whole(small_disk):
 
 def test_a_disk_that_is_read_only(small_disk):
     folder = Folder(small_disk / "checkpoints")
-    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=30)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(OSError, match="Read-only"):
         folder.clean()
 
@@ -161,7 +161,7 @@ def test_the_lock_names_who_holds_it_and_dies_with_its_process(folder):
             Lock(folder.path)
     finally:
         holder.kill()
-        holder.communicate(timeout=30)
+        holder.communicate()
     lock = Lock(folder.path)
     with pytest.raises(InUseError, match="by another model"):
         Lock(folder.path)

@@ -89,6 +89,7 @@ PARTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PARTS)
 def test_ranks_with_their_own_part_hear_nothing(kind, capfd):
     if hvd.size() > 1:

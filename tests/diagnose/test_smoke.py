@@ -13,7 +13,7 @@ SMOKE = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "smoke"]
 
 def smoke(*options: str, **environ: str) -> subprocess.CompletedProcess:
     settings = os.environ | {"TF_CPP_MIN_LOG_LEVEL": "2", "HVDTRAIN_ENGINE": "mpi"} | environ
-    return subprocess.run([*SMOKE, *options], env=settings, capture_output=True, text=True, timeout=240)
+    return subprocess.run([*SMOKE, *options], env=settings, capture_output=True, text=True)
 
 
 @pytest.mark.smoke

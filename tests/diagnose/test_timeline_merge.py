@@ -121,7 +121,7 @@ def test_two_processes_of_this_machine_are_aligned(tmp_path):
     seen = []
     for rank in range(2):
         command = [sys.executable, "-c", code, str(tmp_path / "t.json"), str(rank)]
-        out = subprocess.run(command, capture_output=True, timeout=60, check=True).stdout
+        out = subprocess.run(command, capture_output=True, check=True).stdout
         seen.append([float(number) * 1e6 for number in out.split()])
     timelines = [load(path_of(tmp_path / "t.json", rank)) for rank in range(2)]
     starts = aligned(timelines)
@@ -349,12 +349,10 @@ def test_a_timeline_without_events_is_merged(tmp_path, capsys):
 def test_the_command(tmp_path):
     write(tmp_path / "t.json", 0, [(1, "ALLREDUCE", 0, 1)])
     command = [*HVDTRAIN, "timeline", "merge"]
-    done = subprocess.run(
-        [*command, "t.json", "-o", "o.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60
-    )
+    done = subprocess.run([*command, "t.json", "-o", "o.json"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "Wrote o.json" in done.stdout and (tmp_path / "o.json").is_file()
-    done = subprocess.run([*command, "absent.json"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([*command, "absent.json"], cwd=tmp_path, capture_output=True, text=True)
     assert (
         done.returncode == 2
         and "absent.json cannot be read" in done.stderr
@@ -364,4 +362,4 @@ def test_the_command(tmp_path):
 
 def test_merging_needs_neither_tensorflow_nor_mpi():
     code = "import sys, hvdtrain.diagnose.timeline; sys.exit(bool({'tensorflow', 'mpi4py.MPI'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -79,7 +79,6 @@ class Job:
             },
             capture_output=True,
             text=True,
-            timeout=200,
         )
 
     @property

@@ -57,7 +57,6 @@ def test_weights_and_optimizer_state_load_without_hvdtrain(tmp_path):
         [sys.executable, str(loader), str(tmp_path / "model.keras"), str(tmp_path / "seen.npz")],
         env=clean,
         check=True,
-        timeout=200,
     )
     seen = np.load(tmp_path / "seen.npz").values()
     for ours, theirs in zip([*model.weights, *model.optimizer.variables], seen, strict=True):

@@ -50,21 +50,17 @@ Path(f"{rank}.part").rename(f"{rank}.pids")
 
     def run(self, script: str, *args: str, **how) -> subprocess.CompletedProcess:
         process = self.start(script, *args, **how)
-        try:
-            stdout, stderr = process.communicate(timeout=120)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
+        stdout, stderr = process.communicate()
         return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr.decode())
 
     def pids(self, ranks: int) -> list[int]:
         """Waits until every rank has left its process ids."""
         files = [self.folder / f"{rank}.pids" for rank in range(ranks)]
-        wait_until(lambda: all(file.exists() for file in files), 60)
+        wait_until(lambda: all(file.exists() for file in files))
         return [int(word) for file in files for word in file.read_text().split()]
 
     def assert_gone(self, pids: list[int]) -> None:
-        wait_until(lambda: not any(self.alive(pid) for pid in pids), 10)
+        wait_until(lambda: not any(self.alive(pid) for pid in pids))
 
     @staticmethod
     def alive(pid: int) -> bool:
@@ -74,10 +70,9 @@ Path(f"{rank}.part").rename(f"{rank}.pids")
             return False
 
 
-def wait_until(happened, seconds: float) -> None:
-    end = time.monotonic() + seconds
+def wait_until(happened) -> None:
+    """Wait without a limit: the runner of the suite ends what makes no progress."""
     while not happened():
-        assert time.monotonic() < end, f"not within {seconds} s"
         time.sleep(0.05)
 
 

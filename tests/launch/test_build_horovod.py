@@ -43,7 +43,7 @@ class Environment:
 
     def __init__(self, folder: Path):
         self.prefix = folder / "an environment"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.prefix], check=True, timeout=60)
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", self.prefix], check=True)
         self.packages = next(self.prefix.glob("lib/python*/site-packages"))
         for name in BORROWED:
             (self.packages / name).symlink_to(importlib.util.find_spec(name).submodule_search_locations[0])
@@ -107,7 +107,7 @@ class Environment:
     def build(self, *arguments: str) -> tuple[int, str]:
         process = self.start(*arguments or ("--wheel-dir", str(self.cache)))
         try:
-            output, _ = process.communicate(timeout=60)
+            output, _ = process.communicate()
         finally:
             process.kill()
         return process.returncode, " ".join(output.split())
@@ -257,7 +257,7 @@ def test_an_interrupted_build_leaves_the_environment_as_it_was(environment, numb
         wait_for(pid.exists)
         process.send_signal(number)
         process.send_signal(number)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 130 and "Interrupted" in output
@@ -277,7 +277,7 @@ def test_without_a_writable_home_the_cache_is_in_the_environment(environment):
     environment.variables["HOME"] = os.devnull
     environment.finished_wheel(environment.prefix / "var/hvdtrain/wheels")
     process = environment.start()
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate()
     assert process.returncode == 0, output
     assert (environment.packages / RECORD).exists()
 
@@ -364,7 +364,7 @@ def test_the_wrapper_tells_the_mpi_that_its_launcher_tells(tmp_path):
     if not wrapper.exists():
         pytest.skip("this environment's MPI is not a wheel")
     launcher = wrapper.parent / "mpirun"
-    told = subprocess.run([launcher, "--version"], capture_output=True, text=True, timeout=30).stdout
+    told = subprocess.run([launcher, "--version"], capture_output=True, text=True).stdout
     assert mpi_behind(wrapper, tmp_path) == mpi_name(told)
 
 
@@ -387,8 +387,6 @@ def test_one_name_for_each_text_of_an_mpi(text, name):
     assert mpi_name(text) == name
 
 
-def wait_for(condition, seconds: float = 30):
-    deadline = time.monotonic() + seconds
+def wait_for(condition):
     while not condition():
-        assert time.monotonic() < deadline, "what was waited for did not happen"
         time.sleep(0.02)

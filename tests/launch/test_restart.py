@@ -137,7 +137,7 @@ def test_a_training_that_stops_in_time_is_no_failure(jobs, number):
     process = jobs.start(PREEMPTED, options=AGAIN)
     pids = jobs.pids(2)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == 75, stderr
     last = stderr.decode().strip()
     assert re.fullmatch(
@@ -152,7 +152,7 @@ def test_an_interrupted_job_says_so_and_is_not_started_again(jobs, number):
     process = jobs.start(f"{jobs.leave_pids}\nwhile True: time.sleep(1)", options=AGAIN)
     pids = jobs.pids(2)
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == 128 + number
     assert re.fullmatch(rf"hvdtrain: ended by {number.name} after \d+ s\.\n", stderr.decode())
     jobs.assert_gone(pids)
@@ -174,7 +174,7 @@ def test_nohup_lets_a_job_outlive_its_terminal(jobs):
     process.send_signal(
         signal.SIGUSR2
     )  # reaches the ranks, so the hang-up before it has been heard or ignored
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == 128 + signal.SIGUSR2, stderr
 
 
@@ -192,7 +192,7 @@ def test_a_signal_between_two_starts(jobs, number, code, words):
     while b"follows in 60 s" not in said:
         said += os.read(process.stderr.fileno(), 4096) or pytest.fail(said.decode())
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate()
     assert process.returncode == code
     assert words in stderr.decode()
 

@@ -27,7 +27,7 @@ def test_rank_0_is_shown_at_once_though_its_line_has_not_ended(jobs):
     process = jobs.start("if rank == 0:\n    os.write(1, b'\\r1/9'); time.sleep(600)")
     assert process.stdout.read(4) == b"\r1/9"
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=60)
+    process.communicate()
 
 
 ODD = [
@@ -149,7 +149,7 @@ print('heard', len(heard))
     process = jobs.start(script)
     jobs.pids(2)
     process.send_signal(signal.SIGUSR1)
-    stdout, stderr = process.communicate(timeout=60)
+    stdout, stderr = process.communicate()
     assert process.returncode == 0, stderr
     assert sorted(stdout.splitlines()) == [b"[1] heard 1", b"heard 1"]
 

@@ -4,7 +4,6 @@ import importlib.util
 import os
 import signal
 import sys
-import threading
 
 import pytest
 
@@ -39,8 +38,6 @@ class Watched:
     def __init__(self, process, folder):
         self.process, self.folder = process, folder
         self.text = self._new = ""
-        self._limit = threading.Timer(90, process.kill)
-        self._limit.start()
 
     def hear(self, words):
         """Waits until the job has said something; returns all that it has said since it was last heard."""
@@ -55,7 +52,6 @@ class Watched:
     def end(self):
         """Waits for its end; returns its exit code."""
         _, stderr = self.process.communicate()
-        self._limit.cancel()
         self.text += stderr.decode()
         return self.process.returncode
 
@@ -74,7 +70,6 @@ def watch(jobs):
 
     yield start
     for each in started:
-        each._limit.cancel()
         each.process.kill()
         each.process.communicate()
 

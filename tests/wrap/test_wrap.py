@@ -44,7 +44,6 @@ def run(*command, folder=None, **environ) -> subprocess.CompletedProcess:
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=400,
     )
 
 

@@ -88,7 +88,7 @@ class Login:
     def submit(self, *words: str, **environ: str) -> subprocess.CompletedProcess:
         process = self.start(*words, **environ)
         try:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate()
         finally:
             process.kill()
         return subprocess.CompletedProcess(words, process.returncode, out, err)

@@ -96,7 +96,7 @@ def test_ctrl_c_leaves_the_job_running(login):
     try:
         assert any("going" in line for line in iter(process.stdout.readline, ""))
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=30)
+        _, err = process.communicate()
     finally:
         process.kill()
     assert process.returncode == 130 and "job 42 goes on; scancel 42 ends it" in err
@@ -109,7 +109,7 @@ def test_nobody_reads_the_log(login):
         process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
-        assert process.wait(timeout=30) == 128 + signal.SIGPIPE
+        assert process.wait() == 128 + signal.SIGPIPE
     finally:
         process.kill()
     assert "Traceback" not in err and "Error" not in err

@@ -93,7 +93,7 @@ def test_what_a_profile_says_is_true_on_the_nodes_and_only_setup_is_taken_as_she
         printf '%s|' {told}
     """
     done = subprocess.run(
-        ["/bin/bash", "-c", script], cwd="/", env=login.environ(), capture_output=True, text=True, timeout=60
+        ["/bin/bash", "-c", script], cwd="/", env=login.environ(), capture_output=True, text=True
     )
     expected = [
         "first",
@@ -214,6 +214,5 @@ def test_the_nodes_find_the_hvdtrain_that_was_typed(login, monkeypatch):
         env=login.environ(),
         capture_output=True,
         text=True,
-        timeout=60,
     )
     assert found.stdout.strip() == str(login.folder / "hvdtrain")
