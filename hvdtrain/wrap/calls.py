@@ -9,20 +9,21 @@ import tensorflow as tf
 from keras.src import backend
 
 from hvdtrain.replacing import replace
-from hvdtrain.wrap import trial, work
+from hvdtrain.wrap import losses, trial, work
+from hvdtrain.wrap.carried import moved
 from hvdtrain.wrap.share import Share
+from hvdtrain.wrap.trial import Verdict
 
-# Of each model, by whether it is training, why it needs whole batches.
-_needs: WeakKeyDictionary[Any, dict[Any, str]] = WeakKeyDictionary()
+# What was found out about each model, by whether it is training.
+_verdicts: WeakKeyDictionary[Any, dict[Any, Verdict]] = WeakKeyDictionary()
 
 
 def install() -> None:
-    """Changes `keras.Model.__call__` and `Layer.add_loss`, for as long as `work.of_all_ranks` lasts.
+    """Changes `keras.Model.__call__`, for as long as `work.of_all_ranks` lasts.
 
     Where Keras only wants to know shapes, or makes variables, nothing is divided.
     """
     replace(keras.Model, "__call__", _divided)
-    replace(keras.layers.Layer, "add_loss", _of_the_batch)
     replace(backend, "compute_output_spec", _on_no_rows)
     replace(keras.Variable, "__init__", _on_no_rows)
 
@@ -33,13 +34,15 @@ def _divided(original: Callable[..., Any]) -> Callable[..., Any]:
         if engine is None or work.share() is not None or _reads_data():
             return original(self, *args, **kwargs)
         count = _rows((args, kwargs))
-        if count is None or _whole(self, engine, original, args, kwargs):
+        verdict = None if count is None else _verdict(self, engine, original, args, kwargs)
+        if verdict is None or verdict.why_whole:
             return original(self, *args, **kwargs)
         share = Share.of(engine, count)
+        combine = losses.Joined(share, verdict.losses)
         args, kwargs = keras.tree.map_structure(lambda leaf: trial.part(leaf, share), (args, kwargs))
-        with work.on_rows(share):
+        with work.on_rows(share), work.adding(combine):
             outputs = original(self, *args, **kwargs)
-        return keras.tree.map_structure(lambda leaf: _joined(leaf, share), outputs)
+        return keras.tree.map_structure(lambda leaf: _joined(leaf, share, combine), outputs)
 
     return call
 
@@ -92,30 +95,28 @@ def _row_count(tensor: Any) -> Any:
     )
 
 
-def _joined(leaf: Any, share: Share) -> Any:
+def _joined(leaf: Any, share: Share, combine: losses.Joined) -> Any:
     if not tf.is_tensor(leaf):
         return leaf
-    if leaf.shape.rank == 0:
-        return share.mean(leaf)
-    whole, mask = share.join(leaf), getattr(leaf, "_keras_mask", None)
-    if mask is not None:
-        whole._keras_mask = share.join(mask)
-    return whole
+    return combine(losses.OUTPUT, leaf) if leaf.shape.rank == 0 else moved(leaf, share.join)
 
 
-def _whole(model: Any, engine: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> bool:
-    """Tells whether a model needs whole batches, and says so once: the result is the same, but no sooner."""
-    needs = _needs.setdefault(model, {})
+def _verdict(model: Any, engine: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Verdict:
+    """Return what was found out about a model. Say once if it needs whole batches."""
+    verdicts = _verdicts.setdefault(model, {})
     training = kwargs.get("training")
     mode = training if isinstance(training, bool) else None, len(model._flatten_layers())
-    if mode not in needs:
-        needs[mode] = engine.broadcast_object(_why_whole(model) or trial.why_whole(model, call, args, kwargs))
-        if needs[mode] and list(needs.values()).count(needs[mode]) == 1:
+    if mode not in verdicts:
+        reason = _why_whole(model)
+        verdict = Verdict(reason) if reason else trial.verdict(model, call, args, kwargs)
+        said = [each.why_whole for each in verdicts.values()]
+        verdicts[mode] = verdict = engine.broadcast_object(verdict)
+        if verdict.why_whole and verdict.why_whole not in said:
             engine.say(
-                f"the model {model.name} {needs[mode]}, so every rank computes whole batches: same result, no "
-                "sooner."
+                f"the model {model.name} {verdict.why_whole}, so every rank computes whole batches: same result, "
+                "no sooner."
             )
-    return bool(needs[mode])
+    return verdicts[mode]
 
 
 def _why_whole(model: Any) -> str:
@@ -124,18 +125,6 @@ def _why_whole(model: Any) -> str:
     # A Sequential model takes the size of the first batch it sees for its input's, and any other too.
     inputs = [] if isinstance(model, keras.Sequential) else getattr(model, "_inputs", None) or []
     return "has a fixed batch size" if any(each.shape[:1] not in ((), (None,)) for each in inputs) else ""
-
-
-def _of_the_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    def add_loss(self: Any, loss: Any) -> None:
-        share = work.share()
-        if share is not None:
-            loss = keras.tree.map_structure(
-                lambda each: share.mean(tf.reduce_mean(tf.convert_to_tensor(each))), loss
-            )
-        original(self, loss)
-
-    return add_loss
 
 
 def _on_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:

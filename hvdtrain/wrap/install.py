@@ -7,6 +7,7 @@ from hvdtrain.wrap import (
     calls,
     chance,
     lookups,
+    losses,
     native,
     normalization,
     optimizers,
@@ -28,6 +29,7 @@ def install(scale_batch: bool) -> None:
     chance.install(engine)
     seams.install()
     calls.install()
+    losses.install()
     lookups.install()
     normalization.install()
     optimizers.install()

@@ -105,12 +105,20 @@ class Share:
         return forward(whole)
 
     def mean(self, mine: Any) -> Any:
-        """Returns the mean over the batch of a scalar that each rank has as a mean over its rows."""
-        weight = tf.cast(self.weight, mine.dtype)
+        """Return the mean over the batch of what each rank has as a mean over its rows."""
+        return self._weighted(mine, self.weight)
+
+    def sum(self, mine: Any) -> Any:
+        """Return the sum over the batch of what each rank has as a sum over its rows."""
+        return self._weighted(mine, tf.minimum(self.real, 1))
+
+    def _weighted(self, mine: Any, weight: Any) -> Any:
+        weight = tf.cast(weight, mine.dtype)
 
         @tf.custom_gradient
         def forward(tensor: Any) -> Any:
-            total = operations.allreduce(self.engine, tensor * weight, Reduction(Op.SUM))
+            part = tf.math.multiply_no_nan(tensor, weight)
+            total = operations.allreduce(self.engine, part, Reduction(Op.SUM))
             return total, lambda upstream: upstream * weight * self.engine.size
 
         return forward(mine)

@@ -14,19 +14,40 @@ from tensorflow.python.eager import context
 
 from hvdtrain.collectives.single import SingleEngine
 from hvdtrain.wrap import work
+from hvdtrain.wrap.carried import kept_on, moved
+from hvdtrain.wrap.losses import OUTPUT, Kind, Observation, Recorded, kind_of
 from hvdtrain.wrap.share import Share
 
 _ROWS = 5
+_PARTS = (2, 3)
 # Sizes for what a graph leaves open, such as the length of a sequence or the height of an image.
 _OPEN = (8, 64)
 _ALONE = SingleEngine()
 _EXACT, _HALF = 2e-5, 2e-2
+# A loss adds up many numbers, some of which may cancel.
+_LOOSER = 5
+# How numbers are drawn. A loss such as `abs(mean(x))` looks like a mean over rows while all numbers have the same
+# sign, and `relu(x - 3)` is 0 below 3. So each loss is seen for several kinds of rows.
+_DRAWS = ("uniform", "normal", "of two signs", "wide")
 
 Call = Callable[..., Any]
 
 
-def why_whole(model: keras.Model, call: Call, args: Any, kwargs: Any) -> str:
-    """Says why a model needs whole batches, "" where it does not.
+@dataclass(frozen=True)
+class Verdict:
+    """What was found out about a model.
+
+    Args:
+        why_whole: Why it needs whole batches, "" where it does not.
+        losses: The name of the layer, and the kind of loss, in the order in which a call adds them.
+    """
+
+    why_whole: str
+    losses: Sequence[tuple[str, Kind]] = ()
+
+
+def verdict(model: keras.Model, call: Call, args: Any, kwargs: Any) -> Verdict:
+    """Find out whether a model needs whole batches, and how the losses of its parts combine.
 
     Rows are made up in the shapes and dtypes of the arguments, once all together and once in two parts. Outputs,
     losses and the model's state have to come out the same; afterwards all is as it was before.
@@ -43,15 +64,44 @@ def why_whole(model: keras.Model, call: Call, args: Any, kwargs: Any) -> str:
         warnings.simplefilter("ignore")
         for size in _OPEN:
             try:
-                whole, parts = _tried(
-                    model, call, keras.tree.map_structure(_Maker(size, declared), (args, kwargs))
-                )
+                return _judged(model, call, args, kwargs, _Maker(size, declared))
             except Exception as failed:  # whatever a script's layers do with made-up rows
                 error = failed
-            else:
-                tolerance = _HALF if _computes_in_half(model) else _EXACT
-                return "" if whole.made_of(parts, tolerance) else "looks at several rows of a batch at once"
-    return f"cannot be tried on {_ROWS} made-up rows ({type(error).__name__})"
+    return Verdict(f"cannot be tried on {_ROWS} made-up rows ({type(error).__name__})")
+
+
+def _judged(model: keras.Model, call: Call, args: Any, kwargs: Any, maker: "_Maker") -> Verdict:
+    tolerance = _HALF if _computes_in_half(model) else _EXACT
+
+    def tried(draw: str) -> tuple[_Outcome, list[_Outcome]]:
+        maker.begin(draw)
+        return _tried(model, call, keras.tree.map_structure(maker, (args, kwargs)))
+
+    outcomes = [tried(_DRAWS[0])]
+    if not outcomes[0][0].made_of(outcomes[0][1], tolerance):
+        return Verdict("looks at several rows of a batch at once")
+    if not outcomes[0][0].losses:
+        return Verdict("")
+    outcomes += [tried(draw) for draw in _DRAWS[1:]]
+    names = [name for name, _ in outcomes[0][0].losses]
+    if any(
+        [name for name, _ in each.losses] != names for whole, parts in outcomes for each in (whole, *parts)
+    ):
+        return Verdict("adds losses that depend on its numbers")
+    kinds = [kind_of(_observed(outcomes, index), _LOOSER * tolerance) for index in range(len(names))]
+    unclear = [name for name, kind in zip(names, kinds, strict=True) if kind is None]
+    if unclear:
+        return Verdict(f"has a loss that is neither a mean nor a sum over rows ({unclear[0]})")
+    return Verdict("", [(name, kind) for name, kind in zip(names, kinds, strict=True) if kind is not None])
+
+
+def _observed(outcomes: "Sequence[tuple[_Outcome, list[_Outcome]]]", index: int) -> list[Observation]:
+    return [
+        Observation(
+            whole.losses[index][1], [part.losses[index][1] for part in parts], [part.rows for part in parts]
+        )
+        for whole, parts in outcomes
+    ]
 
 
 def _declared(model: keras.Model, args: Any) -> dict[int, Sequence[int | None]]:
@@ -76,7 +126,16 @@ class _Maker:
 
     def __init__(self, size: int, declared: Mapping[int, Sequence[int | None]]) -> None:
         self._size, self._declared = size, declared
-        self._random = np.random.default_rng(0)
+        self.begin(_DRAWS[0])
+
+    def begin(self, draw: str) -> None:
+        """Draw all numbers in one way from now on.
+
+        Args:
+            draw: One of `_DRAWS`.
+        """
+        self._draw = draw
+        self._random = np.random.default_rng(_DRAWS.index(draw))
 
     def __call__(self, leaf: Any) -> Any:
         if isinstance(leaf, np.ndarray):
@@ -88,13 +147,26 @@ class _Maker:
             for both in zip(leaf.shape, self._declared.get(id(leaf), leaf.shape), strict=True)
         ]
         made = self._numbers([_ROWS, *shape[1:]] if shape else [], leaf.dtype)
+        mask = getattr(leaf, "_keras_mask", None)
+        if mask is not None:
+            made._keras_mask = self._numbers(made.shape[: len(mask.shape)], tf.bool)
         if isinstance(leaf, tf.RaggedTensor):
             return tf.RaggedTensor.from_tensor(made, ragged_rank=leaf.ragged_rank)
         return tf.sparse.from_dense(made) if isinstance(leaf, tf.SparseTensor) else made
 
+    def _floats(self, shape: list[int]) -> Any:
+        if self._draw == "normal":
+            return self._random.normal(size=shape)
+        if self._draw == "wide":
+            return self._random.normal(size=shape, scale=10)
+        made = self._random.uniform(size=shape)
+        if self._draw == "of two signs" and made.ndim:
+            made[: _PARTS[0]] *= -1
+        return made
+
     def _numbers(self, shape: list[int], dtype: tf.DType) -> Any:
         if dtype.is_floating or dtype.is_complex:
-            return tf.cast(self._random.uniform(size=shape), dtype)
+            return tf.cast(self._floats(shape), dtype)
         # 0 and 1 are words of every vocabulary; no row is all padding, and the parts have other means.
         few = self._random.integers(0, 2, shape)
         if few.ndim:
@@ -108,22 +180,20 @@ class _Outcome:
 
     Args:
         outputs: The outputs, flat.
-        losses: Those that layers have added, each as these rows' part of the mean over the batch.
+        losses: The name of the layer, and the loss it has added; likewise outputs without rows.
         state: What the call may have changed.
         rows: On how many rows the model was called.
     """
 
     outputs: list[np.ndarray]
-    losses: list[float]
+    losses: list[tuple[str, np.ndarray]]
     state: list[np.ndarray]
     rows: int
 
     def made_of(self, parts: Sequence["_Outcome"], tolerance: float) -> bool:
-        """Tells whether this is what parts of the rows give: rows in their order."""
-        weights = [each.rows / self.rows for each in parts]
-        outputs = [_joined(each, weights) for each in zip(*(part.outputs for part in parts), strict=True)]
-        losses = [sum(each) for each in zip(*(part.losses for part in parts), strict=True)]
-        pairs = [*zip(self.outputs, outputs, strict=True), *zip(self.losses, losses, strict=True)]
+        """Tell whether outputs and state are what parts of the rows give: rows in their order."""
+        outputs = [np.concatenate(each) for each in zip(*(part.outputs for part in parts), strict=True)]
+        pairs = [*zip(self.outputs, outputs, strict=True)]
         for each in parts:
             pairs += zip(self.state, each.state, strict=True)
         return all(_close(whole, made, tolerance) for whole, made in pairs)
@@ -133,7 +203,7 @@ def _tried(model: keras.Model, call: Call, made: Any) -> tuple[_Outcome, list[_O
     if not all(each.built for each in model._flatten_layers()):
         args, kwargs = keras.tree.map_structure(_symbolic, made)
         backend.compute_output_spec(lambda: call(model, *args, **kwargs))
-    shares = [Share(_ALONE, _ROWS, start, end - start) for start, end in ((0, 2), (2, _ROWS))]
+    shares = [Share(_ALONE, _ROWS, start, end - start) for start, end in ((0, _PARTS[0]), (_PARTS[0], _ROWS))]
     return _called(model, call, made, None), [_called(model, call, made, each) for each in shares]
 
 
@@ -141,27 +211,28 @@ def _called(model: keras.Model, call: Call, made: Any, share: Share | None) -> _
     if share is not None:
         made = keras.tree.map_structure(lambda leaf: part(leaf, share), made)
     args, kwargs = made
-    with _as_before(model), work.on_rows(share) if share else contextlib.nullcontext():
-        outputs = [
-            _array(each) for each in keras.tree.flatten(call(model, *args, **kwargs)) if each is not None
-        ]
-        losses = [float(np.mean(_array(each))) for layer in model._flatten_layers() for each in layer._losses]
+    recorded = Recorded()
+    rows = work.on_rows(share) if share else contextlib.nullcontext()
+    with _as_before(model), rows, work.adding(recorded):
+        leaves = [each for each in keras.tree.flatten(call(model, *args, **kwargs)) if each is not None]
+        tensors = [each for leaf in leaves if tf.is_tensor(leaf) for each in (leaf, *kept_on(leaf))]
+        outputs = [_array(each) for each in tensors]
+        losses = [(name, _array(loss)) for name, loss in recorded.found]
         state = [np.array(each.numpy()) for each in _state(model)]
-    rows = share.real if share else _ROWS
-    if any(each.ndim and len(each) != rows for each in outputs):
+        state += [_array(leaf) for leaf in leaves if not tf.is_tensor(leaf)]
+    losses += [(OUTPUT, each) for each in outputs if not each.ndim]
+    outputs = [each for each in outputs if each.ndim]
+    real = share.real if share else _ROWS
+    if any(len(each) != real for each in outputs):
         raise ValueError("another number of rows than it was given")
-    return _Outcome(outputs, losses, state, rows)
+    return _Outcome(outputs, losses, state, real)
 
 
 def part(leaf: Any, share: Share) -> Any:
     """Returns a rank's rows of an argument, the argument itself where it has no rows."""
     if not has_rows(leaf):
         return leaf
-    mine = share.take(leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf))
-    mask = getattr(leaf, "_keras_mask", None)
-    if mask is not None:
-        mine._keras_mask = share.take(mask)
-    return mine
+    return moved(leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf), share.take)
 
 
 def has_rows(leaf: Any) -> bool:
@@ -222,10 +293,6 @@ def _array(value: Any) -> np.ndarray:
     if array.dtype.kind in "OSUc":
         raise TypeError(f"an output of dtype {array.dtype}")
     return array if array.dtype.kind in "biu" else array.astype("float64")
-
-
-def _joined(parts: Sequence[np.ndarray], weights: list[float]) -> Any:
-    return np.concatenate(parts) if parts[0].ndim else np.dot(weights, parts)
 
 
 def _close(whole: Any, made: Any, tolerance: float) -> bool:

@@ -1,14 +1,17 @@
 """What is going on: whether Keras is at work on behalf of all ranks, and whether a model computes its rows."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from typing import Any
 
 from hvdtrain.collectives.base import Engine
 from hvdtrain.wrap.share import Share
 
 _engine: ContextVar[Engine | None] = ContextVar("fit, evaluate or predict is at work", default=None)
 _share: ContextVar[Share | None] = ContextVar("a model is being called on a rank's rows", default=None)
+# Takes the name of a layer and a loss that it adds; returns the loss that Keras keeps.
+_combine: ContextVar[Callable[[str, Any], Any] | None] = ContextVar("losses are being added", default=None)
 _trying: ContextVar[bool] = ContextVar("a model is being tried on made-up rows", default=False)
 
 
@@ -33,14 +36,29 @@ def on_rows(share: Share) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def adding(combine: Callable[[str, Any], Any]) -> Iterator[None]:
+    """Mark the time in which the losses that layers add go through a function.
+
+    Args:
+        combine: Takes the name of a layer and a loss; returns the loss that Keras keeps.
+    """
+    token = _combine.set(combine)
+    try:
+        yield
+    finally:
+        _combine.reset(token)
+
+
+@contextlib.contextmanager
 def on_no_rows() -> Iterator[None]:
     """Marks the time in which something is made that has nothing to do with any batch, such as a weight."""
-    tokens = _engine.set(None), _share.set(None)
+    tokens = _engine.set(None), _share.set(None), _combine.set(None)
     try:
         yield
     finally:
         _engine.reset(tokens[0])
         _share.reset(tokens[1])
+        _combine.reset(tokens[2])
 
 
 @contextlib.contextmanager
@@ -67,3 +85,8 @@ def engine() -> Engine | None:
 def share() -> Share | None:
     """Returns which rows are being computed, or None where what is computed is the same on all ranks."""
     return _share.get()
+
+
+def combine() -> Callable[[str, Any], Any] | None:
+    """Return what losses go through that layers add, or None where they stay as they are."""
+    return _combine.get()
