@@ -52,4 +52,6 @@ def test_where_horovod_works_it_is_left_alone(jobs, first, second, environ):
 
 def test_a_command_is_typed_with_all_its_options():
     options = RunOptions(4, "train.py", ("--name", "a b"), hosts="a:2,b:2", wrap=True, max_restarts=3)
-    assert command_line(options) == "hvdtrain run -np 4 -H a:2,b:2 --wrap --max-restarts 3 train.py --name 'a b'"
+    assert (
+        command_line(options) == "hvdtrain run -np 4 -H a:2,b:2 --wrap --max-restarts 3 train.py --name 'a b'"
+    )
