@@ -303,7 +303,7 @@ def _not_decomposable(names: Sequence[str], size: int) -> str:
         f"hvd.shard: {' and '.join(names)} does not follow from the samples one by one: of a batch it is "
         "neither the mean nor the sum of what it is of two parts of the batch (as with Dice, contrastive losses, "
         f"and losses that draw random numbers). Each of the {size} ranks computes it on its own part of a batch, "
-        "and the mean of these is trained on, which is not what one process trains on. If that matters, let the loss "
-        "return one value a sample that depends on no other sample; or gather what it compares from all ranks: "
-        "hvdtrain.tensorflow.allgather is differentiable."
+        "and the mean of these is trained on, which is not what one process trains on. If that matters, let the "
+        "loss return one value a sample that depends on no other sample; or gather what it compares from all "
+        "ranks: hvdtrain.tensorflow.allgather is differentiable."
     )
