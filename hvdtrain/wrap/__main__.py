@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hvdtrain import script, topology
-from hvdtrain.wrap import arrival, ending, files, quiet, refusals
+from hvdtrain.wrap import arrival, commands, ending, files, quiet, refusals
 
 
 def main(words: Sequence[str]) -> None:
@@ -40,6 +40,7 @@ def main(words: Sequence[str]) -> None:
             files.install()
         else:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a job may end abruptly
+        commands.install()
         refusals.install()
         arrival.install(scale_batch)
     with ending.in_step():

@@ -15,6 +15,7 @@ import io
 import os
 import pathlib
 import shutil
+import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -22,9 +23,13 @@ from typing import Any
 
 from hvdtrain.replacing import replace
 
+_COARSE = 5  # CLOCK_REALTIME_COARSE, which the time module does not name
 _EXEMPT = ("/dev/", "/proc/", "/sys/")
 # Functions of `os` that ask about a path, by which argument says on which folder it is relative.
-_ASKING = ("stat", "lstat", "access", "chmod", "utime", "readlink")
+_ASKING = (
+    *("stat", "lstat", "access", "chmod", "chown", "lchown", "utime", "readlink"),
+    *("listxattr", "getxattr", "setxattr"),
+)
 _RENAMING = ("rename", "replace")
 _LINKING = ("link", "symlink")
 _REMOVING = ("remove", "unlink", "rmdir")
@@ -60,7 +65,7 @@ class _Copies:
 
     def hidden(self, path: str) -> bool:
         """Tells whether a path is there for others only."""
-        if any(path == each or path.startswith(each + os.sep) for each in self.shared):
+        if self.exempt(path) or any(path == each or path.startswith(each + os.sep) for each in self.shared):
             return False
         if any(path == each or path.startswith(each + os.sep) for each in self.gone):
             return True
@@ -116,13 +121,34 @@ def install() -> None:
     replace(shutil, "rmtree", functools.partial(_removing, copies))
     replace(os, "listdir", lambda _: lambda path=".": _names(copies, path))
     replace(os, "scandir", lambda _: lambda path=".": _Entries(copies, path))
+    tarfile.bltn_open = io.open  # type: ignore[attr-defined] # it keeps the function that it found at first
     _follow_pathlib()
+
+
+def drop_copies() -> None:
+    """Let this rank see all files as rank 0 has them on this host; its own copies of them are removed."""
+    if _copies is not None:
+        _rmtree(_copies.folder, ignore_errors=True)
+        _makedirs(_copies.folder)
+        _copies.gone.clear()
 
 
 def forget() -> None:
     """Removes this rank's own files."""
     if _copies is not None:
         _rmtree(_copies.folder, ignore_errors=True)
+
+
+def moment() -> float:
+    """Return a time after all files made so far and before all that this process makes next, in seconds.
+
+    Linux stamps files with a clock that advances every few milliseconds, so the next tick is awaited.
+    """
+    now = then = time.clock_gettime(_COARSE)
+    while then <= now:
+        time.sleep(0.001)
+        then = time.clock_gettime(_COARSE)
+    return (now + then) / 2
 
 
 def see_until(moment: float) -> None:

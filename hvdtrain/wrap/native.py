@@ -5,7 +5,6 @@ import os
 import random
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -102,7 +101,7 @@ def follow(engine: Engine) -> None:
     Args:
         engine: The ranks.
     """
-    files.see_until(engine.broadcast_object(time.time()))
+    files.see_until(engine.broadcast_object(files.moment()))
 
 
 def _moved(method: Callable[..., Any], index: int, move: Callable[[Any], str]) -> Callable[..., Any]:

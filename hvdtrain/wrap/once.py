@@ -2,10 +2,18 @@
 
 import pickle
 from collections.abc import Callable
+from contextvars import ContextVar
 from typing import Any
 
 from hvdtrain.collectives.agreement import Known, mark
 from hvdtrain.collectives.base import Engine
+
+_alone: ContextVar[bool] = ContextVar("rank 0 works while the others wait", default=False)
+
+
+def is_alone() -> bool:
+    """Tell whether rank 0 is in `on_rank_zero`, where nothing may communicate."""
+    return _alone.get()
 
 
 def on_rank_zero(engine: Engine, work: Callable[[], Any]) -> Any:
@@ -20,10 +28,13 @@ def on_rank_zero(engine: Engine, work: Callable[[], Any]) -> Any:
     """
     result, error = None, None
     if engine.rank == 0:
+        token = _alone.set(True)
         try:
             result = work()
         except Exception as caught:
             error = caught
+        finally:
+            _alone.reset(token)
     result, failure = engine.broadcast_object((result, _portable(error)))
     if failure is not None:
         raise mark(failure, Known.REPORTED) if error is None else mark(error, Known.ORIGINAL)

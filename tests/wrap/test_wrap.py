@@ -23,6 +23,7 @@ if os.environ.get("HVDTRAIN_TESTS") != "full":  # what fits into half an hour
     ALL = [
         "added_losses",
         "captions",
+        "commands",
         "crossentropy",
         "folders",
         "gan",
