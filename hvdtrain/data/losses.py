@@ -9,7 +9,6 @@ the numbers of all ranks.
 """
 
 import contextlib
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -94,8 +93,8 @@ class Losses:
         losses = zip(self._known.values(), kinds, strict=True)
         names = {loss.name for loss, kind in losses if kind == OTHER} - self._reported
         self._reported |= names
-        if names and engine.rank == 0:
-            warnings.warn(_not_decomposable(sorted(names), engine.size), stacklevel=2)
+        if names:
+            engine.say(f"warning: {_not_decomposable(sorted(names), engine.size)}")
 
 
 def install() -> None:
@@ -300,7 +299,7 @@ def _scaled(value: Tensor, factor: Tensor) -> Tensor:
 
 def _not_decomposable(names: Sequence[str], size: int) -> str:
     return (
-        f"hvd.shard: {' and '.join(names)} does not follow from the samples one by one: of a batch it is "
+        f"{' and '.join(names)} does not follow from the samples one by one: of a batch it is "
         "neither the mean nor the sum of what it is of two parts of the batch (as with Dice, contrastive losses, "
         f"and losses that draw random numbers). Each of the {size} ranks computes it on its own part of a batch, "
         "and the mean of these is trained on, which is not what one process trains on. If that matters, let the "

@@ -305,3 +305,44 @@ def test_ranks_learn_what_one_process_learns(engine, task, weights, source, leng
     assert history.keys() == expected.keys()
     for name in expected:
         np.testing.assert_allclose(history[name], expected[name], rtol=1e-9, err_msg=name)
+
+
+def dice(y_true, y_pred):
+    return 1 - 2 * tf.reduce_sum(y_true * y_pred) / (tf.reduce_sum(y_true) + tf.reduce_sum(y_pred))
+
+
+def compares_samples(y_true, y_pred):
+    return tf.reduce_mean(tf.matmul(y_pred, y_pred, transpose_b=True) ** 2, axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "layer", "named"),
+    [
+        (dice, None, "loss 'dice'"),
+        (keras.losses.Tversky(), None, "loss 'tversky'"),
+        (compares_samples, None, "loss 'compares_samples'"),
+        ("mse", lambda x: keras.ops.std(x), "number 1 of the losses from add_loss"),
+        ("mse", None, None),
+        (sum_of_batch, lambda x: keras.ops.sum(x**2), None),
+    ],
+)
+@pytest.mark.parametrize("mode", ["eager", "graph"])
+def test_losses_that_do_not_follow_from_the_samples_are_named_once(engine, capfd, loss, layer, named, mode):
+    x, y = numbers(5)(21), classes(2, count=2)(21).astype("float64")
+    layers = [keras.Input((5,)), dense(2, "sigmoid"), *([Adds(layer)] if layer else [])]
+    model = keras.Sequential(layers)
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss, run_eagerly=mode == "eager")
+    for _ in range(2):
+        model.fit(hvd.shard((x, y), BATCH), epochs=2, verbose=0)
+    said = capfd.readouterr().err
+    expected = named is not None and engine.size > 1 and engine.rank == 0
+    assert said.count("does not follow from the samples one by one") == expected
+    assert not expected or named in said
+
+
+def test_weights_along_another_axis_than_the_samples_are_refused(engine, several):
+    x, y, weight = numbers(STEPS, 5)(24), numbers(STEPS, 1)(24), np.ones(24)
+    model = sequence_model()()
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse", run_eagerly=True)
+    with pytest.raises(ValueError, match=r"sample_weight of shape \(batch\), losses of shape \(batch, 4\)"):
+        model.fit(hvd.shard((x, y, weight), STEPS * engine.size), verbose=0)
