@@ -26,6 +26,15 @@ NATIVE = (
     "tests/keras/test_checkpoint.py",
     "tests/data/test_bad_fits.py",
 )
+# What of Horovod's core runs within minutes: the wire, operations, tapes, the proof of a training.
+QUICK_NATIVE = (
+    "tests/collectives",
+    *(
+        f"tests/tensorflow_api/test_tf_{name}.py"
+        for name in ("process_sets", "tape", "reductions", "optimizer")
+    ),
+    "tests/keras/test_verification.py",
+)
 # What depends on the number of ranks.
 WIRE = ("tests/collectives", "tests/keras/test_contract.py")
 # Several ranks share the cores: more threads a rank would only get into each other's way.
@@ -73,7 +82,11 @@ def quick(engines: tuple[str, ...]) -> list[Launch]:
     """Return what `make test` runs: all areas, in one process and on two ranks of each engine, within minutes."""
     plain = Launch("plain", marks="not ranks and not cluster and not slow and (not jobs or smoke)")
     ranks = "ranks and not slow and not jobs"
-    launches = [plain, Launch("mpi", 2, _without_tensorflow(), ranks), Launch("horovod", 2, _native(), ranks)]
+    launches = [
+        plain,
+        Launch("mpi", 2, _without_tensorflow(), ranks),
+        Launch("horovod", 2, QUICK_NATIVE, ranks),
+    ]
     return [launch for launch in launches if launch.engine in engines]
 
 
