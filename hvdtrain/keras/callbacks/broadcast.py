@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Call
+from hvdtrain.data.global_batch import as_keras
 from hvdtrain.gradients.naming import plain_variable
 from hvdtrain.gradients.trained import registry
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of, process_set_of
@@ -120,7 +121,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self.model.train_function = first
 
     def _build(self, batch: Any) -> None:
-        inputs = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        inputs = keras.utils.unpack_x_y_sample_weight(as_keras(batch))[0]
         try:
             self.model(
                 keras.tree.map_structure(lambda each: keras.KerasTensor(each.shape, each.dtype.name), inputs)
