@@ -267,6 +267,7 @@ def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
 @_ENGINES
 @click.option("--peers/--no-peers", default=True, help="torch and tf_keras too [yes].")
 @click.option("--xla", is_flag=True, help="hvdtrain and Keras alone with jit_compile=True too.")
+@click.option("--fit", type=int, metavar="STEPS", help="Time whole epochs of fit, of that many steps each.")
 @_JSON
 @_SAVE
 def bench_step(as_json: bool, save: str | None, **options) -> None:

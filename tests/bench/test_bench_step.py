@@ -19,13 +19,10 @@ from hvdtrain.bench.step.rows import Measured, Scaling, rows_of
 MILLIONS = {"resnet20": 0.27, "cnn": 6.4, "mlp": 14.7, "vgg": 14.7, "transformer": 10.0}
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory, command):
-    """A short run of a real model, its files and what it printed."""
-    folder = tmp_path_factory.mktemp("saved")
-    words = ["step", "-np", "2", "--model", "mlp", "--batch", "4", "--rounds", "2", "--steps", "1"]
+def run_short(folder, command, *words):
+    model = ["step", "-np", "2", "--model", "mlp", "--batch", "4", "--rounds", "2"]
     done = subprocess.run(
-        [*command, *words, "--engines", "mpi", "--no-peers", "--save", "short"],
+        [*command, *model, *words, "--engines", "mpi", "--no-peers", "--save", "short"],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         stdin=subprocess.DEVNULL,
@@ -33,6 +30,12 @@ def saved(tmp_path_factory, command):
         text=True,
     )
     return folder, done
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, command):
+    """A short run of a real model, its files and what it printed."""
+    return run_short(tmp_path_factory.mktemp("saved"), command, "--steps", "1")
 
 
 @pytest.fixture
@@ -90,6 +93,33 @@ def test_tables_and_plot_are_there(saved):
         assert words in saved[1].stdout
     assert "WRONG" not in saved[1].stdout and "…" not in saved[1].stdout
     assert (saved[0] / "short.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_epochs_of_fit_are_timed_beside_plain_keras(tmp_path, command):
+    folder, done = run_short(tmp_path, command, "--fit", "2")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((folder / "short.json").read_text())["rows"]
+    assert [(row["contender"], row["key"]["scaling"], row["right"]) for row in rows] == [
+        (name, "weak", True) for name in ("alone", "wrapped, one rank", "hvdtrain mpi", "compute only")
+    ]
+    _, wrapped, mine, _ = rows
+    assert of(mine, "beside_wrapped") == pytest.approx(of(wrapped, "step_ms") / of(mine, "step_ms"))
+    assert "mlp, epochs of 2 steps by fit, a batch of 4 a rank" in done.stdout
+    assert "…" not in done.stdout
+
+
+def test_an_epoch_lasts_from_its_first_step_to_the_first_step_of_the_next(monkeypatch):
+    import keras
+
+    from hvdtrain.bench.models.keras_models import compiled
+    from hvdtrain.bench.work import keras_steps
+
+    model = compiled(keras, "mlp")
+    # A clock that counts the steps that have been trained.
+    monkeypatch.setattr(keras_steps.time, "perf_counter", lambda: int(model.optimizer.iterations))
+    seconds, loss = keras_steps.KerasSteps(keras, model, {"model": "mlp", "rank": 0}).epoch(2, 3)
+    assert (seconds, int(model.optimizer.iterations)) == (3, 4)
+    assert math.isfinite(loss)
 
 
 @pytest.fixture
@@ -189,6 +219,8 @@ def test_who_trains_together_is_also_set_beside_the_slowest_of_those_who_do_not(
         (["--batch", "0"], "--batch 0 measures nothing"),
         (["--rounds", "0"], "--rounds 0 measures nothing"),
         (["--steps", "0"], "--steps 0 measures nothing"),
+        (["--fit", "0"], "--fit 0 measures nothing"),
+        (["--fit", "12", "--steps", "3"], "leave out --steps"),
         (["--engines", "nccl"], "--engines nccl"),
         (["-H", "localhost:1"], "fewer than the 2 ranks"),
         (["--save", "nowhere/to/be/found.json"], "a folder that is there"),

@@ -46,7 +46,8 @@ def measure(options: Options, say: Callable[[str], None]) -> Report:
 
     Returns:
         The report. `values` are `step_ms`, `images_per_s` or `tokens_per_s`, and `efficiency`; of weak scaling
-        also `beside_slowest`, `communication`, `peak_mib` and `excess_gradients`, of strong scaling `speedup`.
+        also `beside_slowest`, `beside_wrapped`, `communication`, `peak_mib` and `excess_gradients`, of strong
+        scaling `speedup`.
 
     Raises:
         LaunchError: If what was asked for cannot be measured here.
@@ -56,7 +57,7 @@ def measure(options: Options, say: Callable[[str], None]) -> Report:
         each.name: each for each in entrants(options.model, options.engines, options.peers, options.xla)
     }
     contenders = [each.contender for each in everyone.values()]
-    limit = LIMIT + PATIENCE * (options.steps or 0)
+    limit = LIMIT + PATIENCE * (options.turn or 0)
     with Field(contenders, options.ranks, options.hosts, say, limit) as field:
         measured = _measured(field, everyone, options, say)
         described = machine.describe(field)
@@ -69,7 +70,7 @@ def _measured(
     field: Field, everyone: Mapping[str, Entrant], options: Options, say: Callable[[str], None]
 ) -> Measured:
     def whole(contender: Contender) -> dict[str, Any]:
-        return {"batch": options.own}
+        return {"batch": options.own} | ({"fit": True} if options.fit else {})
 
     def divided(contender: Contender) -> dict[str, Any] | None:
         entrant = everyone[contender.name]
@@ -79,7 +80,7 @@ def _measured(
 
     measured = Measured()
     _train(field, options, whole, measured.weak, lambda text: say(f"a batch for each rank: {text}"))
-    if options.ranks > 1 and options.part:
+    if options.ranks > 1 and options.part and not options.fit:
         _train(field, options, divided, measured.strong, lambda text: say(f"one batch for all: {text}"))
     return measured
 
@@ -115,7 +116,7 @@ def _warm_up(field: Field, options: Options, work: Work, say: Callable[[str], No
         answers = field.ask(contender, {**asked, "steps": FEWEST})
         if answers is not None:
             fitting = int(min(max(SECONDS / max(_seconds(answers)), FEWEST), MOST))
-            steps[contender.name] = options.steps or fitting
+            steps[contender.name] = options.turn or fitting
     return steps
 
 

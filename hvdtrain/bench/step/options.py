@@ -23,6 +23,7 @@ class Options:
         engines: Which engines of hvdtrain take part.
         peers: Whether torch and tf_keras take part.
         xla: Whether hvdtrain and Keras alone take part with `jit_compile=True` too.
+        fit: Steps of an epoch, where a turn is a whole epoch of `fit`; None where it is steps without `fit`.
     """
 
     num_proc: int | None = None
@@ -34,11 +35,17 @@ class Options:
     engines: tuple[str, ...] = ENGINES
     peers: bool = True
     xla: bool = False
+    fit: int | None = None
 
     @property
     def ranks(self) -> int:
         """How many ranks train."""
         return self.num_proc if self.num_proc is not None else int(os.environ.get("SLURM_NTASKS", 2))
+
+    @property
+    def turn(self) -> int | None:
+        """How many steps a turn has; None for as many as take about a second."""
+        return self.fit or self.steps
 
     @property
     def workload(self) -> Workload:
@@ -71,6 +78,11 @@ def check(options: Options) -> None:
         ("--batch", options.own),
         ("--rounds", options.rounds),
         ("--steps", options.steps if options.steps is not None else 1),
+        ("--fit", options.fit if options.fit is not None else 1),
     ):
         if number < 1:
             raise LaunchError(f"{name} {number} measures nothing; it must be 1 or more.")
+    if options.fit is not None and options.steps is not None:
+        raise LaunchError(
+            "--fit says how many steps an epoch has, and a turn is one epoch: leave out --steps."
+        )

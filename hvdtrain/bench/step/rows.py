@@ -6,7 +6,7 @@ from typing import Any
 
 from hvdtrain.bench.models.workloads import Workload
 from hvdtrain.bench.report import Row, Spread
-from hvdtrain.bench.step.entrants import ALONE, SILENT, Entrant
+from hvdtrain.bench.step.entrants import ALONE, SILENT, WRAPPED, Entrant
 from hvdtrain.bench.step.options import Options
 
 WEAK, STRONG = "weak", "strong"
@@ -74,6 +74,7 @@ def _weak(entrant: Entrant, scaling: Scaling, options: Options) -> dict[str, Spr
     if entrant.together:
         values |= _spread("beside_slowest", _within_rounds(scaling.slowest.get(entrant.single, {}), mine))
     if entrant.together and entrant.single == ALONE:
+        values |= _spread("beside_wrapped", _within_rounds(scaling.seconds.get(WRAPPED, {}), mine))
         computing = _within_rounds(scaling.seconds.get(SILENT, {}), mine)
         values |= _spread("communication", [1 - part for part in computing])
     return values | _memory(entrant, scaling)

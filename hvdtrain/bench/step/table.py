@@ -1,13 +1,14 @@
 """What `hvdtrain bench step` shows: weak scaling, strong scaling, and how the columns are to be read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.report import Report, Row
-from hvdtrain.bench.step.entrants import SILENT, TF_KERAS, TORCH
+from hvdtrain.bench.step.entrants import SILENT, TF_KERAS, TORCH, WRAPPED
 from hvdtrain.bench.step.rows import STRONG, WEAK
 
 _READING = (
@@ -17,6 +18,8 @@ _READING = (
     "over alone: peak memory beyond that of the process by itself, in units of all gradients."
 )
 
+_READING_FIT = f"beside wrapped: the epoch of `{WRAPPED}`, which starts without Keras' pause, over this one."
+
 
 def render(report: Report, console: Console) -> None:
     """Prints the tables."""
@@ -24,6 +27,8 @@ def render(report: Report, console: Console) -> None:
     if any(row.key["scaling"] == STRONG for row in report.rows):
         console.print(_table(report, STRONG))
     console.print(_READING, markup=False)
+    if report.options.get("fit"):
+        console.print(_READING_FIT, markup=False)
     for name in dict.fromkeys(row.contender for row in report.wrong):
         console.print(
             f"WRONG: {name} ended with weights that differ between its ranks, or with numbers that are not finite.",
@@ -36,7 +41,7 @@ def _table(report: Report, scaling: str) -> Table:
     rows = [row for row in report.rows if row.key["scaling"] == scaling]
     batch = f"{rows[0].key['batch']} a rank" if scaling == WEAK else f"{rows[0].key['batch']} for all ranks"
     table = Table(
-        title=f"{options['model']}, a batch of {batch}, {report.ranks} ranks: medians of "
+        title=f"{options['model']}, {_turn(options)}a batch of {batch}, {report.ranks} ranks: medians of "
         f"{options['rounds']} rounds, and quartiles",
         title_justify="left",
     )
@@ -50,6 +55,10 @@ def _table(report: Report, scaling: str) -> Table:
     return table
 
 
+def _turn(options: Mapping[str, Any]) -> str:
+    return f"epochs of {options['fit']} steps by fit, " if options.get("fit") else ""
+
+
 def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     unit = WORKLOADS[report.options["model"]].unit
     step, quartiles = (
@@ -61,6 +70,7 @@ def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
         "effi-\nciency": _median("efficiency", "{:.3f}".format),
         "quartiles ": _quartiles("efficiency", "{:.3f}".format),
     }
+    wrapped = {"beside\nwrapped": _median("beside_wrapped", "{:.3f}".format)}
     right = {"right": lambda row: "yes" if row.right else "WRONG"}
     if scaling == STRONG:
         return {
@@ -73,7 +83,7 @@ def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
         }
     return {
         **step,
-        **pace,
+        **(wrapped if report.options.get("fit") else pace),
         **efficiency,
         "beside\nslowest": _median("beside_slowest", "{:.3f}".format),
         "commu-\nnication": _median("communication", "{:.1%}".format),

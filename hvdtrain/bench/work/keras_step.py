@@ -1,5 +1,6 @@
 """Steps of Keras 3: plain, averaged over the ranks by hvdtrain, or made for that with the averaging left out."""
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,16 @@ def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
     distribute = _distribution(settings)
     keras.utils.set_random_seed(0)
     model = compiled(keras, settings["model"], distribute, settings.get("xla", False))
-    return KerasSteps(model, settings).answering()
+    feed = None if settings["way"] == PLAIN else functools.partial(_sharded, settings["model"])
+    return KerasSteps(keras, model, settings, feed=feed).answering()
+
+
+def _sharded(model: str, batch: int, steps: int) -> dict[str, Any]:
+    import hvdtrain.keras as hvd
+    from hvdtrain.bench.work.keras_steps import samples
+
+    whole = batch * hvd.size()
+    return {"x": hvd.shard(samples(model, whole, steps, 0), batch_size=whole)}
 
 
 def _distribution(settings: Mapping[str, Any]) -> Callable[[Any], Any]:
@@ -48,9 +58,18 @@ def _silent(optimizer: Any) -> Any:
     import hvdtrain.keras as hvd
 
     distributed = hvd.DistributedOptimizer(optimizer)
-    object.__setattr__(distributed, "_hvdtrain_reducer", _own)
+    object.__setattr__(distributed, "_hvdtrain_reducer", _Own(distributed._hvdtrain_reducer))
     return distributed
 
 
-def _own(gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
-    return list(gradients)
+class _Own:
+    """Keeps a rank's own gradients; in everything else it is the reducer that it stands in for."""
+
+    def __init__(self, reducer: Any) -> None:
+        self._reducer = reducer
+
+    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
+        return list(gradients)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reducer, name)

@@ -21,12 +21,19 @@ class Stepping:
         run: Runs steps on batches of a size, `run(batch, steps)`, and returns the loss.
         weights: Returns the weights that are trained.
         rank: Which of the contender's processes this is.
+        epoch: Runs an epoch of `fit`, `epoch(batch, steps)`, and returns its seconds and the loss. None where an
+            epoch is no more than its steps.
     """
 
     def __init__(
-        self, run: Callable[[int, int], float], weights: Callable[[], Sequence[np.ndarray]], rank: int
+        self,
+        run: Callable[[int, int], float],
+        weights: Callable[[], Sequence[np.ndarray]],
+        rank: int,
+        epoch: Callable[[int, int], tuple[float, float]] | None = None,
     ) -> None:
         self._run = run
+        self._epoch = epoch
         self._weights = weights
         self._rank = rank
         self._finite = True
@@ -35,19 +42,24 @@ class Stepping:
         """Answers one request.
 
         Args:
-            request: `batch` and `steps` of a block, and with `first_only` all ranks but the first rest; or `end`.
+            request: `batch` and `steps` of a block, and with `first_only` all ranks but the first rest, with `fit`
+                the block is an epoch; or `end`.
         """
         if request.get("end"):
             return self._end()
         if request.get("first_only") and self._rank:
             return {}
-        # The others were at work before: this step brings caches and ranks back, and is not timed.
-        self._run(request["batch"], 1)
-        started = time.perf_counter()
-        loss = self._run(request["batch"], request["steps"])
-        seconds = (time.perf_counter() - started) / request["steps"]
+        measure = self._epoch if request.get("fit") and self._epoch else self._steps
+        seconds, loss = measure(request["batch"], request["steps"])
         self._finite = self._finite and math.isfinite(loss)
-        return {"seconds": seconds}
+        return {"seconds": seconds / request["steps"]}
+
+    def _steps(self, batch: int, steps: int) -> tuple[float, float]:
+        # The others were at work before: this step brings caches and ranks back, and is not timed.
+        self._run(batch, 1)
+        started = time.perf_counter()
+        loss = self._run(batch, steps)
+        return time.perf_counter() - started, loss
 
     def _end(self) -> dict[str, Any]:
         peak = peak_memory()  # before copies are made of the weights

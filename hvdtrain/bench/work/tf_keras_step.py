@@ -1,5 +1,6 @@
 """Steps of tf_keras, Keras 2 as it lives on: plain, with stock Horovod, or with TensorFlow's own strategy."""
 
+import functools
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -33,9 +34,11 @@ def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
         strategy = _strategy(settings)
         with strategy.scope():
             model = compiled(tf_keras, settings["model"])
-        return KerasSteps(model, settings, lambda data: _spread(strategy, data)).answering()
+        spread = functools.partial(_spread, strategy)
+        feed = functools.partial(_spread_arrays, strategy, settings)
+        return KerasSteps(tf_keras, model, settings, lambda data: iter(spread(data)), feed).answering()
     distribute = _averaged if settings["way"] == HOROVOD else _left
-    return KerasSteps(compiled(tf_keras, settings["model"], distribute), settings).answering()
+    return KerasSteps(tf_keras, compiled(tf_keras, settings["model"], distribute), settings).answering()
 
 
 def _left(optimizer: Any) -> Any:
@@ -51,7 +54,17 @@ def _averaged(optimizer: Any) -> Any:
 
 def _spread(strategy: Any, data: Any) -> Any:
     """Gives each worker the batches that it has made itself."""
-    return iter(strategy.distribute_datasets_from_function(lambda _: data))
+    return strategy.distribute_datasets_from_function(lambda _: data)
+
+
+def _spread_arrays(strategy: Any, settings: Mapping[str, Any], batch: int, steps: int) -> dict[str, Any]:
+    import tensorflow as tf
+
+    from hvdtrain.bench.work.keras_steps import samples
+
+    arrays = samples(settings["model"], batch, steps, settings["rank"])
+    data = tf.data.Dataset.from_tensor_slices(arrays).batch(batch).repeat()
+    return {"x": _spread(strategy, data), "steps_per_epoch": steps}
 
 
 def _strategy(settings: Mapping[str, Any]) -> Any:
