@@ -2,10 +2,10 @@
 
 From the user's data to a batch: `sharding` (what `hvd.shard` was given) → one source of it (`arrays`,
 `pydataset`, `datasets` with `pipelines` and `lineage`, or `generators`) → `plan` (which rows are whose) →
-`part` (a rank's rows and their weights) → `sharded` (what `fit` or a loop reads, with its `position`).
+`part` (a rank's rows and their number) → `sharded` (what `fit` or a loop reads, with its `position`).
 
-How Keras reads that: `seams` and `adapters`; `exact` keeps filler out of loss and metrics, `following`
-counts steps. The ranks among each other: `together` (one error for all), `first` (one works, the others
+How Keras reads that: `seams` and `adapters`; `global_batch` weights gradients and metrics by numbers of samples,
+`losses` makes the ranks' losses add up, `following` counts steps. The ranks among each other: `together` (one error for all), `first` (one works, the others
 wait), `fingerprint` (the same data on all).
 """
 
