@@ -5,8 +5,8 @@ From the user's data to a batch: `sharding` (what `hvd.shard` was given) → one
 `part` (a rank's rows and their number) → `sharded` (what `fit` or a loop reads, with its `position`).
 
 How Keras reads that: `seams` and `adapters`; `global_batch` weights gradients and metrics by numbers of samples,
-`losses` makes the ranks' losses add up, `following` counts steps. The ranks among each other: `together` (one error for all), `first` (one works, the others
-wait), `fingerprint` (the same data on all).
+`losses` makes the ranks' losses add up, `following` counts steps. The ranks among each other: `together` (one error
+for all), `first` (one works, the others wait), `fingerprint` (the same data on all).
 """
 
 from hvdtrain.data.first import first_on_node, first_overall

@@ -97,9 +97,8 @@ def shard(
 
     Returns:
         What `model.fit` and `model.evaluate` take and a loop can go through: a `keras.utils.PyDataset`, for a
-        `tf.data.Dataset` a `tf.data.Dataset`, for a generator an iterator. A loop over it gets (x, y, sample_weight),
-        with "drop" (x, y) where there are no weights; `fit` reads what it was given. `len()` is the number of
-        steps.
+        `tf.data.Dataset` a `tf.data.Dataset`, for a generator an iterator. `fit` reads what was given; a loop
+        gets (x, y, sample_weight), with "drop" (x, y) where there are no weights. `len()` is the number of steps.
 
     Raises:
         ValueError: On every rank, if an argument is not one of its values, `batch_size` does not divide (the
