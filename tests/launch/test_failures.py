@@ -18,7 +18,7 @@ ENDINGS = {
     "os._exit(0)": (1, "nothing proves that it did its work.\n"),
     "os.kill(os.getpid(), signal.SIGKILL)": (137, "a smaller batch or fewer ranks on a host need less.\n"),
     "os.kill(os.getpid(), signal.SIGTERM)": (143, "Something outside asked it to end.\n"),
-    "os.kill(os.getpid(), signal.SIGSEGV)": (139, ' in work\n  File "the script.py", line 19 in <module>\n'),
+    "os.kill(os.getpid(), signal.SIGSEGV)": (139, ' in work\n  File "the script.py", line 18 in <module>\n'),
 }
 
 
