@@ -43,8 +43,8 @@ class Share:
 
     @property
     def weight(self) -> Any:
-        """What part of the batch this rank's rows are, as a float32 scalar."""
-        return tf.cast(self.real, tf.float32) / tf.cast(self.count, tf.float32)
+        """What part of the batch this rank's rows are, as a float64 scalar."""
+        return tf.cast(self.real, tf.float64) / tf.cast(self.count, tf.float64)
 
     def take(self, whole: Any, times: Any = 1) -> Any:
         """Returns this rank's rows of a tensor.
