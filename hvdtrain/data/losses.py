@@ -35,6 +35,8 @@ _MEANS = ("mean", "sum_over_batch_size")
 
 # What a loss does while it is compared with its parts: nothing but what concerns its own rows.
 _comparing: ContextVar[bool] = ContextVar("a loss is compared with its parts", default=False)
+# A loss may compute others, which are parts of it.
+_inside: ContextVar[bool] = ContextVar("a loss is computed, of which others may be parts", default=False)
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class Losses:
         variable = self._known[key].kind
 
         def compare() -> Tensor:
-            with _apart():
+            with _set(_comparing):
                 return variable.assign(_kind(compute, given), read_value=True)
 
         try:
@@ -118,7 +120,7 @@ def _of_all_samples(call: Callable[..., Any]) -> Callable[..., Any]:
         if step is None or _inside.get() or _comparing.get() or isinstance(self, CompileLoss):
             return call(self, y_true, y_pred, sample_weight)
         given = (y_true, y_pred, sample_weight)
-        with _outermost():
+        with _set(_inside):
             value = call(self, *given)
             factor = step.losses.factor(
                 step, id(self), f"loss {self.name!r}", lambda rows: call(self, *rows), given
@@ -269,24 +271,12 @@ def _length(rows: Any) -> Tensor:
 
 
 @contextlib.contextmanager
-def _apart() -> Iterator[None]:
-    token = _comparing.set(True)
+def _set(flag: ContextVar[bool]) -> Iterator[None]:
+    token = flag.set(True)
     try:
         yield
     finally:
-        _comparing.reset(token)
-
-
-_inside: ContextVar[bool] = ContextVar("a loss is computed, of which others may be parts", default=False)
-
-
-@contextlib.contextmanager
-def _outermost() -> Iterator[None]:
-    token = _inside.set(True)
-    try:
-        yield
-    finally:
-        _inside.reset(token)
+        flag.reset(token)
 
 
 def _scaled(value: Tensor, factor: Tensor) -> Tensor:

@@ -37,10 +37,6 @@ def float64():
     keras.config.set_dtype_policy(before[1])
 
 
-def sequential(*layers):
-    return lambda: keras.Sequential(list(layers[0]()))
-
-
 def dense(units, activation=None, **options):
     return keras.layers.Dense(units, activation, **options)
 
