@@ -325,6 +325,7 @@ def compares_samples(y_true, y_pred):
 )
 def test_losses_that_do_not_follow_from_the_samples_are_named_once(engine, capfd, loss, layer, named):
     x, y = numbers(5)(21), classes(2, count=2)(21).astype("float64")
+    keras.utils.set_random_seed(3)
     layers = [keras.Input((5,)), dense(2, "sigmoid"), *([Adds(layer)] if layer else [])]
     model = keras.Sequential(layers)
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), loss)
@@ -338,6 +339,7 @@ def test_losses_that_do_not_follow_from_the_samples_are_named_once(engine, capfd
 
 def test_weights_along_another_axis_than_the_samples_are_refused(engine, several):
     x, y, weight = numbers(STEPS, 5)(24), numbers(STEPS, 1)(24), np.ones(24)
+    keras.utils.set_random_seed(3)
     model = sequence_model()()
     model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.1)), "mse", run_eagerly=True)
     with pytest.raises(ValueError, match=r"sample_weight of shape \(batch\), losses of shape \(batch, 4\)"):
