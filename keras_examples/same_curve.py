@@ -28,8 +28,11 @@ class Curve(keras.callbacks.Callback):
         self.losses = []
 
     def on_train_batch_end(self, batch, logs=None):
-        # Each rank knows the mean over its own images, and hvd.shard gives all ranks equal shares of a step.
-        self.losses.append(float(hvd.allreduce(np.float64(logs["loss"]))))
+        # Each rank adds up the losses of its own images. In the last step some ranks have one image less than
+        # others, so the mean over all images is not the mean of the ranks' means.
+        loss = self.model.metrics[0]
+        total, count = hvd.allreduce(np.array([loss.total, loss.count], "float64"), op=hvd.Sum)
+        self.losses.append(total / count)
 
 
 def train(epochs, dropout):

@@ -27,6 +27,8 @@ for step in range(1, 11):
     between(step)
     total = engine.allreduce(np.ones(3), "sum")
 assert total[0] == size
+while Path("stay").exists():  # a test that waits for the last words keeps the job from ending before them
+    time.sleep(0.05)
 print("rank", rank, "is through", flush=True)
 """
 QUICK = {"HVDTRAIN_ENGINE": "mpi", "HVDTRAIN_STALL_SECONDS": "1"}
@@ -51,6 +53,7 @@ class Watched:
 
     def end(self):
         """Waits for its end; returns its exit code."""
+        (self.folder / "stay").unlink(missing_ok=True)
         _, stderr = self.process.communicate()
         self.text += stderr.decode()
         return self.process.returncode
@@ -63,8 +66,10 @@ class Watched:
 def watch(jobs):
     started = []
 
-    def start(between, np=2, **how):
+    def start(between, np=2, stays=False, **how):
         how = {"opening": "", **QUICK, **how}
+        if stays:
+            (jobs.folder / "stay").touch()
         started.append(Watched(jobs.start(LOOP.format(between=between), np=np, **how), jobs.folder))
         return started[-1]
 
@@ -80,7 +85,7 @@ def stopped(text):
 
 
 def test_a_stopped_rank_is_named_and_when_it_goes_on_so_does_the_job(watch):
-    watched = watch("if rank == 2 and step == 4: os.kill(os.getpid(), signal.SIGSTOP)", np=4)
+    watched = watch("if rank == 2 and step == 4: os.kill(os.getpid(), signal.SIGSTOP)", np=4, stays=True)
     text = watched.hear("The stacks of all ranks are in")
     assert "hvdtrain: ranks 0,1,3 wait in allreduce (float64 of shape (3,), op=sum) at step 4 since " in text
     assert "; rank 2 is at step 4, stopped (SIGSTOP): `kill -CONT " in text
@@ -100,7 +105,7 @@ def test_a_rank_that_hangs_is_shown_with_its_stack_in_python_and_in_native_code(
 """
     script_lines = LOOP.partition("{between}")[0].count("\n")
     places = {"in Python": (1, 0, 3), "in native code": (0, 1, 6), "and it holds the GIL": (1, 0, 9)}
-    watched = watch(between)
+    watched = watch(between, stays=True)
     for name in places:
         os.mkfifo(watched.folder / name)
     for number, (name, (late, other, step)) in enumerate(places.items(), start=2):
@@ -136,7 +141,7 @@ def test_after_the_second_limit_the_job_ends_with_an_error(jobs, watch):
 
 def test_a_rank_that_is_at_work_is_named_once_and_gently(watch):
     between = 'while (rank, step) == (1, 4) and not Path("enough").exists(): pass'
-    watched = watch(between, HVDTRAIN_STALL_ABORT_SECONDS="1")
+    watched = watch(between, stays=True, HVDTRAIN_STALL_ABORT_SECONDS="1")
     text = watched.hear("Nothing is wrong as long as that goes on.\n")
     assert "; rank 1 is at step 4, at work, in:\n" in text
     (watched.folder / "enough").touch()
