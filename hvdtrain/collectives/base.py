@@ -310,24 +310,38 @@ class Engine(ABC):
         return received, np.array(counts, np.int32 if max(counts) < 1 << 31 else np.int64)
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """Returns the picklable values of all ranks, in their order, on every rank; of one that joined, None."""
+        """Return the picklable values of all ranks, in their order, on every rank; of one that joined, None.
+
+        Raises:
+            TypeError: If this rank's value cannot be pickled. All other ranks get a `MismatchError`.
+        """
+        data = self._picklable(value, "allgather_object")
         self.agree(Call("allgather_object", stand_in=StandIn(objects=True)))
         with self._waiting():
-            return self._gather_objects(value)
+            return self._gather_objects(data)
 
     def gather_object(self, value: Any, root_rank: int = 0) -> list[Any] | None:
-        """Returns the picklable values of all ranks on `root_rank`, and None on the others."""
+        """Return the picklable values of all ranks on `root_rank`, and None on the others.
+
+        Raises:
+            TypeError: If this rank's value cannot be pickled. All other ranks get a `MismatchError`.
+        """
         root = self.check_root(root_rank, "gather_object")
+        data = self._picklable(value, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
         with self._waiting():
-            values = self._gather_objects(value)
+            values = self._gather_objects(data)
         return values if self.rank == root else None
 
     def broadcast_object(self, value: Any = None, root_rank: int = 0) -> Any:
-        """Returns the picklable value of `root_rank` on every rank; what the others pass is ignored."""
+        """Return the picklable value of `root_rank` on every rank; what the others pass is ignored.
+
+        Raises:
+            TypeError: On `root_rank`, if its value cannot be pickled. All other ranks get a `MismatchError`.
+        """
         root = self.check_root(root_rank, "broadcast_object")
+        data = self._picklable(value, "broadcast_object") if self.rank == root else np.empty(0, np.uint8)
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
-        data = _pickled(value) if self.rank == root else np.empty(0, np.uint8)
         with self._waiting():
             length = int(self._broadcast(np.array([len(data)]), root)[0])
             buffer = data if self.rank == root else np.empty(length, np.uint8)
@@ -474,7 +488,7 @@ class Engine(ABC):
         Returns:
             What all ranks do now that have not joined.
         """
-        calls = self._gather_objects(call)
+        calls = self._gather_objects(_pickled(call))
         self._joined = tuple(rank for rank, each in zip(self.ranks, calls, strict=True) if each == JOIN)
         working = [each for each in calls if each != JOIN]
         stand_in = working[0].stand_in if self._joined else None
@@ -492,14 +506,27 @@ class Engine(ABC):
             self.native_tensors().stand_in(call.kind, work)
             return
         if work.objects:
-            self._gather_objects(None)
+            self._gather_objects(_pickled(None))
         zeros = [np.zeros(shape, dtype) for dtype, shape in work.reduced]
         self._combined(zeros, work.op, [True] * len(zeros))
         for dtype, shape in work.gathered:
             self._gather(np.zeros((0, *shape), dtype))
 
-    def _gather_objects(self, value: Any) -> list[Any]:
-        joined, lengths = self._gather(_pickled(value))
+    def _picklable(self, value: Any, function: str) -> np.ndarray:
+        """Pickle a value before any rank waits for it; where that fails, all ranks learn why."""
+        try:
+            return _pickled(value)
+        except Exception as error:
+            raised = TypeError(
+                f"{function}: expected an object that can be pickled. Received: an object of type "
+                f"{type(value).__name__}, of which pickle says: {error}"
+            )
+            self.tell(function, raised)
+            raise raised from error
+
+    def _gather_objects(self, data: np.ndarray) -> list[Any]:
+        """Return the objects of all ranks, of which `data` holds this rank's, pickled."""
+        joined, lengths = self._gather(data)
         ends = np.cumsum(lengths)
         return [
             pickle.loads(joined[end - length : end].data) for end, length in zip(ends, lengths, strict=True)

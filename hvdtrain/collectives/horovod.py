@@ -171,11 +171,11 @@ class HorovodEngine(Engine):
         """Returns Horovod's graph operations."""
         return NativeTensors(self._tf, self.horovod, self._ops)
 
-    def _gather_objects(self, value: Any) -> list[Any]:
+    def _gather_objects(self, data: np.ndarray) -> list[Any]:
         # Objects have no use for a GPU, and TensorFlow need not have started yet.
         if self._side_channel:
-            return self._side_channel._gather_objects(value)
-        return super()._gather_objects(value)
+            return self._side_channel._gather_objects(data)
+        return super()._gather_objects(data)
 
     def _mpi_engine(self, what: str, elements: int) -> Engine:
         """Return what moves arrays that are too large for Horovod's core."""

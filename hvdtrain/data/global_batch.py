@@ -130,6 +130,29 @@ def _times(grad: Any, weight: Tensor, equal: Tensor) -> Any:
     return tf.ensure_shape(result, grad.shape)
 
 
+@contextlib.contextmanager
+def weighted_statistics(step: GlobalBatch) -> Iterator[None]:
+    """Weight what a step adds to BatchNormalization's moving statistics by this rank's number of samples.
+
+    A rank without samples keeps its statistics. Layers that normalize by all ranks' samples weight them already.
+    """
+    if not step.partial:
+        yield
+        return
+    statistics = [
+        variable
+        for layer in step.model._flatten_layers()
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.built
+        if not getattr(layer, "combines_ranks", False)
+        for variable in (layer.moving_mean, layer.moving_variance)
+    ]
+    before = [tf.identity(variable.value) for variable in statistics]
+    yield
+    for old, variable in zip(before, statistics, strict=True):
+        weight = tf.cast(step.weight, old.dtype)
+        variable.assign(old + weight * (variable.value - old))
+
+
 def as_keras(batch: Any) -> Any:
     """Return a batch, or what describes one, as Keras knows it."""
     return batch.batch if isinstance(batch, Dealt) else batch

@@ -21,7 +21,14 @@ from hvdtrain.data.datasets import ShardedTFDataset
 from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.data.following import Follow, preceded
 from hvdtrain.data.generators import ShardedGenerator
-from hvdtrain.data.global_batch import Dealt, GlobalBatch, during, mean_update, metrics_update
+from hvdtrain.data.global_batch import (
+    Dealt,
+    GlobalBatch,
+    during,
+    mean_update,
+    metrics_update,
+    weighted_statistics,
+)
 from hvdtrain.data.position import Position
 from hvdtrain.data.sharded import ShardedDataset
 from hvdtrain.replacing import replace, replace_where_defined
@@ -201,11 +208,10 @@ def _on_dealt(
             return original(data)
         known.added = 0
         own, total = tf.unstack(tf.cast(tf.ensure_shape(data.samples, [2]), tf.int64))
-        with during(
-            GlobalBatch(
-                model, runtime.engine(), data.batch, own, total, setting.partial, setting.together, known
-            )
-        ):
+        this = GlobalBatch(
+            model, runtime.engine(), data.batch, own, total, setting.partial, setting.together, known
+        )
+        with during(this), weighted_statistics(this):
             return original(data.batch)
 
     step.hvdtrain_setting = setting  # type: ignore[attr-defined]

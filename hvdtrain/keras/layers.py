@@ -9,6 +9,7 @@ from hvdtrain import runtime
 from hvdtrain.collectives import operations
 from hvdtrain.collectives.base import Op
 from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.data import global_batch
 
 
 @keras.saving.register_keras_serializable("hvdtrain")
@@ -26,6 +27,8 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
     Raises:
         ValueError: If `fused` is True or None.
     """
+
+    combines_ranks = True  # its moving statistics are those of all ranks' samples
 
     def __init__(self, fused: bool = False, **kwargs: Any) -> None:
         if fused in (True, None):
@@ -50,8 +53,13 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
     """Returns over how many values of this rank each mean was taken, as a float64 scalar."""
     if mask is not None:
-        return tf.reduce_sum(tf.cast(mask, tf.float64))
-    return tf.reduce_prod(tf.cast(tf.gather(tf.shape(inputs), axes), tf.float64))
+        samples = tf.reduce_sum(tf.cast(mask, tf.float64))
+    else:
+        samples = tf.reduce_prod(tf.cast(tf.gather(tf.shape(inputs), axes), tf.float64))
+    step = global_batch.current()
+    if step is None or not step.partial:
+        return samples
+    return samples * tf.cast(tf.minimum(step.own, 1), samples.dtype)  # a rank without samples holds a row all the same
 
 
 def _sums(mean: Any, variance: Any, samples: Any) -> Any:

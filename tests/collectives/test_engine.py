@@ -3,6 +3,8 @@
 Each rank can compute what every other rank holds, so the expected result needs no communication.
 """
 
+import threading
+
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -275,6 +277,23 @@ def test_ranks_that_disagree_are_named_on_every_rank(engine, ours, theirs, words
     message = str(caught.value)
     assert "rank 1" in message and all(word in message for word in words)
     assert len(set(engine.allgather_object(message))) == 1
+
+
+@pytest.mark.parametrize("function", ["allgather_object", "gather_object", "broadcast_object"])
+@pytest.mark.parametrize("everywhere", [True, False], ids=["all ranks", "one rank"])
+def test_an_object_that_cannot_be_pickled_is_an_error_of_all_ranks(engine, function, everywhere):
+    root = engine.size - 1
+    value = threading.Lock() if everywhere or engine.rank == root else "fine"
+    call = getattr(engine, function)
+    with pytest.raises((TypeError, MismatchError)) as caught:
+        call(value) if function == "allgather_object" else call(value, root)
+    received = "expected an object that can be pickled. Received: an object of type lock"
+    assert received in str(caught.value)
+    broken = engine.rank == root or (everywhere and function != "broadcast_object")
+    assert isinstance(caught.value, TypeError if broken else MismatchError)
+    if engine.size > 1 and not broken:
+        assert f"rank {root}" in str(caught.value)
+    assert engine.allgather_object(engine.rank) == list(range(engine.size))
 
 
 # Wrong arguments, the same on all ranks.

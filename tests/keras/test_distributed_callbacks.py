@@ -306,6 +306,33 @@ def test_batch_normalization_is_common_when_it_is_looked_at(samples, validation,
         np.testing.assert_array_equal(model.weights[3], sees.validated[3])
 
 
+@pytest.mark.parametrize("length", [1, 5, 8])
+def test_batch_normalization_counts_each_sample_once(samples, length):
+    """Of a batch of 1 or 5 the ranks hold different numbers of samples, some of them none."""
+    model = compiled(keras.layers.BatchNormalization(momentum=0.5), rate=0.0)
+    model.run_eagerly = False
+    samples = tuple(part[:length] for part in samples)
+    own = hvd.shard(samples, batch_size=BATCH, shuffle=False)
+    model.fit(own, verbose=0, callbacks=distributed([], average_batch_norm=False))
+    moved = [not np.array_equal(mean, np.zeros(5)) for mean in hvd.allgather_object(model.weights[2].numpy())]
+    assert moved == [rank < length for rank in range(hvd.size())]
+    fresh = compiled(keras.layers.BatchNormalization(momentum=0.5), rate=0.0)
+    fit(fresh, samples, [])
+    np.testing.assert_allclose(fresh.weights[2], 0.5 * samples[0].mean(0), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("length", [17, 21, 24])
+def test_synchronized_batch_normalization_is_that_of_one_process(samples, length):
+    samples = tuple(part[:length] for part in samples)
+    model = compiled(hvd.SyncBatchNormalization(momentum=0.5))
+    model.run_eagerly = False
+    fit(model, samples, [], epochs=2)
+    plain = compiled(keras.layers.BatchNormalization(momentum=0.5), plain=True)
+    plain.fit(*samples, batch_size=BATCH, shuffle=False, epochs=2, verbose=0)
+    for ours, theirs in zip(model.weights, plain.weights, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 def test_statistics_that_are_not_to_be_averaged(samples):
     model = compiled(keras.layers.BatchNormalization(), rate=0.0)
     data = hvd.shard(samples, batch_size=BATCH, shuffle=False)
