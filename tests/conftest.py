@@ -53,11 +53,13 @@ class _OnlyFailures:
 
 @pytest.fixture(autouse=True)
 def nothing_trained():
-    """Forgets what a test has trained, which is compared over the ranks when the process ends."""
+    """Forgets what a test has trained, and that a rank has joined: both decide what is compared over the ranks."""
     yield
-    trained = sys.modules.get("hvdtrain.gradients.trained")
+    trained, runtime = map(sys.modules.get, ("hvdtrain.gradients.trained", "hvdtrain.runtime"))
     if trained:
         trained.registry.clear()
+    if runtime and runtime.is_initialized():
+        runtime.engine().has_joined = False
 
 
 @pytest.fixture(scope="session")

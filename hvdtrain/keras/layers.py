@@ -59,7 +59,8 @@ def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
     step = global_batch.current()
     if step is None or not step.partial:
         return samples
-    return samples * tf.cast(tf.minimum(step.own, 1), samples.dtype)  # a rank without samples holds a row all the same
+    # A rank without samples holds a row all the same, which counts nothing.
+    return samples * tf.cast(tf.minimum(step.own, 1), samples.dtype)
 
 
 def _sums(mean: Any, variance: Any, samples: Any) -> Any:

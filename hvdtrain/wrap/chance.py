@@ -1,12 +1,21 @@
 """Chance that is the same on all ranks, and drawn for the whole batch where a rank computes some of its rows."""
 
+import contextlib
+import functools
+import gc
+import inspect
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.common.global_state import get_global_attribute, set_global_attribute
 from keras.src.backend.tensorflow import random as keras_random
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
+from tensorflow.python.framework import random_seed
+from tensorflow.python.ops import gen_random_ops
 
 from hvdtrain.collectives.base import Engine
 from hvdtrain.replacing import replace
@@ -17,15 +26,20 @@ from hvdtrain.wrap.share import Share
 _OF_SHAPES = ("normal", "uniform", "randint", "truncated_normal")
 # Draws that also take tensors of the rank's rows; there the ranks' seeds are kept apart instead.
 _OF_ROWS = ("categorical", "gamma", "binomial", "beta", "shuffle")
+_GENERATORS = (
+    random.Random,
+    np.random.RandomState,
+    np.random.Generator,
+    tf.random.Generator,
+    keras.random.SeedGenerator,
+)
 
 
 def install(engine: Engine) -> None:
-    """Seeds every generator alike on all ranks, as `keras.utils.set_random_seed` would, with a number by chance."""
-    entropy = engine.broadcast_object(random.SystemRandom().randrange(2**31))
-    random.seed(entropy)
-    np.random.seed(entropy)
-    tf.random.set_seed(entropy)
-    _seed_what_asks_the_system(entropy)
+    """Let all ranks draw the same random numbers: those of one process, wherever the script sets a seed."""
+    align(engine)  # the script may have set seeds before it imported Keras
+    seeds = random.Random(engine.broadcast_object(random.SystemRandom().randrange(2**31)))
+    _seed_what_asks_the_system(seeds)
     for module, names in ((keras_random, _OF_SHAPES), (tf.random, ("normal", "uniform", "truncated_normal"))):
         for name in names:
             replace(module, name, _for_the_batch)
@@ -41,14 +55,95 @@ def align(engine: Engine) -> None:
     np.random.set_state(numpys)
 
 
-def _seed_what_asks_the_system(entropy: int) -> None:
-    """Makes `default_rng()` and `RandomState()` without a seed draw alike on all ranks."""
-    seeds = random.Random(entropy)
+def generators() -> list[Any]:
+    """Find every generator of random numbers that a layer, a module or a function holds. It takes 0.2 s."""
+    return [found for found in gc.get_objects() if issubclass(type(found), _GENERATORS)]
+
+
+@contextlib.contextmanager
+def unchanged(generators: Sequence[Any]) -> Iterator[None]:
+    """Leave generators of random numbers, and the one that Keras may make for itself, where they are.
+
+    Args:
+        generators: What `generators` has found.
+    """
+    keras_had_one = get_global_attribute(GLOBAL_SEED_GENERATOR) is not None
+    restore = [_restorer(generator) for generator in generators]
+    with _fresh_kernels():
+        try:
+            yield
+        finally:
+            for put_back in restore:
+                put_back()
+            if not keras_had_one:
+                set_global_attribute(GLOBAL_SEED_GENERATOR, None)
+
+
+def _restorer(generator: Any) -> Callable[[], Any]:
+    """Return what puts a generator back to where it is now."""
+    if isinstance(generator, np.random.Generator):
+        bits, place = generator.bit_generator, generator.bit_generator.state
+        return lambda: setattr(bits, "state", place)
+    if isinstance(generator, np.random.RandomState):
+        return functools.partial(generator.set_state, generator.get_state())
+    if isinstance(generator, random.SystemRandom):
+        return lambda: None
+    if isinstance(generator, random.Random):
+        return functools.partial(generator.setstate, generator.getstate())
+    variable = generator.state
+    return functools.partial(variable.assign, np.array(variable.numpy()))
+
+
+@contextlib.contextmanager
+def _fresh_kernels() -> Iterator[None]:
+    """Run TensorFlow's stateful draws in kernels of their own.
+
+    TensorFlow keeps the kernel of an eager operation for the next call with the same seeds, which goes on with the
+    numbers where the last one stopped.
+    """
+    kept = {name: function for name, function in vars(gen_random_ops).items() if _draws(name, function)}
+    for name, function in kept.items():
+        setattr(gen_random_ops, name, _in_a_graph_of_its_own(function))
+    try:
+        yield
+    finally:
+        for name, function in kept.items():
+            setattr(gen_random_ops, name, function)
+
+
+def _draws(name: str, function: Any) -> bool:
+    if not inspect.isfunction(function) or name.endswith("_fallback"):
+        return False
+    return name.islower() and "seed2" in inspect.signature(function).parameters
+
+
+def _in_a_graph_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+    def draw(*args: Any, **kwargs: Any) -> Any:
+        if not tf.executing_eagerly():
+            return function(*args, **kwargs)
+        return tf.function(lambda: function(*args, **kwargs)).get_concrete_function()()
+
+    return draw
+
+
+def _seed_what_asks_the_system(seeds: random.Random) -> None:
+    """Make all that has no seed draw alike on all ranks.
+
+    What has one keeps it: the numbers are those of one process, and the same at the next start.
+    """
 
     def seeded(original: Callable[..., Any]) -> Callable[..., Any]:
         return lambda seed=None: original(seeds.randrange(2**32) if seed is None else seed)
 
+    def operation_seeds(original: Callable[..., Any]) -> Callable[..., Any]:
+        def get_seed(op_seed: Any) -> tuple[Any, Any]:
+            found = original(op_seed)
+            return (seeds.randrange(1, 2**31), seeds.randrange(2**31)) if found == (None, None) else found
+
+        return get_seed
+
     replace(np.random, "default_rng", seeded)
+    replace(random_seed, "get_seed", operation_seeds)
     generator = tf.random.Generator.from_seed
     tf.random.Generator.from_non_deterministic_state = lambda alg=None: generator(seeds.randrange(2**32), alg)
 

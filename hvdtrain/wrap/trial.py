@@ -10,10 +10,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 from keras.src import backend
-from tensorflow.python.eager import context
 
 from hvdtrain.collectives.single import SingleEngine
-from hvdtrain.wrap import work
+from hvdtrain.wrap import chance, work
 from hvdtrain.wrap.carried import kept_on, moved
 from hvdtrain.wrap.losses import OUTPUT, Kind, Observation, Recorded, kind_of
 from hvdtrain.wrap.share import Share
@@ -204,16 +203,20 @@ def _tried(model: keras.Model, call: Call, made: Any) -> tuple[_Outcome, list[_O
         args, kwargs = keras.tree.map_structure(_symbolic, made)
         backend.compute_output_spec(lambda: call(model, *args, **kwargs))
     shares = [Share(_ALONE, _ROWS, start, end - start) for start, end in ((0, _PARTS[0]), (_PARTS[0], _ROWS))]
-    return _called(model, call, made, None), [_called(model, call, made, each) for each in shares]
+    generators = chance.generators()
+    whole, *parts = [_called(model, call, made, share, generators) for share in (None, *shares)]
+    return whole, parts
 
 
-def _called(model: keras.Model, call: Call, made: Any, share: Share | None) -> _Outcome:
+def _called(
+    model: keras.Model, call: Call, made: Any, share: Share | None, generators: Sequence[Any]
+) -> _Outcome:
     if share is not None:
         made = keras.tree.map_structure(lambda leaf: part(leaf, share), made)
     args, kwargs = made
     recorded = Recorded()
     rows = work.on_rows(share) if share else contextlib.nullcontext()
-    with _as_before(model), rows, work.adding(recorded):
+    with _as_before(model, generators), rows, work.adding(recorded):
         leaves = [each for each in keras.tree.flatten(call(model, *args, **kwargs)) if each is not None]
         tensors = [each for leaf in leaves if tf.is_tensor(leaf) for each in (leaf, *kept_on(leaf))]
         outputs = [_array(each) for each in tensors]
@@ -263,25 +266,22 @@ def _variables(model: keras.Model) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _as_before(model: keras.Model) -> Iterator[None]:
+def _as_before(model: keras.Model, generators: Sequence[Any]) -> Iterator[None]:
     """Undoes what a call does to variables, to added losses, and to the random numbers that come next."""
     layers = model._flatten_layers()
     values, losses = (
         [(each, each.numpy()) for each in _variables(model)],
         [list(each._losses) for each in layers],
     )
-    chance = context.context()._rng
-    place = chance.getstate() if chance else None
     model._clear_losses()
     try:
-        yield
+        with chance.unchanged(generators):
+            yield
     finally:
         for variable, value in values:
             variable.assign(value)
         for layer, added in zip(layers, losses, strict=True):
             layer._losses[:] = added
-        if chance:
-            chance.setstate(place)
 
 
 def _computes_in_half(model: keras.Model) -> bool:

@@ -165,7 +165,10 @@ def test_gradient_accumulation_reduces_once_a_window(engine, monkeypatch):
         monkeypatch.setattr(
             engine,
             "agree",
-            lambda call, *sizes: (reductions.append(call.kind.startswith("Distributed")), agree(call, *sizes))[1],
+            lambda call, *sizes: (
+                reductions.append(call.kind.startswith("Distributed")),
+                agree(call, *sizes),
+            )[1],
         )
     make = lambda: optimizers.SGD(0.1, gradient_accumulation_steps=3)  # noqa: E731
     distributed, weights = twins(dense_model, make, steps=6)
