@@ -6,7 +6,8 @@ From the user's data to a batch: `sharding` (what `hvd.shard` was given) → one
 
 How Keras reads that: `seams` and `adapters`; `global_batch` weights gradients and metrics by numbers of samples,
 `losses` makes the ranks' losses add up, `following` counts steps. The ranks among each other: `together` (one error
-for all), `first` (one works, the others wait), `fingerprint` (the same data on all).
+for all), `first` (one works, the others wait), `fingerprint` (the same data on all), `caches` (no two ranks write
+one file).
 """
 
 from hvdtrain.data.first import first_on_node, first_overall

@@ -72,6 +72,12 @@ def reads_files(dataset: tf.data.Dataset) -> bool:
     return bool(names & set(_FILES)) or any(_reads_files_inside(each) for each in chain(dataset))
 
 
+def cache_files(dataset: tf.data.Dataset) -> list[str]:
+    """List the files that `.cache(path)` was given."""
+    paths = [tf.get_static_value(each._filename) for each in chain(dataset) if kind(each) == "CacheDataset"]
+    return [path.decode() for path in paths if path]
+
+
 def shuffles_without_seed(dataset: tf.data.Dataset) -> bool:
     """Tells whether each process would read the samples in an order of its own."""
     return any(

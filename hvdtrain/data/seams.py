@@ -4,7 +4,7 @@ import contextlib
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +136,8 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
         sharded = [data for data in (x, validation) if isinstance(data, Sharded)]
         if not sharded:
             return method(self, *args, **kwargs)
+        if isinstance(x, Sharded) and not _run.get().dealt:  # within `fit`, Keras hands its own batch_size on
+            _refuse_unused(method.__name__, given.arguments)
         this = _Run(dealt=True)
         several = runtime.engine().size > 1
         if several:
@@ -158,6 +160,20 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
             _run.reset(token)
 
     return run
+
+
+def _refuse_unused(name: str, given: Mapping[str, Any]) -> None:
+    """Raise an error for arguments that only arrays can have, instead of leaving them out without a word."""
+    if given.get("validation_split"):
+        raise ValueError(
+            f"model.{name}: validation_split={given['validation_split']} cannot divide what hvd.shard returned. "
+            "Divide the arrays before hvd.shard, and give validation_data=hvd.shard((x_val, y_val), ...)."
+        )
+    if given.get("batch_size") is not None:
+        raise ValueError(
+            f"model.{name}: batch_size={given['batch_size']} has no effect on what hvd.shard returned. Give the "
+            "global batch to hvd.shard(..., batch_size=...), and validation_batch_size for validation arrays."
+        )
 
 
 def is_of_all_ranks(callbacks: Any) -> bool:

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.base import Engine
-from hvdtrain.data import datasets, seams
+from hvdtrain.data import caches, datasets, lineage, seams
 from hvdtrain.data.arrays import array_source
 from hvdtrain.data.generators import ShardedGenerator
 from hvdtrain.data.plan import Plan, checked_batch_size, checked_count, checked_remainder
@@ -110,6 +110,10 @@ def shard(
     """
     engine = runtime.engine()
     seams.install()
+    if engine.size > 1:
+        # A complete file holds all samples, unless each rank reads some of the files.
+        divided = isinstance(data, tf.data.Dataset) and lineage.reads_files(data)
+        caches.refuse_common(engine, "hvd.shard", caches.files_of(data, whole=not divided))
     local = _Local(data, engine, class_weight)
     make, facts, notice = together(
         engine,

@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvdtrain.collectives.base import Call, Engine
 from hvdtrain.collectives.single import SingleEngine
-from hvdtrain.data import seams
+from hvdtrain.data import caches, seams
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.following import preceded
 from hvdtrain.data.together import compare
@@ -40,6 +40,7 @@ _ADVICE = {
     "the number of epochs": _STEPS,
     "validation": _VALIDATION,
     "the list of metrics": _METRICS,
+    "the number of cache files": "Call dataset.cache(path) on every rank or on none.",
 }
 
 _checks_data = True
@@ -114,6 +115,12 @@ class InStep(keras.callbacks.Callback):
         self._validates = given.get("validation_data") is not None or bool(given.get("validation_split"))
         self._first = given.get("initial_epoch", 0)
         self._asked = given.get("steps_per_epoch")
+        own = [
+            data
+            for name in ("x", "validation_data")
+            if not isinstance(data := given.get(name), seams.Sharded)
+        ]
+        self._caches = [path for data in own for path in caches.files_of(data)]
         self._epoch = self._steps = 0
         self._train: Any = None
 
@@ -130,11 +137,14 @@ class InStep(keras.callbacks.Callback):
         facts = {
             "the number of steps an epoch": "unknown" if steps is None else str(steps),
             "the number of epochs": f"from {self._first} to {epochs}",
+            "the number of cache files": str(len(self._caches)),
         }
         if _checks_validation:
             facts["validation"] = "has data" if self._validates else "has none"
             facts["the list of metrics"] = _compiled_metrics(self.model)
         compare(self._engine, "model.fit", [*facts.items()], _ADVICE)
+        if self._caches:
+            caches.refuse_common(self._engine, "model.fit", self._caches)
         self._train = self.model.train_function
         self.model.train_function = self._step
 

@@ -208,3 +208,61 @@ def test_what_all_ranks_raise_stays_what_it_is(fit):
 
     error = fit(X, Y, callbacks=[keras.callbacks.LambdaCallback(on_epoch_end=fail)])
     assert isinstance(error, KeyError) and f"of rank {hvd.rank()}" in str(error)
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"batch_size": 4}, "batch_size=4 has no effect .* Give the global batch to hvd.shard"),
+        ({"batch_size": None, "validation_split": 0.25}, "validation_split=0.25 .* Divide the arrays before"),
+    ],
+)
+def test_what_only_arrays_have_beside_sharded_data(fit, options, words):
+    error = fit(hvd.shard((X, Y), 8), **options)
+    assert isinstance(error, ValueError) and re.search(words, str(error)), error
+
+
+def caught(function, *args):
+    with pytest.raises(ValueError) as error:
+        function(*args)
+    return error.value
+
+
+def cached(path, divided):
+    data = tf.data.Dataset.from_tensor_slices((X, Y))
+    return (data.shard(hvd.size(), hvd.rank()) if divided else data).cache(path)
+
+
+def test_a_batch_size_that_arrays_need_beside_sharded_validation_data():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+    validation = hvd.shard((X, Y), 8, shuffle=False)
+    callbacks = hvd.callbacks.distributed()
+    history = model.fit(X, Y, batch_size=8, validation_data=validation, verbose=0, callbacks=callbacks)
+    assert "val_loss" in history.history
+
+
+def test_ranks_that_cache_in_one_file(fit, tmp_path_factory):
+    path = hvd.broadcast_object(str(tmp_path_factory.mktemp("cache") / "samples"))
+    words = (
+        rf"rank.* 0.* cache their data in the same file, {re.escape(path)}\. .*{re.escape(path)}-{{hvd.rank"
+    )
+    for start in (
+        lambda: fit(cached(path, divided=True).batch(4), batch_size=None),
+        lambda: fit(X, Y, validation_data=cached(path, divided=True).batch(4)),
+        lambda: caught(hvd.shard, cached(path, divided=False), 8),
+    ):
+        error = start()
+        assert isinstance(error, ValueError) and re.search(words, str(error)), error
+
+
+def test_each_its_cache_file_or_one_that_is_complete(tmp_path_factory):
+    folder = hvd.broadcast_object(str(tmp_path_factory.mktemp("cache")))
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
+    callbacks = hvd.callbacks.distributed()
+    model.fit(cached(f"{folder}/{hvd.rank()}", divided=True).batch(4), verbose=0, callbacks=callbacks)
+    with hvd.first_overall():
+        list(cached(f"{folder}/whole", divided=False))
+    seen = [len(x) for x, *_ in hvd.shard(cached(f"{folder}/whole", divided=False), 8)]
+    assert sum(hvd.allgather_object(sum(seen))) == len(X)

@@ -134,9 +134,18 @@ def test_a_rate_that_cannot_be_set(make):
             rates(callback, optimizer=SGD(rate))
 
 
-def test_the_initial_rate_is_required():
-    with pytest.raises(ValueError, match="initial_lr is required"):
-        Schedule(None, 1.0)
+def test_the_initial_rate_is_that_of_a_new_optimizer():
+    optimizer = SGD(0.8)
+    seen, _ = rates(Warmup(warmup_epochs=1), epochs=2, optimizer=optimizer)
+    expected, _ = rates(Warmup(0.8, warmup_epochs=1), epochs=2)
+    np.testing.assert_allclose(seen, expected)
+    assert seen[-1] == pytest.approx(0.8)
+    x, y = data(STEPS, "float32")
+    model = dense_model("float32")
+    model.compile(hvd.DistributedOptimizer(SGD(0.5)), "mse")
+    fit(model, mine(x), mine(y), BATCH)
+    with pytest.raises(ValueError, match="initial_lr is missing, and the optimizer has done 4 steps"):
+        model.fit(flat(mine(x)), flat(mine(y)), verbose=0, callbacks=[Warmup()])
 
 
 def reference(x, y, weights, schedule, momentum, nesterov):

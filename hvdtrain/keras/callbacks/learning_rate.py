@@ -26,7 +26,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html).
 
     Args:
-        initial_lr: The rate that is multiplied.
+        initial_lr: The rate that is multiplied; None for the optimizer's when the first epoch begins.
         multiplier: A number, or a function of the epoch that returns one.
         start_epoch: The first epoch of the interval, counted from 0.
         end_epoch: The first epoch after the interval; None for no end.
@@ -36,13 +36,13 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         steps_per_epoch: Batches an epoch, for `staircase=False`; by default what `model.fit` knows.
 
     Raises:
-        ValueError: If `initial_lr` is None, or, when training starts, if the optimizer's rate cannot be set, or
-            the number of batches is not known.
+        ValueError: When training starts: if the optimizer's rate cannot be set, if the number of batches is not
+            known, or if `initial_lr` is None and the optimizer has been trained before.
     """
 
     def __init__(
         self,
-        initial_lr: float,
+        initial_lr: float | None,
         multiplier: float | Callable[[float], float],
         start_epoch: int = 0,
         end_epoch: float | None = None,
@@ -51,9 +51,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__()
-        if initial_lr is None:
-            raise ValueError(f"{type(self).__name__}: the parameter initial_lr is required. Received: None.")
-        self.initial_lr = initial_lr
+        self.initial_lr: Any = initial_lr
         self.multiplier = multiplier if callable(multiplier) else lambda epoch: multiplier
         self.start_epoch, self.end_epoch = start_epoch, end_epoch
         self.staircase = staircase
@@ -65,6 +63,8 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Makes sure that the rate can be set and that the batches of an epoch can be counted."""
         self._check_optimizer()
+        if self.initial_lr is None:
+            self.initial_lr = self._rate_of_first_step()
         if not self.staircase:
             self.steps_per_epoch = self._steps_given or self._known_steps()
 
@@ -100,6 +100,16 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         if self.momentum_correction and old not in (0.0, new):
             for velocity in _velocities(self._optimizer):
                 velocity.assign(velocity * (new / old))
+
+    def _rate_of_first_step(self) -> float:
+        # After some steps the rate may be one that such a callback has set.
+        if int(self._optimizer.iterations):
+            raise ValueError(
+                f"{type(self).__name__}: initial_lr is missing, and the optimizer has done "
+                f"{int(self._optimizer.iterations)} steps, so its rate may no longer be the initial one. Give the "
+                f"rate: {type(self).__name__}(initial_lr=...)."
+            )
+        return float(self._optimizer.learning_rate)
 
     def _known_steps(self) -> int:
         steps = (self.params or {}).get("steps")
@@ -138,7 +148,8 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
     and at the end of each epoch that of the next, so that it ends as `initial_lr` exactly.
 
     Args:
-        initial_lr: The rate after the warm-up; usually that of one process times `hvd.size()`.
+        initial_lr: The rate after the warm-up, usually that of one process times `hvd.size()`; None for the
+            optimizer's.
         warmup_epochs: Number of epochs that the warm-up takes.
         momentum_correction: See `LearningRateScheduleCallback`.
         steps_per_epoch: Batches an epoch; by default what `model.fit` knows.
@@ -150,7 +161,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
 
     def __init__(
         self,
-        initial_lr: float,
+        initial_lr: float | None = None,
         warmup_epochs: float = 5,
         momentum_correction: bool = True,
         steps_per_epoch: int | None = None,
