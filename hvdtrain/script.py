@@ -1,15 +1,18 @@
 """A Python script or module, run as `python` would run it, inside a process that was started otherwise."""
 
 import importlib.util
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterator, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Any
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
+_PYTHON = sysconfig.get_path("stdlib") + os.sep
 
 
 def run(words: Sequence[str]) -> None:
@@ -25,16 +28,37 @@ def run(words: Sequence[str]) -> None:
 
 
 def users_part(error: BaseException) -> TracebackType | None:
-    """Returns an error's traceback from the user's script on, without the frames that led to it.
+    """Return an error's traceback from the user's script on, without hvdtrain's frames between those of others.
+
+    Frames stay where hvdtrain itself has raised the error.
 
     Args:
         error: What came out of `run`.
     """
-    trace = error.__traceback__
-    while trace and trace.tb_frame.f_code.co_filename.startswith((_PACKAGE, "<frozen ")):
+    traces = _each(error.__traceback__)
+    begun = [*itertools.dropwhile(lambda trace: _in(trace, _PACKAGE, "<frozen "), traces)]
+    if not begun:
+        # A syntax error carries its place itself; any other error of these frames alone is one of ours.
+        return None if isinstance(error, SyntaxError) else error.__traceback__
+    foreign = [number for number, trace in enumerate(begun) if not _in(trace, _PACKAGE, _PYTHON)]
+    last = foreign[-1] if foreign else 0
+    shown = [trace for number, trace in enumerate(begun) if number > last or not _in(trace, _PACKAGE)]
+    result = None
+    for trace in reversed(shown):
+        result = TracebackType(result, trace.tb_frame, trace.tb_lasti, trace.tb_lineno)
+    return result
+
+
+def _each(trace: TracebackType | None) -> Iterator[TracebackType]:
+    while trace:
+        yield trace
         trace = trace.tb_next
-    # A syntax error carries its place itself; any other error of these frames alone is one of ours.
-    return trace if trace or isinstance(error, SyntaxError) else error.__traceback__
+
+
+def _in(trace: TracebackType, *places: str) -> bool:
+    """Tell whether a frame belongs to code in one of these places; what is installed belongs to no Python."""
+    path = trace.tb_frame.f_code.co_filename
+    return path.startswith(places) and ("site-packages" not in path or path.startswith(_PACKAGE))
 
 
 def _run_file(path: str, args: Sequence[str]) -> None:

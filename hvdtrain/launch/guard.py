@@ -24,6 +24,7 @@ RELAYED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.
 PATIENCE = 2.0  # seconds between asking a rank to end and ending it, where it asks for no more
 LOST = 30.0  # seconds after which what a lost host was sent is no longer tried again
 CHUNK = 65536
+_KEPT = 4096  # bytes of a quiet rank's last words
 
 
 @dataclass(frozen=True)
@@ -140,10 +141,12 @@ class Guard:
         pipes: What the rank writes.
         link: Where to send it.
         page: Where the rank notes what it does.
+        quiet: Whether to show the end of its standard error only where it ends without a report of its own.
     """
 
-    def __init__(self, child: int, pipes: Pipes, link: Link, page: mmap.mmap) -> None:
+    def __init__(self, child: int, pipes: Pipes, link: Link, page: mmap.mmap, quiet: bool = False) -> None:
         self._child, self._pipes, self._link = child, pipes, link
+        self._quiet, self._kept, self._reported = quiet, bytearray(), False
         self._pulse = Pulse(child, page, pipes.stacks, link.send)
         self._status: int | None = None
         self._kill_at: float | None = None
@@ -172,6 +175,8 @@ class Guard:
         self._read_reports()
         self._drain(self._pipes.crash, self._crash.extend)
         self._pulse.last()
+        if self._kept and self._status and not self._reported:
+            self._link.send(wire.STDERR, bytes(self._kept))
         exit_record = {"status": self._status, "crash": self._crash.decode(errors="replace")}
         self._link.send(wire.EXIT, json.dumps(exit_record).encode())
         return self._status
@@ -193,7 +198,14 @@ class Guard:
 
     def _read_streams(self) -> None:
         self._drain(self._pipes.stdout, lambda data: self._link.send(wire.STDOUT, data))
-        self._drain(self._pipes.stderr, lambda data: self._link.send(wire.STDERR, data))
+        self._drain(self._pipes.stderr, self._send_errors)
+
+    def _send_errors(self, data: bytes) -> None:
+        if self._quiet:
+            self._kept += data
+            del self._kept[:-_KEPT]
+        else:
+            self._link.send(wire.STDERR, data)
 
     def _read_reports(self) -> None:
         # What was written before the report is sent before it.
@@ -205,6 +217,7 @@ class Guard:
             self._forget(self._pipes.stacks)
 
     def _send_reports(self, data: bytes) -> None:
+        self._reported = True
         while not data.endswith(b"\n"):
             os.set_blocking(self._pipes.reports, True)
             more = os.read(self._pipes.reports, CHUNK)

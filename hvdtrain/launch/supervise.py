@@ -51,7 +51,9 @@ def main() -> None:
         link = _link(place)
         if link.receiver() is not None:
             heartbeat.watch(page)
-        _leave(Guard(child, pipes, link, page).watch())
+        # Of a script that knows nothing of ranks all is said once, by rank 0, also by TensorFlow's own code.
+        quiet = bool(place and place.rank) and words[:2] == ["-m", "hvdtrain.wrap"]
+        _leave(Guard(child, pipes, link, page, quiet).watch())
     _redirect(stdout, stderr, crash, stacks)
     heartbeat.keep_workers_away()
     os.register_at_fork(after_in_child=lambda: _close(reports))

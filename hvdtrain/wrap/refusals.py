@@ -8,7 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain import script
+from hvdtrain import runtime, script
 from hvdtrain.replacing import replace
 
 _STRATEGIES = (
@@ -19,6 +19,7 @@ _STRATEGIES = (
     "ParameterServerStrategy",
     "TPUStrategy",
 )
+_ON_ONE_DEVICE = ("MirroredStrategy", "OneDeviceStrategy")
 _OURS = ("hvdtrain", "horovod")
 # These, and what unpickles their objects.
 _MAY_IMPORT = {*_OURS, *sys.stdlib_module_names, "cloudpickle", "mpi4py"} - {"__main__"}
@@ -79,6 +80,9 @@ def install_in_keras() -> None:
     import keras
     import tensorflow as tf
 
+    for name in _ON_ONE_DEVICE:
+        kind = getattr(tf.distribute, name)
+        kind.__new__ = _default_on_one_device(kind)
     for owner in (tf.distribute, tf.distribute.experimental):
         for name in _STRATEGIES:
             if hasattr(owner, name):
@@ -102,6 +106,21 @@ def _typed(name: str) -> str:
     typed = os.environ.get("HVDTRAIN_RUN_TYPED", "hvdtrain run -np N script.py")
     mode = "hvdtrain run --as-horovod" if name.startswith("horovod") else "hvdtrain run"
     return typed.replace("hvdtrain run", mode, 1)
+
+
+def _default_on_one_device(kind: Any) -> Any:
+    """Make a strategy of a single device the default one, which divides nothing."""
+    import tensorflow as tf
+
+    def make(cls: Any, devices: Any = None, *args: Any, **kwargs: Any) -> Any:
+        devices = kwargs.get("device", devices)
+        found = tf.config.list_logical_devices("GPU") if devices is None else tf.nest.flatten(devices)
+        if len(found) > 1:
+            return object.__new__(cls)
+        runtime.engine().say(f"{kind.__name__} has one device on each rank, and is taken as no strategy.")
+        return tf.distribute.get_strategy()  # no instance of `cls`, so Python does not call its __init__
+
+    return staticmethod(make)
 
 
 def _refusing(what: str) -> Any:

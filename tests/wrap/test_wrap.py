@@ -164,6 +164,7 @@ if __name__ == "__main__":
     history = model.fit(*neighbour.data(), epochs=epochs, callbacks=[neighbour.Speaker()], verbose=2)
     print(type(history).__name__, history.epoch, sorted(history.history), model.optimizer.name)
     print("drawn", random.random(), np.random.random())
+    os.write(2, b"said natively\\n")
     with open("kept.txt", "a") as file:
         file.write("line\\n")
     kind = type(keras.models.load_model(neighbour.saved(model)).optimizer)
@@ -206,7 +207,7 @@ def test_output_exit_code_and_files_are_those_of_one_process(job):
         return [line for line in ended.stdout.splitlines() if "ms/step" not in line and "s/step" not in line]
 
     assert said(one) == said(many)
-    assert many.stderr.count("logged once") == 1
+    assert many.stderr.count("logged once") == many.stderr.count("said natively") == 1
     assert (job / "kept.txt").read_text() == "line\n" * 2
     assert sorted(saved) == sorted(path.name for path in job.iterdir() if path.name != "__pycache__")
 
@@ -265,11 +266,24 @@ def test_a_rate_that_cannot_be_scaled_is_refused(job):
     assert "comes from CosineDecay, which cannot be set" in ended.stderr
 
 
+def test_the_last_words_of_a_rank_that_is_killed_are_shown(tmp_path):
+    (tmp_path / "aborts.py").write_text(
+        "import os, signal\n"
+        "if '1' in map(os.environ.get, ['OMPI_COMM_WORLD_RANK', 'PMI_RANK']):\n"
+        "    os.write(2, b'what(): bad_alloc\\n'), os.abort()\n"
+        "signal.pause()\n"
+    )
+    ended = run(*LAUNCH, "-np", "2", "aborts.py", folder=tmp_path)
+    assert ended.returncode
+    assert "what(): bad_alloc" in ended.stderr and "was killed by signal 6 (SIGABRT)" in ended.stderr
+
+
 @pytest.mark.smoke
 def test_an_error_ends_the_job_with_its_traceback(job):
     ended = run(*LAUNCH, "-np", "2", "job.py", "--epochs", "4", folder=job)
     assert ended.returncode == 1
     assert ended.stderr.rstrip().endswith("KeyError: 'by a callback'")
+    assert "line 16, in on_epoch_end" in ended.stderr and "fitting.py" not in ended.stderr
     assert not (job / "kept.txt").exists()
 
 
@@ -289,7 +303,10 @@ def loop():
 REFUSED = {
     "a loop of its own": ("loop()", "SGD.apply is called outside of model.fit"),
     "a compiled loop": ("tf.function(loop)()", "hvd.DistributedOptimizer"),
-    "a strategy": ("tf.distribute.MirroredStrategy()", "the script makes a MirroredStrategy"),
+    "a strategy": (
+        "tf.distribute.MirroredStrategy(['CPU:0', 'CPU:1'])",
+        "the script makes a MirroredStrategy",
+    ),
     "a distribution": ("keras.distribution.set_distribution(None)", "keras.distribution"),
     "hvdtrain": ("import hvdtrain.keras", "Start it without --wrap: hvdtrain run -np"),
     "horovod": ("import horovod.tensorflow.keras", "hvdtrain run --as-horovod"),
@@ -302,8 +319,11 @@ class Rows(keras.layers.Layer):
     def call(self, x):
         Rows.seen.append(x.shape[0])
         return x
-eager = keras.Sequential([keras.Input((3,)), Rows(), keras.layers.Dense(1)])
-eager.compile("sgd", "mse", run_eagerly=True)
+for strategy in (tf.distribute.MirroredStrategy(), tf.distribute.OneDeviceStrategy(device="/cpu:0")):
+    with strategy.scope():
+        assert strategy.num_replicas_in_sync == 1
+        eager = keras.Sequential([keras.Input((3,)), Rows(), keras.layers.Dense(1)])
+        eager.compile("sgd", "mse", run_eagerly=True)
 eager.fit(x, x[:, 0], batch_size=8, verbose=0)
 print("ROWS", Rows.seen[-1])
 """
@@ -329,6 +349,8 @@ def test_each_refusal_is_a_sentence_and_nothing_is_trained(tmp_path):
         assert sentence in line, what
     assert ended.returncode == 1
     assert "Nothing was updated." in ended.stderr
+    for name in ("MirroredStrategy", "OneDeviceStrategy"):
+        assert ended.stderr.count(f"{name} has one device on each rank, and is taken as no strategy.") == 1
 
 
 def test_what_cannot_be_saved_is_an_error_of_all_ranks_and_one_rank_alone_ends_all(tmp_path):
