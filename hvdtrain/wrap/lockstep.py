@@ -1,5 +1,6 @@
 """While `fit` runs: all ranks start alike, see the same logs, stop at the same step, and have not drifted apart."""
 
+import time
 from typing import Any
 
 import keras
@@ -9,6 +10,8 @@ from hvdtrain.data import nests
 from hvdtrain.keras.variables import broadcast_variables
 from hvdtrain.wrap.optimizers import of_model
 
+# To average gradients and to start a step take milliseconds, which more ranks do not shorten.
+_SMALL_STEP, _ENOUGH_STEPS = 0.005, 10
 _BATCH_HOOKS = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
 
 
@@ -59,19 +62,36 @@ class Last(keras.callbacks.Callback):
         self._engine = engine
         self._each_batch = any(_acts_on_batches(each) for each in users)
         self._checked = False
+        self._began: float | None = None  # when the first step of the first epoch had ended
+        self._steps = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Lets all ranks stop where rank 0 does; after the first step compares the weights."""
         if not self._checked:
             self._checked = True
             self._compare()
+            self._began = time.monotonic()
+        self._steps = batch
         if self._each_batch:
             self._agree_to_stop()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Lets all ranks stop where rank 0 does, and compares the weights."""
+        self._hint_at_small_steps()
         self._agree_to_stop()
         self._compare()
+
+    def _hint_at_small_steps(self) -> None:
+        began, self._began = self._began, None
+        if began is None or self._steps < _ENOUGH_STEPS:
+            return
+        seconds = (time.monotonic() - began) / self._steps
+        if seconds < _SMALL_STEP:
+            self._engine.say(
+                f"a step takes {1000 * seconds:.1f} ms on {self._engine.size} ranks, which is too little work to "
+                "divide: one process is likely to be as fast. Larger batches gain more, for example by "
+                "--scale-batch."
+            )
 
     def _agree_to_stop(self) -> None:
         self.model.stop_training = self._engine.broadcast_object(bool(self.model.stop_training))
