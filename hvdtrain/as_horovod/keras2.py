@@ -1,5 +1,6 @@
 """The calls and names of Keras 2 that old scripts may use on Keras 3, each with the reason why it is safe."""
 
+import inspect
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -56,6 +57,9 @@ _ARGUMENTS = (
         )
     ),
     _Arguments(
+        "layers.BatchNormalization", "__init__", {"fused": _nothing}, "It chose a kernel of TensorFlow."
+    ),
+    _Arguments(
         "callbacks.TensorBoard",
         "__init__",
         dict.fromkeys(_TENSORBOARD, _nothing),
@@ -108,6 +112,7 @@ def _translating(meanings: dict[str, Meaning]) -> Callable[[Any], Any]:
                 kwargs.update(meanings[name](kwargs.pop(name)))
             return method(self, *args, **kwargs)
 
+        call.__signature__ = inspect.signature(method)  # type: ignore[attr-defined] # Keras asks layers for it
         return call
 
     return make

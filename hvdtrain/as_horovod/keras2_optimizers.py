@@ -21,6 +21,8 @@ def install(keras: Any) -> None:
     replace(base, "apply_gradients", _unchanged)
     base.lr = property(lambda self: self.learning_rate, _set_rate)
     base.minimize, base._compute_gradients = _minimize, _compute_gradients
+    base.get_scaled_loss = lambda self, loss: self.scale_loss(loss)
+    base.get_unscaled_gradients = lambda self, grads: grads  # Keras 3 divides when it applies them
     base.get_gradients = base.get_updates = _symbolic
     base.weights, base.get_weights = property(_weights), _get_weights
     for kind in _with_subclasses(base):

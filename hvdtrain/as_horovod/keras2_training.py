@@ -6,7 +6,7 @@ from typing import Any
 import keras as keras3
 import numpy as np
 
-from hvdtrain.replacing import definer, replace
+from hvdtrain.replacing import definer, replace, replace_outermost
 
 # Keras 3 calls the rate by its second name, Keras before 2.3 called the accuracy by its first.
 _SYNONYMS = (("lr", "learning_rate"), ("acc", "accuracy"), ("val_acc", "val_accuracy"))
@@ -18,6 +18,11 @@ def install(keras: Any) -> None:
     trainer = definer(keras.Model, "fit")
     for method in (_fit_generator, _evaluate_generator, _predict_generator, _predict_classes, _predict_proba):
         setattr(trainer, method.__name__.removeprefix("_"), method)
+    for name in ("train_on_batch", "test_on_batch"):
+        replace_outermost(trainer, name, _resetting_metrics)
+    keras.Model.reset_states = _reset_states
+    keras.layers.Layer.input_shape = property(lambda layer: _shapes(layer.input))
+    keras.layers.Layer.output_shape = property(lambda layer: _shapes(layer.output))
     definer(keras.Model, "metrics_names").metrics_names = property(_metrics_names)
     replace(keras.callbacks.ModelCheckpoint, "__init__", _taking_period)
     replace(keras.callbacks.ModelCheckpoint, "on_epoch_end", _every_period)
@@ -94,6 +99,30 @@ def _predict_classes(self: Any, x: Any, batch_size: int | None = None, verbose: 
     if predicted.shape[-1] > 1:
         return np.argmax(predicted, axis=-1)
     return (predicted > 0.5).astype("int32")
+
+
+def _resetting_metrics(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Measure each batch by itself, as Keras 2 did unless it was told otherwise; Keras 3 goes on adding up."""
+
+    def run(self: Any, *args: Any, reset_metrics: bool = True, **kwargs: Any) -> Any:
+        if reset_metrics:
+            self.reset_metrics()
+        return method(self, *args, **kwargs)
+
+    return run
+
+
+def _reset_states(self: Any) -> None:
+    for layer in self._flatten_layers(include_self=False):
+        if getattr(layer, "stateful", False) and hasattr(layer, "reset_state"):
+            layer.reset_state()
+
+
+def _shapes(tensors: Any) -> Any:
+    """Return the shape of a layer's tensor as a tuple, a list of shapes of several."""
+    return (
+        [tuple(each.shape) for each in tensors] if isinstance(tensors, list | tuple) else tuple(tensors.shape)
+    )
 
 
 def _metrics_names(model: Any) -> list[str]:

@@ -77,6 +77,19 @@ assert history["lr"] == history["learning_rate"] == [0.25] * 4 and history["acc"
 assert "lr" in history and history.get("val_acc") == history["val_accuracy"] and "lr" not in list(history)
 assert model.metrics_names == ["loss", "accuracy"]
 assert (model.predict_classes(x) == model.predict(x).argmax(-1)).all()
+one = model.test_on_batch(x[:6], y[:6])
+model.test_on_batch(x[6:], y[6:])
+assert model.test_on_batch(x[:6], y[:6]) == one != model.test_on_batch(x[6:], y[6:], reset_metrics=False)
+assert model.layers[0].output_shape == (None, 3) and model.input_shape == (None, 4)
+keras.layers.BatchNormalization(fused=True)
+memory = keras.Sequential([keras.Input((2, 1), batch_size=1), keras.layers.LSTM(1, stateful=True)])
+first = memory.predict(np.ones((1, 2, 1)), verbose=0)
+assert memory.predict(np.ones((1, 2, 1)), verbose=0) != first
+memory.reset_states()
+assert memory.predict(np.ones((1, 2, 1)), verbose=0) == first
+scaled = keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=8.0)
+scaled.build([variable])
+assert float(scaled.get_scaled_loss(2.0)) == 16 and scaled.get_unscaled_gradients([3.0]) == [3.0]
 print("as before")
 """
 
