@@ -27,6 +27,9 @@ def pytest_configure(config):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     if PIPE in os.environ:
         config.pluginmanager.register(Events(os.environ.pop(PIPE), RANK), "events")
+    worker = getattr(config, "workerinput", {})
+    if PIPE in worker:
+        Events(worker[PIPE], 1 + int(worker["workerid"].removeprefix("gw")))
     if RANK:
         reporter = config.pluginmanager.getplugin("terminalreporter")
         config.pluginmanager.unregister(reporter)

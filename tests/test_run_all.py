@@ -166,7 +166,7 @@ def test_the_time_left_is_what_the_rest_took_before_at_todays_pace(tmp_path, mon
 
 
 def test_the_plans_hold_every_engine_and_size():
-    assert [str(launch) for launch in quick(ENGINES)] == ["one process", "mpi, 2 ranks", "horovod, 2 ranks"]
+    assert [str(launch) for launch in quick(ENGINES)] == ["without ranks", "mpi, 2 ranks", "horovod, 2 ranks"]
     sizes = {(launch.engine, launch.size) for launch in whole(ENGINES)}
     ranks = {(engine, size) for engine in ("mpi", "horovod") for size in (1, 2, 4)}
     assert sizes == {("plain", 0), ("single", 0), *ranks}

@@ -10,6 +10,8 @@ import json
 import os
 import signal
 
+import pytest
+
 # Names the pipe. Taken out of the environment again, so that no process started by a test writes to it.
 PIPE = "HVDTRAIN_TEST_EVENTS"
 # With this signal a process prints the stacks of its threads. Neither MPI, hvdtrain nor a test uses it.
@@ -19,19 +21,29 @@ STACKS = signal.SIGRTMAX - 6
 class Events:
     """A pytest plugin that reports the beginning and the end of every phase of a test.
 
+    Where workers of pytest-xdist run the tests, their controller reports, and they only say that they are there.
+
     Args:
         path: The pipe.
         rank: This process.
     """
 
     def __init__(self, path: str, rank: int) -> None:
-        self._pipe, self._rank = os.open(path, os.O_WRONLY), rank
+        self._path, self._pipe, self._rank = path, os.open(path, os.O_WRONLY), rank
         # A copy of standard error from before pytest captures it.
         faulthandler.register(STACKS, file=os.dup(2), all_threads=True)
         self._tell("process", pid=os.getpid())
 
     def pytest_collection_finish(self, session) -> None:
         self._tell("collected", tests=len(session.items))
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_configure_node(self, node) -> None:
+        node.workerinput[PIPE] = self._path
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_xdist_node_collection_finished(self, node, ids) -> None:
+        self._tell("collected", tests=len(ids))
 
     def pytest_collectreport(self, report) -> None:
         if report.failed:

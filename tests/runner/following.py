@@ -141,7 +141,8 @@ class _Watch:
     def _tell_hang(self) -> None:
         self._show(f"\n{self._launch} hangs: for {self._patience:.0f} s no test has begun or ended.\n")
         for rank, pid in sorted(self._ranks.items()):
-            self._show(f"\nRank {rank} (process {pid}) in {self._at.get(rank, 'no test yet')}:\n")
+            place = f" in {self._at[rank]}" if rank in self._at else ""
+            self._show(f"\nRank {rank} (process {pid}){place}:\n")
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, STACKS)
             self._read_for(1, lambda: True)

@@ -23,7 +23,6 @@ NATIVE = (
     "tests/tensorflow_api",
     "tests/keras/test_callbacks.py",
     "tests/keras/test_saving.py",
-    "tests/keras/test_checkpoint.py",
     "tests/data/test_bad_fits.py",
 )
 # What of Horovod's core runs within minutes: the wire, operations, tapes, the proof of a training.
@@ -37,6 +36,8 @@ QUICK_NATIVE = (
 )
 # What depends on the number of ranks.
 WIRE = ("tests/collectives", "tests/keras/test_contract.py")
+# Starting Python and TensorFlow, for which these tests wait most of their time, keeps one core busy.
+WORKERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 # Several ranks share the cores: more threads a rank would only get into each other's way.
 ENVIRON = {"TF_CPP_MIN_LOG_LEVEL": "2", "OMP_NUM_THREADS": "1", "PY_COLORS": "0"}
 
@@ -51,6 +52,7 @@ class Launch:
         paths: The files and folders with the tests.
         marks: pytest's expression of marks.
         full: Whether test files run what they leave out to save time.
+        workers: How many processes share the tests, file by file; for tests without ranks.
     """
 
     engine: str
@@ -58,14 +60,16 @@ class Launch:
     paths: tuple[str, ...] = ("tests",)
     marks: str = "ranks"
     full: bool = False
+    workers: int = 1
 
     def __str__(self) -> str:
         if self.engine == "plain":
-            return "cluster" if self.marks == "cluster" else "one process"
+            return "cluster" if self.marks == "cluster" else "without ranks"
         return f"{self.engine}, {self.size or 1} rank{'s' * (self.size > 1)}"
 
     def command(self, extra: list[str]) -> list[str]:
-        pytest = ["-m", "pytest", "-m", self.marks, *self.paths, *extra]
+        spread = ["-n", str(self.workers), "--dist", "loadfile"] if self.workers > 1 else []
+        pytest = ["-m", "pytest", "-m", self.marks, *spread, *self.paths, *extra]
         if not self.size:
             return [sys.executable, *pytest]
         # mpi4py ends the whole job at the first error; without it the other ranks would wait for ever.
@@ -79,8 +83,9 @@ class Launch:
 
 
 def quick(engines: tuple[str, ...]) -> list[Launch]:
-    """Return what `make test` runs: all areas, in one process and on two ranks of each engine, within minutes."""
-    plain = Launch("plain", marks="not ranks and not cluster and not slow and (not jobs or smoke)")
+    """Return what `make test` runs: all areas, without ranks and on two ranks of each engine, within minutes."""
+    marks = "not ranks and not cluster and not slow and (not jobs or smoke)"
+    plain = Launch("plain", marks=marks, workers=WORKERS)
     ranks = "ranks and not slow and not jobs"
     launches = [
         plain,
@@ -98,7 +103,7 @@ def whole(engines: tuple[str, ...], sizes: list[int] | None = None, full: bool =
         sizes: Run all tests on these numbers of ranks, instead of 1, 2 and 4 with some tests only.
         full: Run all tests on each engine and number of ranks.
     """
-    plain = Launch("plain", marks="not ranks and not cluster", full=full)
+    plain = Launch("plain", marks="not ranks and not cluster", full=full, workers=WORKERS)
     pairs = [("single", 0), *((engine, size) for engine in ("mpi", "horovod") for size in sizes or [1, 2, 4])]
     everything = full or bool(sizes)
     launches = [plain]
