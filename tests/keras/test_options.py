@@ -149,7 +149,9 @@ def test_a_window_costs_one_reduction(engine, monkeypatch):
     if engine.size == 1:
         pytest.skip("a world of one reduces nothing")
     calls, agree = [], type(engine).agree
-    monkeypatch.setattr(type(engine), "agree", lambda self, call: calls.append(call) or agree(self, call))
+    monkeypatch.setattr(
+        type(engine), "agree", lambda self, call, *sizes: calls.append(call) or agree(self, call, *sizes)
+    )
     step = OneStep(backward_passes_per_step=4, name="counted")
     for _ in range(8):
         step.apply(tf.ones([3]))

@@ -14,13 +14,13 @@ ENGINES = ("plain", "single", "mpi", "horovod")
 # What depends on the engine.
 CORE = (
     "tests/collectives",
-    "tests/tensorflow_api/test_tf_process_sets.py",
-    "tests/tensorflow_api/test_tf_tape.py",
+    "tests/tensorflow/test_tf_process_sets.py",
+    "tests/tensorflow/test_tf_tape.py",
     *(f"tests/keras/test_{name}.py" for name in ("contract", "options", "join_training", "verification")),
 )
 # What reaches Horovod's native core without hvdtrain's own engine interface.
 NATIVE = (
-    "tests/tensorflow_api",
+    "tests/tensorflow",
     "tests/keras/test_callbacks.py",
     "tests/keras/test_saving.py",
     "tests/data/test_bad_fits.py",
@@ -28,10 +28,7 @@ NATIVE = (
 # What of Horovod's core runs within minutes: the wire, operations, tapes, the proof of a training.
 QUICK_NATIVE = (
     "tests/collectives",
-    *(
-        f"tests/tensorflow_api/test_tf_{name}.py"
-        for name in ("process_sets", "tape", "reductions", "optimizer")
-    ),
+    *(f"tests/tensorflow/test_tf_{name}.py" for name in ("process_sets", "tape", "reductions", "optimizer")),
     "tests/keras/test_verification.py",
 )
 # What depends on the number of ranks.
@@ -151,7 +148,7 @@ def _native() -> tuple[str, ...]:
 
 def _without_tensorflow() -> tuple[str, ...]:
     """Return all folders but the one whose tests run on Horovod's core."""
-    left = {"cluster", "tensorflow_api", "runner", "__pycache__"}
+    left = {"cluster", "tensorflow", "runner", "__pycache__"}
     found = sorted(path for path in (ROOT / "tests").iterdir() if path.name not in left)
     return tuple(f"tests/{path.name}" for path in found if path.is_dir() or path.match("test_*.py"))
 
