@@ -582,7 +582,8 @@ class Engine(ABC):
         else:
             copy = send.astype(wide)
             self._reduce(copy, copy, op)
-            receive[...] = copy
+            with np.errstate(over="ignore"):  # what is too large becomes infinite, as in any sum of floats
+                receive[...] = copy
 
     def _tell_of_zeros(self, total: np.ndarray, mean: np.ndarray) -> None:
         """Warn once where a mean of integers, which is an integer, has become 0."""
