@@ -23,7 +23,6 @@ if os.environ.get("HVDTRAIN_TESTS") != "full":  # what fits into minutes
     ON_FOUR = ["gan", "random_numbers"]
     ALL = [
         "added_losses",
-        "captions",
         "commands",
         "crossentropy",
         "folders",
@@ -33,7 +32,6 @@ if os.environ.get("HVDTRAIN_TESTS") != "full":  # what fits into minutes
         "random_numbers",
         "recommender",
         "tabular",
-        "text",
         "vision",
     ]
 LAUNCH = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run", "--wrap"]

@@ -32,16 +32,16 @@ class Sampling(layers.Layer):
         return inputs + tf.random.normal(shape=tf.shape(inputs)) * keras.random.normal((3,))
 
 
-def learned(layer, **compiled):
+def learned(layer, name=None, **compiled):
     start = layers.Dense(3, kernel_initializer="ones", bias_initializer="zeros")
-    model = keras.Sequential([start, layer, layers.Dense(1, kernel_initializer="ones")])
+    model = keras.Sequential([start, layer, layers.Dense(1, kernel_initializer="ones")], name=name)
     model.compile(keras.optimizers.SGD(1e-3), "mse", **compiled)
     history = model.fit(x, x.sum(1), batch_size=8, epochs=1, shuffle=False, verbose=0).history
     return [history["loss"], [float(ops.sum(each)) for each in model.trainable_variables]]
 
 
 results = {
-    "graph": learned(Sampling()),
+    "graph": learned(Sampling(), "whole_sampling"),
     "noise": learned(Noise()),
     "eager": learned(Noise(), run_eagerly=True),
 }
