@@ -208,6 +208,7 @@ def test_fewer_samples_than_ranks():
             np.testing.assert_allclose(mine[name], single[name], rtol=1e-10, err_msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda: shard((X, Y, WEIGHT), BATCH, False), lambda: shard(slices(), BATCH)]
 )
@@ -225,6 +226,7 @@ def test_with_gradient_accumulation():
         np.testing.assert_allclose(mine, alone, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eager", [True, False])
 def test_several_inputs_and_outputs(eager):
     def make():
@@ -337,6 +339,7 @@ def test_a_run_resumed_inside_an_epoch_ends_the_same():
         np.testing.assert_array_equal(mine, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [lambda: shard((X, Y), BATCH), lambda: shard(slices(), BATCH, True)], ids=["arrays", "dataset"]
 )

@@ -75,6 +75,7 @@ def test_arrays(length, shuffle, remainder):
     assert_whole(shard(arrays(length), BATCH, shuffle, remainder=remainder), length, remainder == "drop")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 16, 23])
 @pytest.mark.parametrize(
     "make",
@@ -253,6 +254,7 @@ def test_other_things_that_are_arrays():
         assert_whole(shard(data, BATCH), 16)
 
 
+@pytest.mark.slow
 def test_records_in_files(tmp_path_factory):
     folder = hvd.broadcast_object(str(tmp_path_factory.mktemp("records")))
     names = [f"{folder}/{number}.txt" for number in range(4)]

@@ -218,7 +218,11 @@ def combinations():
         for weights in WEIGHTS
         for source in SOURCES
     ]
-    return sorted(set(found))
+    # `make test` runs every third.
+    return [
+        pytest.param(*each, marks=[pytest.mark.slow] * (place % 3 > 0))
+        for place, each in enumerate(sorted(set(found)))
+    ]
 
 
 class Batches(keras.utils.PyDataset):

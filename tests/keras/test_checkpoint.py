@@ -139,7 +139,13 @@ def assert_the_same(one, other):
 
 
 @pytest.mark.parametrize(
-    ("kind", "steps"), [("built", [1, 2, 13]), ("built", [12, 24, 1]), ("built", [30]), ("unbuilt", [7, 8])]
+    ("kind", "steps"),
+    [
+        ("built", [12, 24, 1]),
+        pytest.param("built", [1, 2, 13], marks=pytest.mark.slow),
+        pytest.param("built", [30], marks=pytest.mark.slow),
+        pytest.param("unbuilt", [7, 8], marks=pytest.mark.slow),
+    ],
 )
 def test_a_training_that_was_stopped_ends_as_one_that_was_not(folder, kind, steps):
     learns = Learns()
@@ -152,6 +158,7 @@ def test_a_training_that_was_stopped_ends_as_one_that_was_not(folder, kind, step
     assert again.learned == learns.learned
 
 
+@pytest.mark.slow
 def test_what_was_accumulated_and_averaged_goes_on_too(folder):
     def optimizer():
         return keras.optimizers.SGD(0.01, 0.9, gradient_accumulation_steps=3, use_ema=True, ema_momentum=0.9)
@@ -184,6 +191,7 @@ class Rivals(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.slow
 def test_a_model_with_two_optimizers(folder):
     def run(callbacks):
         keras.utils.clear_session()
@@ -235,6 +243,7 @@ def tf_samples(**options):
     return hvd.shard(tf.data.Dataset.from_tensor_slices(arrays()), BATCH, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", OTHERS)
 def test_other_data_and_steps_go_on_too(folder, kind):
     make, compiling, fitting, wrapping = OTHERS[kind]
@@ -256,6 +265,7 @@ def test_other_data_and_steps_go_on_too(folder, kind):
     assert_the_same(run([hvd.callbacks.Checkpoint(folder)]), run([]))
 
 
+@pytest.mark.slow
 def test_by_epochs_and_only_so_many_stay(folder):
     with pytest.raises(StoppedError):
         training(folder, [StopAt(20)])
@@ -266,6 +276,7 @@ def test_by_epochs_and_only_so_many_stay(folder):
         assert not [*folder.glob(".partial*"), *folder.glob(".removed*")]
 
 
+@pytest.mark.slow
 def test_early_stopping_stays_stopped_and_longer_training_goes_on(folder, capfd):
     stops = [keras.callbacks.EarlyStopping("loss", patience=0, mode="max")]
     first = training(folder, stops)
@@ -278,6 +289,7 @@ def test_early_stopping_stays_stopped_and_longer_training_goes_on(folder, capfd)
     assert len(training(other, epochs=3)[2]) == 3
 
 
+@pytest.mark.slow
 def test_the_file_is_keras_own(folder):
     state, *_ = training(folder, epochs=1)
     if hvd.rank() == 0:
@@ -298,6 +310,7 @@ def test_another_model_is_refused_on_every_rank(folder):
     assert "directory of its own" in str(caught.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("harm", ["cut short", "one bit", "missing", "no manifest"])
 def test_a_damaged_one_makes_way_for_the_one_before(folder, harm, capfd):
     with pytest.raises(StoppedError):
@@ -324,6 +337,7 @@ def damage(entry, harm):
         (entry / "manifest.json").unlink()
 
 
+@pytest.mark.slow
 def test_where_all_are_damaged_it_begins_anew_and_says_so(folder, capfd):
     with pytest.raises(StoppedError):
         training(folder, [StopAt(8)], every_steps=6)
@@ -333,6 +347,7 @@ def test_where_all_are_damaged_it_begins_anew_and_says_so(folder, capfd):
     assert hvd.rank() or "training begins anew" in capfd.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGUSR1, 7), (signal.SIGTERM, 11)])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder, number, at):
     class Signal(keras.callbacks.Callback):
@@ -352,6 +367,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder, number, at):
     assert_the_same(training(folder), whole())
 
 
+@pytest.mark.slow
 def test_its_time_is_up(folder, monkeypatch):
     monkeypatch.setenv("HVDTRAIN_DEADLINE", "1")
     with pytest.raises(Preempted, match="time ends in 0 s"):
@@ -363,6 +379,7 @@ def test_its_time_is_up(folder, monkeypatch):
         training(folder.with_name("other"))
 
 
+@pytest.mark.slow
 def test_signals_at_random_moments_change_nothing(folder):
     keras.utils.set_random_seed(5)
     model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(7), keras.layers.BatchNormalization()])
@@ -403,6 +420,7 @@ def test_signals_at_random_moments_change_nothing(folder):
         np.testing.assert_array_equal(mine, theirs)
 
 
+@pytest.mark.slow
 def test_two_trainings_with_one_directory(folder):
     class Second(keras.callbacks.Callback):
         def on_train_begin(self, logs=None):

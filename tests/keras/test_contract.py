@@ -47,7 +47,10 @@ def float64():
     keras.backend.set_floatx("float32")
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * ("adam" not in name.lower())) for name in OPTIMIZERS],
+)
 def test_twenty_steps_in_float64(name):
     assert_same(*twins(dense_model, OPTIMIZERS[name]))
 
@@ -57,6 +60,7 @@ def test_twenty_steps_of_sgd_in_float32():
     assert_same(*twins(lambda: dense_model("float32"), OPTIMIZERS["SGD"], dtype="float32"), rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -209,6 +213,7 @@ def dense_first(kind):
     return DenseFirst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sparse_as_dense", [False, True])
 @pytest.mark.parametrize("kind", [optimizers.SGD, optimizers.Adam])
 def test_embeddings(sparse_as_dense, kind):

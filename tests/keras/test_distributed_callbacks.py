@@ -96,6 +96,7 @@ def stock(folder):
     ]
 
 
+@pytest.mark.slow
 def test_a_training_with_many_callbacks_is_that_of_one_process(samples, validation, tmp_path):
     ours, plain = compiled(rate=0.3), compiled(rate=0.3, plain=True)
     callbacks = stock(tmp_path)
@@ -137,6 +138,7 @@ class Tests(keras.callbacks.Callback):
         self.batches[-1] += 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["arrays", "own parts", "dataset", "sharded", "few", "steps"])
 def test_validation_is_divided_and_exact(samples, validation, kind):
     x, y = validation
@@ -321,6 +323,7 @@ def test_batch_normalization_counts_each_sample_once(samples, length):
     np.testing.assert_allclose(fresh.weights[2], 0.5 * samples[0].mean(0), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [17, 21, 24])
 def test_synchronized_batch_normalization_is_that_of_one_process(samples, length):
     samples = tuple(part[:length] for part in samples)

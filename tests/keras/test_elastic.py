@@ -376,6 +376,7 @@ ORDERS = list(itertools.permutations(range(3)))
 LAST = STEPS - 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "order, epoch, batch", [*((order, 0, LAST) for order in ORDERS), (ORDERS[0], 0, 1), (ORDERS[0], 1, 0)]
 )
@@ -438,6 +439,7 @@ def restarted(monkeypatch):
     monkeypatch.setattr(running, "_calls", type(running._calls)(itertools.count))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", [(2, 0, 1), (1, 0, 2)], ids=["commit first", "commit last"])
 @pytest.mark.parametrize("epoch, batch", [(0, 0), (0, LAST), (1, 2)])
 def test_a_restarted_job_goes_on_from_the_disk(monkeypatch, folder, capfd, order, epoch, batch):

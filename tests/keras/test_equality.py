@@ -177,6 +177,7 @@ def loop(body_tape, steps=3, compiled=True, seed=0):
     return body, head
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [True, False], ids=["graph", "eager"])
 def test_a_forgotten_tape_in_a_loop_is_found_at_the_end(compiled):
     kept = loop(lambda tape: tape, compiled=compiled)

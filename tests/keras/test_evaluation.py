@@ -142,7 +142,9 @@ def kinds(x, y, weight):
 
 
 @pytest.mark.parametrize(
-    "kind", ["arrays", "beside", "dataset", "samples", "filtered", "pydataset", "generator", "endless"]
+    "kind",
+    ["arrays", "dataset", "pydataset", "endless"]
+    + [pytest.param(kind, marks=pytest.mark.slow) for kind in ("beside", "samples", "filtered", "generator")],
 )
 def test_evaluate_returns_what_one_process_does(samples, weight, kind):
     data, options = kinds(*samples, weight)[kind]

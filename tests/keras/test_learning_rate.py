@@ -169,6 +169,7 @@ def linear_model(seed=3):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("corrected", [True, False])
 @pytest.mark.parametrize("nesterov", [False, True], ids=["plain", "nesterov"])
 def test_momentum_correction_in_a_compiled_step_is_that_of_the_paper(nesterov, corrected):

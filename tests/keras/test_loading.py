@@ -53,6 +53,7 @@ def assert_equal(ours, theirs):
         np.testing.assert_array_equal(one, other)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
 def test_training_goes_on_as_on_one_process(tmp_path, make, kind):
@@ -112,6 +113,7 @@ def names_of_a_function(name, kind):
     return {name: lambda **config: hvd.DistributedOptimizer(kind(**config))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("wrap", [lambda each: each, LossScale], ids=["plain", "inside"])
 @pytest.mark.parametrize(

@@ -188,6 +188,7 @@ class Seen(keras.callbacks.Callback):
         self.ends.append(dict(logs))
 
 
+@pytest.mark.slow
 def test_training_and_validation_report_what_one_process_would(samples):
     x, y = samples
     ours = mine(x, y)

@@ -74,11 +74,13 @@ def test_a_compressor_of_ones_own():
     assert_same(*distributed_twins(compression=Halves))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factor", [0.5, 4.0, 1000.0])
 def test_predivision_leaves_the_mean_as_it_is(factor):
     assert_same(*distributed_twins(gradient_predivide_factor=factor))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [dict(num_groups=2), dict(groups=3), dict(groups=99), dict(groups=0)])
 def test_a_number_of_groups(options):
     assert_same(*distributed_twins(**options))

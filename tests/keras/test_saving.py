@@ -32,6 +32,7 @@ def config(path):
     return json.loads(zipfile.ZipFile(path).read("config.json"))["compile_config"]["optimizer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [keras.optimizers.Adam, Registered])
 def test_the_file_says_what_a_plain_optimizer_would(tmp_path, kind):
     trained(hvd.DistributedOptimizer(kind(0.01, name="mine"))).save(tmp_path / "distributed.keras")
@@ -39,6 +40,7 @@ def test_the_file_says_what_a_plain_optimizer_would(tmp_path, kind):
     assert config(tmp_path / "distributed.keras") == config(tmp_path / "plain.keras")
 
 
+@pytest.mark.slow
 def test_weights_and_optimizer_state_load_without_hvdtrain(tmp_path):
     model = trained(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)))
     model.save(tmp_path / "model.keras")

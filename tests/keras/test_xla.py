@@ -48,6 +48,7 @@ def layered():
     return keras.Model(inputs, layers.Dense(CLASSES, kernel_initializer=init)(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make_model, dtype, rtol", [(dense_model, "float64", 1e-9), (layered, "float32", 1e-4)]
 )
