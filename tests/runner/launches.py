@@ -106,7 +106,9 @@ def whole(engines: tuple[str, ...], sizes: list[int] | None = None, full: bool =
     launches = [plain]
     for engine, size in pairs:
         paths = ("tests",) if everything and (full or size) else _paths(engine, size, engines)
-        launches.append(Launch(engine, size, paths, full=full))
+        # What takes long runs on two ranks: on four, two cores need more than twice as long for it.
+        marks = "ranks" if everything or size == 2 else "ranks and not slow"
+        launches.append(Launch(engine, size, paths, marks, full=full))
     return [launch for launch in launches if launch.engine in engines]
 
 
