@@ -81,8 +81,7 @@ def install_in_keras() -> None:
     import tensorflow as tf
 
     for name in _ON_ONE_DEVICE:
-        kind = getattr(tf.distribute, name)
-        kind.__new__ = _default_on_one_device(kind)
+        getattr(tf.distribute, name).__new__ = staticmethod(_default_on_one_device)
     for owner in (tf.distribute, tf.distribute.experimental):
         for name in _STRATEGIES:
             if hasattr(owner, name):
@@ -108,19 +107,16 @@ def _typed(name: str) -> str:
     return typed.replace("hvdtrain run", mode, 1)
 
 
-def _default_on_one_device(kind: Any) -> Any:
-    """Make a strategy of a single device the default one, which divides nothing."""
+def _default_on_one_device(cls: Any, devices: Any = None, *args: Any, **kwargs: Any) -> Any:
+    """Return the default strategy, which divides nothing, in place of one of a single device."""
     import tensorflow as tf
 
-    def make(cls: Any, devices: Any = None, *args: Any, **kwargs: Any) -> Any:
-        devices = kwargs.get("device", devices)
-        found = tf.config.list_logical_devices("GPU") if devices is None else tf.nest.flatten(devices)
-        if len(found) > 1:
-            return object.__new__(cls)
-        runtime.engine().say(f"{kind.__name__} has one device on each rank, and is taken as no strategy.")
-        return tf.distribute.get_strategy()  # no instance of `cls`, so Python does not call its __init__
-
-    return staticmethod(make)
+    devices = kwargs.get("device", devices)
+    found = tf.config.list_logical_devices("GPU") if devices is None else tf.nest.flatten(devices)
+    if len(found) > 1:
+        return object.__new__(cls)
+    runtime.engine().say(f"{cls.__name__} has one device on each rank, and is taken as no strategy.")
+    return tf.distribute.get_strategy()  # no instance of `cls`, so Python does not call its __init__
 
 
 def _refusing(what: str) -> Any:

@@ -18,16 +18,17 @@ words = np.random.randint(1, 9, (70, 6)) * (np.arange(6) < np.random.randint(1, 
 results = {}
 
 
+FULL = os.environ.get("HVDTRAIN_TESTS") == "full"
 QUICK = ("dense", "sigmoid", "focal", "tf.nn", "judge", "named", "model in a model", "masked")
 
 
 def learned(name, model, targets, loss, inputs=x, **compiled):
-    if name not in QUICK and os.environ.get("HVDTRAIN_TESTS") != "full":
+    if name not in QUICK and not FULL:
         return
     model.compile(keras.optimizers.SGD(1e-4), loss, **compiled)
     history = model.fit(inputs, targets, batch_size=20, epochs=1, verbose=0).history
     results[name] = [history, [float(ops.sum(abs(each))) for each in model.trainable_variables]]
-    if "metrics" in compiled:
+    if "metrics" in compiled or FULL:
         results[name] += [model.evaluate(inputs, targets, batch_size=32, verbose=0, return_dict=True)]
 
 

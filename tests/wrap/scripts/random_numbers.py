@@ -54,7 +54,7 @@ results["after"] = [
     float(keras.random.uniform(())),
     float(tf.random.normal(())),
     *map(float, again),
-    *map(float, tf.random.uniform((), seed=5)[None]),
+    float(tf.random.uniform((), seed=5)),
     *map(float, tf.random.uniform((2,), seed=5)),
 ]
 print("RESULT", json.dumps(results))
