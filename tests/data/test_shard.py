@@ -272,7 +272,7 @@ def test_records_in_files(tmp_path_factory):
     listed = tf.data.Dataset.list_files(f"{folder}/*.txt", shuffle=False)
     four = [
         read(tf.data.TextLineDataset(names)),
-        read(listed.interleave(tf.data.TextLineDataset, num_parallel_calls=2)),
+        read(listed.interleave(tf.data.TextLineDataset, cycle_length=2, num_parallel_calls=2)),
         read(listed.interleave(tf.data.TextLineDataset)).batch(3),
         # Which rank has which file is decided before a shuffling without a seed.
         read(tf.data.Dataset.list_files(f"{folder}/*.txt").interleave(tf.data.TextLineDataset)).shuffle(9),
