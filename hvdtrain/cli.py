@@ -50,7 +50,7 @@ class _Run(click.Command):
 
 @functools.cache
 def _foreign_options() -> tuple[click.Option, ...]:
-    from hvdtrain.launch.foreign import FOREIGN, Foreign
+    from hvdtrain.launch.foreign_options import FOREIGN, Foreign
 
     def option(number: int, row: Foreign) -> click.Option:
         def note(context: click.Context, parameter: click.Parameter, typed: Any) -> None:
@@ -144,7 +144,7 @@ def run(**options) -> None:
 @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="SCRIPT [ARGS]...")
 def submit(**typed) -> None:
     """Submit SCRIPT with ARGS to Slurm, checked before it waits in the queue."""
-    from hvdtrain.launch.submit import read_typed, submit
+    from hvdtrain.batch.submit import read_typed, submit
 
     sys.exit(submit(read_typed(typed)))
 
@@ -156,7 +156,7 @@ def submit(**typed) -> None:
 @click.option("-v", "--verbose", is_flag=True, help="Show the compiler's output.")
 def build_horovod(**options) -> None:
     """Build Horovod's native core for the TensorFlow and the MPI of this environment."""
-    from hvdtrain.launch.build_horovod import BuildOptions, build
+    from hvdtrain.horovod_build.build import BuildOptions, build
 
     sys.exit(build(BuildOptions(**options)))
 
@@ -165,7 +165,7 @@ def build_horovod(**options) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
 def doctor(as_json: bool) -> None:
     """Check everything training depends on, and say what mends what is wrong."""
-    from hvdtrain.diagnose.doctor import doctor
+    from hvdtrain.doctor.report import doctor
 
     sys.exit(doctor(as_json))
 
@@ -175,7 +175,7 @@ def doctor(as_json: bool) -> None:
 @_HOSTS
 def smoke(**options) -> None:
     """Try the road before the journey: sums of three sizes and ten steps of training, on real ranks."""
-    from hvdtrain.diagnose.smoke import smoke
+    from hvdtrain.doctor.smoke import smoke
 
     sys.exit(smoke(**options))
 
@@ -220,7 +220,7 @@ def timeline() -> None:
 @click.option("-o", "--output", type=click.Path(), help="What to write [FILE.merged.json beside the first].")
 def merge(files: tuple[str, ...], output: str | None) -> None:
     """Make one file for Perfetto of FILES, the ranks' timelines; of rank 0's alone, with those beside it."""
-    from hvdtrain.diagnose.timeline import merge
+    from hvdtrain.timeline.merge import merge
 
     sys.exit(merge(files, output))
 

@@ -58,7 +58,7 @@ class _OnlyFailures:
 def nothing_trained():
     """Forgets what a test has trained, and that a rank has joined: both decide what is compared over the ranks."""
     yield
-    trained, runtime = map(sys.modules.get, ("hvdtrain.gradients.trained", "hvdtrain.runtime"))
+    trained, runtime = map(sys.modules.get, ("hvdtrain.gradients.trained_variables", "hvdtrain.runtime"))
     if trained:
         trained.registry.clear()
     if runtime and runtime.is_initialized():

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.launch.mpi_identity import lenient_settings
-from hvdtrain.launch.plan import clean_environ
+from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
+from hvdtrain.launch.start_plan import clean_environ
 
 pytestmark = pytest.mark.jobs
 

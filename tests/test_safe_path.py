@@ -29,7 +29,11 @@ STARTS = {
     "run --as-horovod": [*RUN, "--as-horovod"],
     "python -m hvdtrain.wrap": [sys.executable, "-m", "hvdtrain.wrap"],
     "python -m hvdtrain.as_horovod": [sys.executable, "-m", "hvdtrain.as_horovod"],
-    "python -m hvdtrain.launch.supervise": [sys.executable, "-m", "hvdtrain.launch.supervise"],
+    "python -m hvdtrain.launch.supervision.rank_main": [
+        sys.executable,
+        "-m",
+        "hvdtrain.launch.supervision.rank_main",
+    ],
 }
 
 
@@ -77,7 +81,7 @@ def test_modules_in_the_scripts_own_folder_raise_there_as_with_python(shadowed):
 
 @pytest.mark.parametrize("probe", ["mpi", "stack"])
 def test_what_doctor_asks_is_answered_there(shadowed, probe):
-    done = run_in(shadowed, sys.executable, *safe_path.main_of(f"hvdtrain.diagnose.probes.{probe}"))
+    done = run_in(shadowed, sys.executable, *safe_path.main_of(f"hvdtrain.doctor.probes.{probe}"))
     assert done.returncode == 0, done.stderr
     assert '{"mpi4py"' in done.stdout or '"keras": ' in done.stdout
 

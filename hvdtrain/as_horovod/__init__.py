@@ -40,4 +40,4 @@ def install() -> None:
     os.environ.setdefault("HVDTRAIN_VERIFY", "second")
     sys.meta_path.insert(0, Aliases())
     keras2.install_with_keras()
-    children.follow()
+    children.follow(install)

@@ -14,7 +14,7 @@ SERVED = {
     "horovod.common.basics": "hvdtrain.as_horovod.common.basics",
     "horovod.common.elastic": "hvdtrain.keras.elastic",
     "horovod.common.exceptions": "hvdtrain.as_horovod.common.exceptions",
-    "horovod.common.process_sets": "hvdtrain.process_sets",
+    "horovod.common.process_sets": "hvdtrain.runtime.process_sets",
     "horovod.common.util": "hvdtrain.as_horovod.common.util",
     "horovod.keras": "hvdtrain.as_horovod.standalone_keras",
     "horovod.keras.callbacks": "hvdtrain.keras.callbacks",
@@ -79,7 +79,7 @@ class _Alias(Loader):
         source = importlib.import_module(SERVED[module.__name__])
         if "hvdtrain.keras" in sys.modules:
             # In Horovod ranks may validate as they like, rank 0 alone for one.
-            importlib.import_module("hvdtrain.keras.fitting").let_each_validate()
+            importlib.import_module("hvdtrain.keras.patches.model_fit").let_each_validate()
         vars(module).update(_content(source))
         module.__doc__ = f"{source.__name__}, by the name that it has in Horovod."
         if module.__name__ != "horovod":

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from hvdtrain.replacing import AfterImport, definer, replace_outermost
+from hvdtrain.patching import AfterImport, definer, replace_outermost
 
 # Takes the value of an argument of Keras 2, and returns the arguments of Keras 3 that mean the same.
 Meaning = Callable[[Any], dict[str, Any]]

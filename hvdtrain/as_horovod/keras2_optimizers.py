@@ -6,7 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.replacing import definer, replace
+from hvdtrain.patching import definer, replace
 
 _COMPUTE = (
     "Write `with tf.GradientTape() as tape:` around the loss, `tape = hvd.DistributedGradientTape(tape)` after it, "
@@ -99,7 +99,7 @@ def _unchanged(apply_gradients: Callable[..., Any]) -> Callable[..., Any]:
     """Refuse gradients that were changed before they were combined: Horovod changed them afterwards."""
 
     def apply(self: Any, grads_and_vars: Any) -> Any:
-        from hvdtrain.keras.optimizer import is_distributed
+        from hvdtrain.keras.optimizer.distributed import is_distributed
 
         pairs = list(grads_and_vars)
         computed = vars(self).pop("_hvdtrain_computed", None)

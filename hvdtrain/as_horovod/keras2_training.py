@@ -6,7 +6,7 @@ from typing import Any
 import keras as keras3
 import numpy as np
 
-from hvdtrain.replacing import definer, replace, replace_outermost
+from hvdtrain.patching import definer, replace, replace_outermost
 
 # Keras 3 calls the rate by its second name, Keras before 2.3 called the accuracy by its first.
 _SYNONYMS = (("lr", "learning_rate"), ("acc", "accuracy"), ("val_acc", "val_accuracy"))

@@ -11,11 +11,11 @@ import numpy as np
 from hvdtrain.bench import allreduce_table, machine, sizes
 from hvdtrain.bench.allreduce_table import ADD, COPY, LIMITS, LINK, OURS, RAW
 from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.field import Answers, Field
+from hvdtrain.bench.output import run
 from hvdtrain.bench.report import Report, Row, Spread
-from hvdtrain.bench.show import run
-from hvdtrain.launch import mpirun, slurm
+from hvdtrain.bench.scheduler import Answers, Field
 from hvdtrain.launch.hosts import Host, LaunchError, all_local, read_hosts
+from hvdtrain.launch.launchers import mpirun, slurm
 
 WORK = "hvdtrain.bench.work."
 

@@ -10,8 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from hvdtrain.bench import sizes
+from hvdtrain.bench.output import console
 from hvdtrain.bench.report import Report, ReportError, Row, Spread, load
-from hvdtrain.bench.show import console
 
 
 def compare(before: str, after: str) -> int:

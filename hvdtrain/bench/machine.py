@@ -7,10 +7,10 @@ from importlib import metadata
 from typing import Any
 
 from hvdtrain import cores
-from hvdtrain.bench.field import Field
-from hvdtrain.launch import binding, mpirun
-from hvdtrain.launch.asking import ask
-from hvdtrain.mpi_identity import mpi_name
+from hvdtrain.bench.scheduler import Field
+from hvdtrain.collectives.mpi.library import mpi_name
+from hvdtrain.launch.launchers import binding, mpirun
+from hvdtrain.launch.run_program import ask
 
 _PACKAGES = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "intel-tensorflow"),

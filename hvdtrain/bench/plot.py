@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from hvdtrain.bench import machine, sizes
 from hvdtrain.bench.report import Report
-from hvdtrain.bench.step import picture
+from hvdtrain.bench.step import plot as step_plot
 
 # One colour and mark each, that can be told apart in grey too.
 _COLOURS = [colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))]
@@ -26,7 +26,7 @@ def draw(report: Report, path: Path) -> None:
     """
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
-    {"allreduce": _allreduce, "step": picture.draw}[report.bench](figure, report)
+    {"allreduce": _allreduce, "step": step_plot.draw}[report.bench](figure, report)
     title = f"hvdtrain bench {report.bench}, {report.ranks} ranks, {report.date[:10]}"
     figure.suptitle(f"{title}\n{machine.summary(report.machine)}", fontsize=9)
     figure.savefig(path, dpi=120)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 
-from hvdtrain.bench.lines import packed
+from hvdtrain.bench.json_lines import packed
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from hvdtrain.collectives.operands import Op
+from hvdtrain.collectives.ops import Op
 
 Error = TypeVar("Error", bound=BaseException)
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvdtrain.collectives.operands import Op
+from hvdtrain.collectives.ops import Op
 
 # At 16 MiB MPI_Allreduce over shared memory is at its fastest; larger buffers leave the caches.
 BUCKET_BYTES = 16 << 20

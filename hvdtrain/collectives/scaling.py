@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvdtrain.collectives.base import Call, Engine, Op, StandIn
+from hvdtrain.collectives.engine import Call, Engine, Op, StandIn
 
 # Horovod scales integers in float64, and 16-bit floats in float32.
 _SCALED_IN = {"float16": np.float32, "bfloat16": np.float32, "float32": np.float32}

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from hvdtrain.collectives.base import Engine, Op, World
+from hvdtrain.collectives.engine import Engine, Op, World
 
 
 class SingleEngine(Engine):

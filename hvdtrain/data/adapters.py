@@ -7,7 +7,7 @@ import tensorflow as tf
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
-from hvdtrain.data.sharded import ShardedDataset
+from hvdtrain.data.sharded_dataset import ShardedDataset
 
 
 class _Epochs:

@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.data import nests
-from hvdtrain.data.part import Part, class_weights, refuse_both
-from hvdtrain.data.plan import Plan
+from hvdtrain.data import structures
+from hvdtrain.data.local_batch import Part, class_weights, refuse_both
+from hvdtrain.data.sample_plan import Plan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class ArraySource:
     def part(self, epoch: int, step: int) -> Part:
         """Reads this rank's rows of a global batch."""
         indices, rows = self.plan.part(self._order(epoch), step)
-        x, y, weight = (nests.rows(value, indices) for value in (self.x, self.y, self.sample_weight))
+        x, y, weight = (structures.rows(value, indices) for value in (self.x, self.y, self.sample_weight))
         return Part(x, y, weight, rows)
 
     def weighted(self, class_weight: dict[int, float]) -> "ArraySource":
@@ -55,7 +55,7 @@ class ArraySource:
 
     def facts(self) -> list[tuple[str, str]]:
         """States what must be the same on all ranks."""
-        described = nests.all_described((self.x, self.y, self.sample_weight))
+        described = structures.all_described((self.x, self.y, self.sample_weight))
         return [("the number of samples", str(self.plan.length)), *described]
 
     def begin(self, epoch: int) -> None:
@@ -85,7 +85,7 @@ def array_source(data: Any, plan_of: Any) -> ArraySource:
         data: x, (x, y) or (x, y, sample_weight).
         plan_of: Makes the plan from a number of samples.
     """
-    x, y, given = nests.all_arrays(nests.unpacked(data))
+    x, y, given = structures.all_arrays(structures.unpacked(data))
     if given is not None and y is None:
         raise ValueError("hvd.shard: a sample_weight without targets y has no use in Keras.")
-    return ArraySource(x, y, given, plan_of(nests.length((x, y, given))))
+    return ArraySource(x, y, given, plan_of(structures.length((x, y, given))))

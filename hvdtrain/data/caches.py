@@ -8,8 +8,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Engine, ranks_text
-from hvdtrain.data import lineage
+from hvdtrain.collectives.engine import Engine, ranks_text
+from hvdtrain.data import dataset_graph
 
 
 def files_of(data: Any, whole: bool = False) -> list[str]:
@@ -21,7 +21,7 @@ def files_of(data: Any, whole: bool = False) -> list[str]:
     """
     if not isinstance(data, tf.data.Dataset):
         return []
-    found = [str(Path(path).absolute()) for path in lineage.cache_files(data)]
+    found = [str(Path(path).absolute()) for path in dataset_graph.cache_files(data)]
     return [path for path in found if not (whole and Path(f"{path}.index").exists())]
 
 

@@ -10,12 +10,12 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import Call, Engine
-from hvdtrain.data import lineage, nests
+from hvdtrain.collectives.engine import Call, Engine
+from hvdtrain.data import dataset_graph, structures
+from hvdtrain.data.collective_errors import together
 from hvdtrain.data.pipelines import ByFiles, ByRows, Division, balanced, count_samples, own_files
-from hvdtrain.data.plan import Plan
 from hvdtrain.data.position import Position
-from hvdtrain.data.together import together
+from hvdtrain.data.sample_plan import Plan
 
 BUFFER = 10_000  # samples among which a data set of unknown length is shuffled
 
@@ -193,11 +193,11 @@ def tf_pipeline(
         ValueError: If the ranks would read it in different orders.
     """
     batched = own is not None
-    reshuffled = lineage.reshuffles(dataset)
+    reshuffled = dataset_graph.reshuffles(dataset)
     division = Division(
         batch_size, engine.rank, engine.size, keep, _buffer(dataset, shuffle, own), reshuffled
     )
-    if engine.size > 1 and lineage.reads_files(dataset):
+    if engine.size > 1 and dataset_graph.reads_files(dataset):
         counts = _file_counts(dataset, batched, engine)
         if counts and balanced(counts, division):
             mine = own_files(dataset, engine.rank, engine.size)
@@ -222,22 +222,22 @@ def own_batch(dataset: tf.data.Dataset) -> int | None:
             "hvd.shard: this data set is endless, so it has no epochs that all samples could be seen once in. "
             "Leave out .repeat(), fit's epochs repeat it; or say what an epoch is: dataset.take(…)."
         )
-    first = next(iter(lineage.before_shuffling(dataset).take(1)), None)
+    first = next(iter(dataset_graph.before_shuffling(dataset).take(1)), None)
     if dataset.cardinality() == 0 or first is None:
         raise ValueError("hvd.shard: the data set holds no samples.")
-    if not lineage.is_batched(dataset):
+    if not dataset_graph.is_batched(dataset):
         return None
-    known = lineage.batch_size(dataset)
+    known = dataset_graph.batch_size(dataset)
     if known is not None:
         return int(known)
-    if lineage.before_shuffling(dataset) is not dataset:
+    if dataset_graph.before_shuffling(dataset) is not dataset:
         first = next(iter(dataset.take(1)))
     return int(tf.nest.flatten(first)[0].shape[0])
 
 
 def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
     """Raises ValueError where a run is to go on with data whose order nobody can repeat."""
-    if (epoch or step) and lineage.reshuffles(dataset):
+    if (epoch or step) and dataset_graph.reshuffles(dataset):
         raise ValueError(
             "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
             f"a run cannot go on with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and type "
@@ -247,11 +247,11 @@ def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
 
 def tf_facts(dataset: tf.data.Dataset) -> list[tuple[str, str]]:
     """States what must be the same on all ranks: structure, length, and what the first targets are."""
-    source = lineage.before_shuffling(dataset)
+    source = dataset_graph.before_shuffling(dataset)
     element = next(iter(source.take(1)))
-    _, y, _ = nests.unpacked(element) if source is dataset else (None, None, None)
+    _, y, _ = structures.unpacked(element) if source is dataset else (None, None, None)
     leaves = [each for each in tf.nest.flatten(element if y is None else y) if isinstance(each, tf.Tensor)]
-    sums = " ".join(f"{nests.checksum(each.numpy()):08x}" for each in leaves)
+    sums = " ".join(f"{structures.checksum(each.numpy()):08x}" for each in leaves)
     length = int(dataset.cardinality())
     return [
         ("the number of elements", "unknown" if length < 0 else str(length)),
@@ -300,9 +300,11 @@ def _refuse_other_orders(dataset: tf.data.Dataset, engine: Engine) -> None:
     if engine.size == 1:
         return
     orders = engine.allgather_object(
-        "deterministic=False" if lineage.in_any_order(dataset) else f"shuffle seeds {lineage.seeds(dataset)}"
+        "deterministic=False"
+        if dataset_graph.in_any_order(dataset)
+        else f"shuffle seeds {dataset_graph.seeds(dataset)}"
     )
-    unseeded = lineage.shuffles_without_seed(dataset)
+    unseeded = dataset_graph.shuffles_without_seed(dataset)
     if unseeded or len(set(orders)) > 1 or "deterministic=False" in orders:
         listed = "\n".join(f"  rank {rank}: {each}" for rank, each in enumerate(orders))
         raise ValueError(

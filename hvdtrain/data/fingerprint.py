@@ -9,8 +9,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Call, Engine
-from hvdtrain.data import lineage, nests
+from hvdtrain.collectives.engine import Call, Engine
+from hvdtrain.data import dataset_graph, structures
 
 BATCHES = 2  # the first batches of the first epoch: what is equal there is no chance
 
@@ -100,7 +100,7 @@ def verdict(values: Sequence[int | None], why: str = _SAME_BATCHES) -> str | Non
 
 def digest(x: Any) -> int:
     """Returns the CRC-32 over all arrays of a nest, their shapes and dtypes included."""
-    return nests.checksum_of_all(np.asarray(leaf) for leaf in keras.tree.flatten(x))
+    return structures.checksum_of_all(np.asarray(leaf) for leaf in keras.tree.flatten(x))
 
 
 def _source_digest(fit: Mapping[str, Any]) -> int | None:
@@ -109,7 +109,7 @@ def _source_digest(fit: Mapping[str, Any]) -> int | None:
     if isinstance(x, keras.utils.PyDataset):
         return digest([x.num_batches, x[0]]) if x.num_batches else None
     if isinstance(x, tf.data.Dataset):
-        source = lineage.only_shuffled(x)
+        source = dataset_graph.only_shuffled(x)
         return None if source is None else digest(list(source.take(BATCHES)))
     leaves = keras.tree.flatten([fit.get(name) for name in ("x", "y", "sample_weight")])
     if not all(hasattr(each, "shape") for each in leaves if each is not None):

@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.data import nests
-from hvdtrain.data.part import Part, part_of
-from hvdtrain.data.plan import deal
+from hvdtrain.data import structures
+from hvdtrain.data.local_batch import Part, part_of
 from hvdtrain.data.position import Position
+from hvdtrain.data.sample_plan import deal
 
 
 class ShardedGenerator:
@@ -92,8 +92,8 @@ class ShardedGenerator:
     def _next(self) -> Part:
         batch_size, rank, size, keep = self._options
         while True:
-            batch = nests.all_arrays(nests.unpacked(next(self._batches)))
-            count = nests.length(batch)
+            batch = structures.all_arrays(structures.unpacked(next(self._batches)))
+            count = structures.length(batch)
             if count > batch_size:
                 raise ValueError(
                     f"hvd.shard: the generator yielded a batch of {count}, more than batch_size={batch_size}. "

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.engine import Engine
 
 Tensor = Any
 

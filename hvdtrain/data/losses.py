@@ -21,12 +21,12 @@ from keras.src.losses import loss as keras_loss
 from keras.src.trainers.compile_utils import CompileLoss
 
 from hvdtrain import runtime
-from hvdtrain.collectives import operations
-from hvdtrain.collectives.base import Engine, Op
+from hvdtrain.backends.tensorflow import differentiable
+from hvdtrain.backends.tensorflow.host_calls import counter
+from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.scaling import Reduction
-from hvdtrain.collectives.tensors import counter
 from hvdtrain.data.global_batch import GlobalBatch, current
-from hvdtrain.replacing import replace, replace_where_defined
+from hvdtrain.patching import replace, replace_where_defined
 
 Tensor = Any
 
@@ -230,7 +230,7 @@ def _shown(shape: Any) -> str:
 def _sum_over_ranks(step: GlobalBatch, numbers: Sequence[Tensor]) -> Tensor:
     """Return the sums of numbers over the ranks that hold samples, float64 of shape (len(numbers),)."""
     mine = tf.stack(numbers) * tf.cast(tf.minimum(step.own, 1), tf.float64)
-    return operations.allreduce(step.engine, tf.stop_gradient(mine), Reduction(Op.SUM))
+    return differentiable.allreduce(step.engine, tf.stop_gradient(mine), Reduction(Op.SUM))
 
 
 def _kind(compute: Callable[[Any], Tensor], given: Any) -> Tensor:

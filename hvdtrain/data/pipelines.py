@@ -7,8 +7,8 @@ import keras
 import tensorflow as tf
 
 from hvdtrain.data.global_batch import Dealt
-from hvdtrain.data.nests import unpacked
-from hvdtrain.data.part import packed, refuse_both
+from hvdtrain.data.local_batch import packed, refuse_both
+from hvdtrain.data.structures import unpacked
 
 _FILE_POLICY = 1  # AutoShardPolicy.FILE
 

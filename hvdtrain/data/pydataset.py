@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from hvdtrain.data import nests
-from hvdtrain.data.part import Part, part_of
-from hvdtrain.data.plan import Rows, deal, permutation
+from hvdtrain.data import structures
+from hvdtrain.data.local_batch import Part, part_of
+from hvdtrain.data.sample_plan import Rows, deal, permutation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class BatchSource:
         """Makes the batches of a step and takes this rank's rows."""
         group = self.order(epoch)[step * self._group : (step + 1) * self._group]
         batch, rows = self._divided(group[0]) if self._group == 1 else self._whole(group)
-        return part_of(nests.unpacked(batch), rows, self.class_weight)
+        return part_of(structures.unpacked(batch), rows, self.class_weight)
 
     def order(self, epoch: int) -> np.ndarray:
         """Returns the order of the user's batches; a last one that is not full stays last in whole groups."""
@@ -87,7 +87,7 @@ class BatchSource:
         x, y, _ = _batch(self.dataset, 0)
         part, name = (x, "x of batch 0") if y is None else (y, "y of batch 0")
         counts = f"{self.dataset.num_batches} batches of {self.rows}, the last of {self.last}"
-        return [("the number of batches", counts), *nests.described(part, name)]
+        return [("the number of batches", counts), *structures.described(part, name)]
 
     def begin(self, epoch: int) -> None:
         """Lets the user's data set prepare an epoch, with the same random numbers on all ranks."""
@@ -105,7 +105,7 @@ class BatchSource:
 
     def _divided(self, index: int) -> tuple[Any, Rows]:
         batch = _batch(self.dataset, int(index))
-        count = nests.length(batch)
+        count = structures.length(batch)
         if count > self.batch_size:
             raise ValueError(
                 f"hvd.shard: batch {index} of the PyDataset holds {count} samples, more than its first with "
@@ -118,7 +118,7 @@ class BatchSource:
         mine = group[self.rank * each : (self.rank + 1) * each]
         found = [_batch(self.dataset, int(index)) for index in (mine if len(mine) else group[:1])]
         batch = tuple(_joined(parts) for parts in zip(*found, strict=True))
-        own = nests.length(batch) if len(mine) else 0
+        own = structures.length(batch) if len(mine) else 0
         # Only the last batch may be smaller, and a group holds it or not on all ranks alike.
         short = self.rows - self.last if int(self.dataset.num_batches) - 1 in group else 0
         return batch, Rows(np.arange(max(own, 1)), own, len(group) * self.rows - short, self.size)
@@ -144,7 +144,7 @@ def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, mak
         )
     if count < 1:
         raise ValueError("hvd.shard: the PyDataset holds no batches. Received: length 0.")
-    rows, last = (nests.length(_batch(dataset, index)) for index in (0, int(count) - 1))
+    rows, last = (structures.length(_batch(dataset, index)) for index in (0, int(count) - 1))
     if count == 1 and batch_size is not None and rows < batch_size:
         rows = batch_size  # a single batch is also the last, which may be smaller
     wanted = rows if batch_size is None else batch_size
@@ -158,13 +158,13 @@ def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, mak
 
 
 def _batch(dataset: keras.utils.PyDataset, index: int) -> tuple[Any, Any, Any]:
-    return nests.all_arrays(nests.unpacked(dataset[index]))
+    return structures.all_arrays(structures.unpacked(dataset[index]))
 
 
 def _joined(parts: Any) -> Any:
-    flat = [[leaf for _, leaf in nests.leaves(each)] for each in parts]
+    flat = [[leaf for _, leaf in structures.leaves(each)] for each in parts]
     joined = iter([np.concatenate(column) for column in zip(*flat, strict=True)])
-    return nests.mapped(lambda leaf, _: next(joined), parts[0])
+    return structures.mapped(lambda leaf, _: next(joined), parts[0])
 
 
 @contextlib.contextmanager

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.collectives.base import Engine, MismatchError, ranks_text
+from hvdtrain.collectives.engine import Engine, MismatchError, ranks_text
 from hvdtrain.gradients.naming import variable_name
 from hvdtrain.gradients.projection import checksum, precision, projected
-from hvdtrain.gradients.trained import Key, Trained, key_of, registry
+from hvdtrain.gradients.trained_variables import Key, Trained, key_of, registry
 from hvdtrain.gradients.verification import Policy
 
 # On hosts with different CPUs an update may round differently; so many times that is no reason to end a job.

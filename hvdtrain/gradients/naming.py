@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain.collectives.base import Call
+from hvdtrain.collectives.engine import Call
 
 
 def variable_name(variable: Any) -> str:

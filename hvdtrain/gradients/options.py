@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.compression import Compression
 
 

@@ -6,11 +6,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives import exchange
-from hvdtrain.collectives.base import Call, Engine, Op
+from hvdtrain.backends.tensorflow import bridge
+from hvdtrain.collectives.engine import Call, Engine, Op
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.options import ReduceOptions, groups_of
-from hvdtrain.gradients.trained import registry
+from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Verification
 
 # Reducers are used in the same order on all ranks, so a number at first use tells them apart alike everywhere.
@@ -104,7 +104,7 @@ class GradientReducer:
 
     def _is_seen(self, gradient: Any) -> bool:
         """Tells whether the verification sees a gradient before it is sent; of those in place nothing is left."""
-        on_host = exchange.shown_to_numpy(self._engine, self._factors()[2])
+        on_host = bridge.shown_to_numpy(self._engine, self._factors()[2])
         return on_host and not _is_sparse(gradient)
 
     def _reduced(
@@ -113,13 +113,13 @@ class GradientReducer:
         sparse = [each for each in gradients if _is_sparse(each)]
         dense = [index for index, each in enumerate(gradients) if not _is_sparse(each)]
         before, after, op = self._factors()
-        reduced, rows, due = exchange.reduce_gradients(
+        reduced, rows, due = bridge.reduce_gradients(
             self._engine,
             [_times(gradients[index], before) for index in dense],
             [part for each in sparse for part in (self._divided(each.values), each.indices)],
             op,
             self._call(gradients, variables),
-            exchange.Watch(
+            bridge.Watch(
                 verification.begin,
                 lambda place, array: verification.see(place, array, before),
             ),

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.collectives import tensors
-from hvdtrain.collectives.base import Engine, MismatchError, Op, ranks_text
+from hvdtrain.backends.tensorflow import host_calls
+from hvdtrain.collectives.engine import Engine, MismatchError, Op, ranks_text
 from hvdtrain.gradients.naming import variable_name
 from hvdtrain.gradients.projection import checksum, precision, projected, smallest
 from hvdtrain.gradients.proof import Proof
-from hvdtrain.gradients.trained import registry
+from hvdtrain.gradients.trained_variables import registry
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class Verification:
             self._announce(self._step, len(trained), proof)
             return [np.array(True)]
 
-        (checked,) = tensors.on_host(self._engine, compare, [*weights, *gradients], [tf.bool])
+        (checked,) = host_calls.on_host(self._engine, compare, [*weights, *gradients], [tf.bool])
         checked.set_shape(())
         return checked
 

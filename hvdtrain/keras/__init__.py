@@ -21,22 +21,12 @@ if keras.backend.backend() != "tensorflow":
         "Set KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json."
     )
 
-from hvdtrain.built import (
-    ccl_built,
-    cuda_built,
-    ddl_built,
-    gloo_built,
-    gloo_enabled,
-    mpi_built,
-    mpi_enabled,
-    mpi_threads_supported,
-    nccl_built,
-    rocm_built,
-)
-from hvdtrain.collectives.base import MismatchError, Op
+from hvdtrain.collectives.engine import MismatchError, Op
 from hvdtrain.data import first_on_node, first_overall, shard
 from hvdtrain.gradients.compression import Compression
 from hvdtrain.keras import callbacks, elastic
+from hvdtrain.keras.broadcast_variables import broadcast_variables
+from hvdtrain.keras.checkpointing.load_model import load_model
 from hvdtrain.keras.collectives import (
     allgather,
     allgather_object,
@@ -48,12 +38,9 @@ from hvdtrain.keras.collectives import (
     reducescatter,
 )
 from hvdtrain.keras.evaluation import evaluate, predict
-from hvdtrain.keras.layers import SyncBatchNormalization
-from hvdtrain.keras.loading import load_model
-from hvdtrain.keras.optimizer import DistributedOptimizer, PartialDistributedOptimizer
+from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
+from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, PartialDistributedOptimizer
 from hvdtrain.keras.start import init
-from hvdtrain.keras.timeline import start_timeline, stop_timeline
-from hvdtrain.keras.variables import broadcast_variables
 from hvdtrain.keras.world import (
     cross_rank,
     cross_size,
@@ -63,8 +50,21 @@ from hvdtrain.keras.world import (
     rank,
     size,
 )
-from hvdtrain.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from hvdtrain.runtime import is_initialized, shutdown
+from hvdtrain.runtime.build_info import (
+    ccl_built,
+    cuda_built,
+    ddl_built,
+    gloo_built,
+    gloo_enabled,
+    mpi_built,
+    mpi_enabled,
+    mpi_threads_supported,
+    nccl_built,
+    rocm_built,
+)
+from hvdtrain.runtime.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
+from hvdtrain.timeline.control import start_timeline, stop_timeline
 
 Average, Sum, Adasum = Op.AVERAGE, Op.SUM, Op.ADASUM
 Min, Max, Product = Op.MIN, Op.MAX, Op.PRODUCT

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.compression import Compression
-from hvdtrain.process_sets import ProcessSet, engine_of, global_process_set
+from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 
 
 def allreduce(

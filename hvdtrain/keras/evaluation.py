@@ -7,13 +7,14 @@ import keras
 import numpy as np
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import Engine
-from hvdtrain.data import nests, seams
-from hvdtrain.data.together import compare, together
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.data import structures
+from hvdtrain.data.collective_errors import compare, together
+from hvdtrain.data.shard import Sharded
+from hvdtrain.keras.callbacks.error_propagation import telling
 from hvdtrain.keras.callbacks.membership import engine_of
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
-from hvdtrain.keras.callbacks.telling import telling
-from hvdtrain.keras.dealing import Arrays, Deck, Facts, deck
+from hvdtrain.keras.dealt_batches import Arrays, Deck, Facts, deck
 
 
 def evaluate(
@@ -117,7 +118,7 @@ def _world(model: keras.Model, function: str) -> Engine:
             "Call model.evaluate or model.predict on its ranks."
         )
     facts = [
-        (f"weight {each.path}", f"checksum {nests.checksum(each.numpy()):08x}") for each in model.weights
+        (f"weight {each.path}", f"checksum {structures.checksum(each.numpy()):08x}") for each in model.weights
     ]
     compare(
         world,
@@ -133,10 +134,10 @@ def _part(
     engine: Engine, data: Any, beside: tuple[Any, Any], batch_size: int | None, steps: int | None
 ) -> tuple[dict[str, Any], bool]:
     """Returns what this rank evaluates, and whether it is a part: where some rank would have none, all take all."""
-    if isinstance(data, seams.Sharded):
+    if isinstance(data, Sharded):
         return {"x": data, "y": beside[0], "sample_weight": beside[1], "steps": steps}, True
     apart = beside[0] is None and isinstance(data, tuple)
-    parts = nests.unpacked(data) if apart else (data, *beside)
+    parts = structures.unpacked(data) if apart else (data, *beside)
     whole = _whole(engine, "hvd.evaluate", parts, batch_size, steps)
     if not together(engine, "hvd.evaluate", lambda: whole.enough(engine.size)):
         return whole.arguments(), False
@@ -149,7 +150,7 @@ def _whole(
     """Reads what the user calls data, once it is known to be the same on all ranks."""
 
     def read() -> tuple[Deck, Facts]:
-        if isinstance(parts[0], seams.Sharded):
+        if isinstance(parts[0], Sharded):
             raise TypeError(f"{function} divides the data itself: give it what you gave to hvd.shard.")
         whole = deck(parts, batch_size, steps, engine.size)
         return whole, whole.facts()

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 
 from hvdtrain import heartbeat
-from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.engine import Engine
 from hvdtrain.keras.callbacks.membership import optimizers_of
-from hvdtrain.replacing import replace
+from hvdtrain.patching import replace
 
 
 @functools.cache

@@ -9,10 +9,11 @@ from typing import Any
 import tensorflow as tf
 
 from hvdtrain import cores, runtime
-from hvdtrain.collectives.base import Engine, ranks_text
-from hvdtrain.keras import equality, fitting, own_part, progress
-from hvdtrain.keras.timeline import start_if_asked
-from hvdtrain.process_sets import register
+from hvdtrain.collectives.engine import Engine, ranks_text
+from hvdtrain.keras import model_comparison, progress
+from hvdtrain.keras.patches import model_compile, model_fit, usage_warnings
+from hvdtrain.runtime.process_sets import register
+from hvdtrain.timeline.control import start_if_asked
 
 
 def init(comm: Any = None, process_sets: Any = None) -> None:
@@ -39,9 +40,10 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
         threads = _take_cores(engine)
         _take_gpu(engine)
         engine.say(_summary(engine, threads))
-    fitting.install()
-    own_part.install()
-    equality.install()
+    model_compile.install()
+    model_fit.install()
+    usage_warnings.install()
+    model_comparison.install()
     progress.note_lines()
     start_if_asked()
     if process_sets is not None and process_sets != "dynamic":

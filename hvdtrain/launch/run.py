@@ -8,19 +8,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from hvdtrain.launch import restart, staging, walltime, wire
-from hvdtrain.launch.console import Console
-from hvdtrain.launch.done import DoneFile
-from hvdtrain.launch.ending import Ending, conclude, interrupted
-from hvdtrain.launch.foreign import Foreign, understand
+from hvdtrain.launch import data_staging
+from hvdtrain.launch.foreign_options import Foreign, understand
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.interrupt import Interrupted, hearing
-from hvdtrain.launch.job import Job
-from hvdtrain.launch.plan import Plan, clean_environ, make_plan, with_ranks
-from hvdtrain.launch.restart import Start
+from hvdtrain.launch.restarts import restart_policy, walltime
+from hvdtrain.launch.restarts.outcome import Ending, conclude, interrupted
+from hvdtrain.launch.restarts.remaining_hosts import World, world
+from hvdtrain.launch.restarts.restart_policy import Start
 from hvdtrain.launch.run_options import RunOptions, command_line, set_variables
-from hvdtrain.launch.survivors import World, world
-from hvdtrain.preempted import RESUMABLE
+from hvdtrain.launch.start_plan import Plan, clean_environ, make_plan, with_ranks
+from hvdtrain.launch.supervision import protocol
+from hvdtrain.launch.supervision.console import Console
+from hvdtrain.launch.supervision.done_file import DoneFile
+from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
+from hvdtrain.launch.supervision.job import Job
+from hvdtrain.stop_request import RESUMABLE
 
 __all__ = ["RunOptions", "run"]
 
@@ -50,7 +52,7 @@ def run(options: RunOptions, foreign: Iterable[tuple[Foreign, Sequence[Any]]] = 
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if len(starts) > 1:
-        console.say(restart.report(starts))
+        console.say(restart_policy.report(starts))
     if words:
         console.say(words)
     return code
@@ -60,11 +62,11 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     """Starts the ranks, as often as need be, and gives the exit code and the last words."""
     os.environ.update(set_variables(options))  # the launcher reads some of them, too
     environ = clean_environ(os.environ)
-    restart.pause(environ, 0)
+    restart_policy.pause(environ, 0)
     options = with_ranks(options, environ)
-    environ |= staging.told(options.stage, environ) | walltime.told(options.walltime, environ)
-    environ[restart.RESTART] = "0"
-    environ[wire.TYPED] = command_line(replace(options, as_horovod=False, wrap=False, scale_batch=False))
+    environ |= data_staging.told(options.stage, environ) | walltime.told(options.walltime, environ)
+    environ[restart_policy.RESTART] = "0"
+    environ[protocol.TYPED] = command_line(replace(options, as_horovod=False, wrap=False, scale_batch=False))
     plan = make_plan(options, environ)
     if options.dry_run:
         print(plan)
@@ -72,7 +74,7 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     if plan.note:
         console.say(plan.note)
     done = DoneFile(options.done_file) if options.done_file else None
-    with staging.staged(options.stage, environ):
+    with data_staging.staged(options.stage, environ):
         ending = _persevere(options, plan, environ, console, starts)
         if done and ending.code == 0:
             done.write(starts[-1].hosts)
@@ -89,12 +91,12 @@ def _persevere(
         environ = {**environ, **plan.settings}
         starts.append(_start(options, plan, environ, asked.ranks, console))
         last = starts[-1].ending
-        reason = restart.objection(starts, options.max_restarts)
+        reason = restart_policy.objection(starts, options.max_restarts)
         if reason is not None:
             return replace(last, words="\n".join(filter(None, (reason, last.words))))
         console.say(last.words)
         asked = _wait(options, environ, len(starts), console)
-        environ[restart.RESTART] = str(len(starts))
+        environ[restart_policy.RESTART] = str(len(starts))
         plan = make_plan(replace(options, num_proc=asked.ranks), environ, asked.left)
 
 
@@ -113,7 +115,7 @@ def _start(
 
 def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, console: Console) -> World:
     """Lets some time pass before a restart, and finds out where it can be."""
-    seconds = restart.pause(environ, restarts - 1)
+    seconds = restart_policy.pause(environ, restarts - 1)
     after = f"hvdtrain: start {restarts + 1} of at most {options.max_restarts + 1} follows"
     console.say(f"{after} in {seconds:g} s.")
     time.sleep(seconds)

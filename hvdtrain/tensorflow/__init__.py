@@ -1,7 +1,22 @@
 """What a training loop of your own imports: `import hvdtrain.tensorflow as hvd`."""
 
 import hvdtrain.keras  # noqa: F401 - checks TensorFlow and Keras, and says what is missing
-from hvdtrain.built import (
+from hvdtrain.collectives.engine import MismatchError, Op
+from hvdtrain.gradients.compression import Compression
+from hvdtrain.keras import elastic
+from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
+from hvdtrain.keras.start import init
+from hvdtrain.keras.world import (
+    cross_rank,
+    cross_size,
+    is_homogeneous,
+    local_rank,
+    local_size,
+    rank,
+    size,
+)
+from hvdtrain.runtime import is_initialized, shutdown
+from hvdtrain.runtime.build_info import (
     ccl_built,
     cuda_built,
     ddl_built,
@@ -13,23 +28,7 @@ from hvdtrain.built import (
     nccl_built,
     rocm_built,
 )
-from hvdtrain.collectives.base import MismatchError, Op
-from hvdtrain.gradients.compression import Compression
-from hvdtrain.keras import elastic
-from hvdtrain.keras.layers import SyncBatchNormalization
-from hvdtrain.keras.start import init
-from hvdtrain.keras.timeline import start_timeline, stop_timeline
-from hvdtrain.keras.world import (
-    cross_rank,
-    cross_size,
-    is_homogeneous,
-    local_rank,
-    local_size,
-    rank,
-    size,
-)
-from hvdtrain.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
-from hvdtrain.runtime import is_initialized, shutdown
+from hvdtrain.runtime.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from hvdtrain.tensorflow import compression, mpi_ops, sync_batch_norm  # noqa: F401 - reached as attributes
 from hvdtrain.tensorflow.compatibility import (
     check_extension,
@@ -68,6 +67,7 @@ from hvdtrain.tensorflow.util import (  # noqa: F401 - private names that script
     vars_to_refs,
 )
 from hvdtrain.tensorflow.world import local_rank_op, local_size_op, process_set_included_op, rank_op, size_op
+from hvdtrain.timeline.control import start_timeline, stop_timeline
 
 Average, Sum, Adasum = Op.AVERAGE, Op.SUM, Op.ADASUM
 Min, Max, Product = Op.MIN, Op.MAX, Op.PRODUCT

@@ -7,7 +7,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Engine, Op
+from hvdtrain.collectives.engine import Engine, Op
 
 
 def handle_average_backwards_compatibility(op: Op | int | str | None, average: bool | None) -> Op:

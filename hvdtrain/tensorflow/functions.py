@@ -6,10 +6,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives import operations
+from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.gradients.naming import described_call
-from hvdtrain.gradients.trained import NOTHING, registry
-from hvdtrain.process_sets import ProcessSet, engine_of, global_process_set
+from hvdtrain.gradients.trained_variables import NOTHING, registry
+from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 
 
 def broadcast_variables(
@@ -134,6 +134,6 @@ def _assigned(variables: Sequence[Any], root_rank: int, process_set: ProcessSet)
     details = [f"{tf.as_dtype(each.dtype).name} {tuple(each.shape)}" for each in variables]
     call = described_call(f"broadcast of variables from rank {root_rank}", variables, details)
     values = [tf.convert_to_tensor(each) for each in variables]
-    received = operations.broadcast(engine, values, root_rank, call)
+    received = differentiable.broadcast(engine, values, root_rank, call)
     assigned = [variable.assign(value) for variable, value in zip(variables, received, strict=True)]
     return [each for each in assigned if each is not None]

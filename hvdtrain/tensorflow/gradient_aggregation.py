@@ -5,8 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.gradients.trained import registry
-from hvdtrain.process_sets import ProcessSet, global_process_set
+from hvdtrain.gradients.trained_variables import registry
+from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
 
 
 class LocalGradientAggregationHelper:

@@ -2,7 +2,19 @@
 
 from typing import Any
 
-from hvdtrain.built import (
+from hvdtrain.collectives.engine import Op
+from hvdtrain.keras.start import init
+from hvdtrain.keras.world import (
+    cross_rank,
+    cross_size,
+    is_homogeneous,
+    local_rank,
+    local_size,
+    rank,
+    size,
+)
+from hvdtrain.runtime import is_initialized, shutdown
+from hvdtrain.runtime.build_info import (
     ccl_built,
     cuda_built,
     ddl_built,
@@ -14,20 +26,7 @@ from hvdtrain.built import (
     nccl_built,
     rocm_built,
 )
-from hvdtrain.collectives.base import Op
-from hvdtrain.keras.start import init
-from hvdtrain.keras.timeline import start_timeline, stop_timeline
-from hvdtrain.keras.world import (
-    cross_rank,
-    cross_size,
-    is_homogeneous,
-    local_rank,
-    local_size,
-    rank,
-    size,
-)
-from hvdtrain.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
-from hvdtrain.runtime import is_initialized, shutdown
+from hvdtrain.runtime.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
 from hvdtrain.tensorflow import ops
 from hvdtrain.tensorflow.compatibility import (
     check_num_rank_power_of_2,
@@ -37,6 +36,7 @@ from hvdtrain.tensorflow.compatibility import (
 from hvdtrain.tensorflow.functions import broadcast_
 from hvdtrain.tensorflow.ops import allgather, alltoall, broadcast, grouped_allgather, join
 from hvdtrain.tensorflow.world import local_rank_op, local_size_op, process_set_included_op, rank_op, size_op
+from hvdtrain.timeline.control import start_timeline, stop_timeline
 
 num_rank_is_power_2 = check_num_rank_power_of_2
 Average, Sum, Adasum = Op.AVERAGE, Op.SUM, Op.ADASUM

@@ -5,12 +5,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives import operations
-from hvdtrain.collectives.arguments import refused
-from hvdtrain.collectives.base import Engine, Op
+from hvdtrain.backends.tensorflow import differentiable
+from hvdtrain.backends.tensorflow.argument_checks import refused
+from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.scaling import Reduction
 from hvdtrain.gradients.compression import Compression
-from hvdtrain.process_sets import ProcessSet, engine_of, global_process_set
+from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 from hvdtrain.tensorflow.compatibility import check_adasum, handle_average_backwards_compatibility
 
 
@@ -65,7 +65,7 @@ def allreduce(
             return _sparse(engine, [tensor], reduction)[0]
     with tf.device(device_dense):
         small, context = compression.compress(tf.convert_to_tensor(tensor))
-        return compression.decompress(operations.allreduce(engine, small, reduction), context)
+        return compression.decompress(differentiable.allreduce(engine, small, reduction), context)
 
 
 def grouped_allreduce(
@@ -110,7 +110,7 @@ def grouped_allreduce(
     with tf.device(device_sparse):
         of_sparse = iter(_sparse(engine, sparse, reduction))
     with tf.device(device_dense):
-        of_dense = iter(_compressed(compression, dense, engine, reduction, operations.grouped_allreduce))
+        of_dense = iter(_compressed(compression, dense, engine, reduction, differentiable.grouped_allreduce))
     return [next(of_sparse if isinstance(each, tf.IndexedSlices) else of_dense) for each in tensors]
 
 
@@ -148,7 +148,7 @@ def grouped_allgather(
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
     """Joins several tensors, each as `allgather` does; takes and returns a list."""
-    return operations.allgather(_engine(process_set), [tf.convert_to_tensor(each) for each in tensors])
+    return differentiable.allgather(_engine(process_set), [tf.convert_to_tensor(each) for each in tensors])
 
 
 def broadcast(
@@ -176,7 +176,7 @@ def broadcast(
         ValueError: If there is no such rank, or this rank is not in `process_set`.
         MismatchError: On every rank, if shapes, dtypes or root ranks differ.
     """
-    return operations.broadcast(_engine(process_set), [tf.convert_to_tensor(tensor)], root_rank)[0]
+    return differentiable.broadcast(_engine(process_set), [tf.convert_to_tensor(tensor)], root_rank)[0]
 
 
 def alltoall(
@@ -206,10 +206,10 @@ def alltoall(
     """
     engine, tensor = _engine(process_set), tf.convert_to_tensor(tensor)
     if splits is None:
-        return operations.alltoall(engine, tensor)[0]
+        return differentiable.alltoall(engine, tensor)[0]
     if tf.is_tensor(splits) and splits.dtype != tf.int32:
         raise refused(f"alltoall: splits must be int32. Received a tensor of {splits.dtype.name}.")
-    return operations.alltoall(engine, tensor, tf.convert_to_tensor(splits, tf.int32))
+    return differentiable.alltoall(engine, tensor, tf.convert_to_tensor(splits, tf.int32))
 
 
 def reducescatter(
@@ -264,7 +264,9 @@ def grouped_reducescatter(
     """Combines and scatters several tensors, each as `reducescatter` does; takes and returns a list."""
     reduction = Reduction(Op.of(op), float(prescale_factor), float(postscale_factor))
     with tf.device(device_dense):
-        return _compressed(compression, tensors, _engine(process_set), reduction, operations.reducescatter)
+        return _compressed(
+            compression, tensors, _engine(process_set), reduction, differentiable.reducescatter
+        )
 
 
 def join() -> Any:
@@ -273,12 +275,12 @@ def join() -> Any:
     Returns:
         int32 scalar: the rank that joined last.
     """
-    return operations.join(_engine(global_process_set))
+    return differentiable.join(_engine(global_process_set))
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
     """Waits until every rank has come here."""
-    operations.barrier(_engine(process_set))
+    differentiable.barrier(_engine(process_set))
 
 
 def _engine(process_set: ProcessSet, op: Op = Op.SUM) -> Engine:
@@ -309,7 +311,9 @@ def _sparse(engine: Engine, slices: Sequence[Any], reduction: Reduction) -> list
             "Of sparse tensors (tf.IndexedSlices) there are a mean and a sum without scaling. Received: "
             f"{reduction}. Pass tf.convert_to_tensor(...) of it, or sparse_as_dense=True."
         )
-    parts = operations.allgather(engine, [part for each in slices for part in (each.values, each.indices)])
+    parts = differentiable.allgather(
+        engine, [part for each in slices for part in (each.values, each.indices)]
+    )
     share = engine.size if reduction.op is Op.AVERAGE else 1
     return [
         tf.IndexedSlices(tf.cast(values / share, values.dtype), indices, each.dense_shape)

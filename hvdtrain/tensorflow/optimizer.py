@@ -5,12 +5,12 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.compression import Compression
 from hvdtrain.gradients.options import ReduceOptions
-from hvdtrain.keras.optimizer import DistributedOptimizer as _KerasDistributedOptimizer
+from hvdtrain.keras.optimizer.distributed import DistributedOptimizer as _KerasDistributedOptimizer
 from hvdtrain.keras.world import rank
-from hvdtrain.process_sets import ProcessSet, global_process_set
+from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
 from hvdtrain.tensorflow.compatibility import groups_or_num_groups
 from hvdtrain.tensorflow.gradient_aggregation import LocalGradientAggregationHelper
 from hvdtrain.tensorflow.ops import grouped_allreduce

@@ -10,7 +10,7 @@ from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.verification import Policy, Verification
-from hvdtrain.process_sets import ProcessSet, engine_or_alone
+from hvdtrain.runtime.process_sets import ProcessSet, engine_or_alone
 from hvdtrain.tensorflow.compatibility import check_adasum
 
 

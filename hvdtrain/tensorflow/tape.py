@@ -5,11 +5,11 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.compression import Compression
 from hvdtrain.gradients.options import ReduceOptions
-from hvdtrain.keras.optimizer import local_variables
-from hvdtrain.process_sets import ProcessSet, global_process_set
+from hvdtrain.keras.optimizer.distributed import local_variables
+from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
 from hvdtrain.tensorflow.compatibility import groups_or_num_groups
 from hvdtrain.tensorflow.reduction import Reduction
 

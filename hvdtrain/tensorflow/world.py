@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import World
+from hvdtrain.collectives.engine import World
 
 # Horovod's numbers for "not initialised" and "no such process set".
 _NOT_INITIALIZED, _UNKNOWN_SET = -1, -3
@@ -24,7 +24,7 @@ def size_op(process_set_id: int = 0, name: str | None = None) -> Any:
         world = runtime.engine().size
         if process_set_id == 0:
             return world
-        ranks, _ = runtime.process_sets.get(process_set_id, (None, None))
+        ranks, _ = runtime.engines_of_sets.get(process_set_id, (None, None))
         return _UNKNOWN_SET if ranks is None else len(ranks)
 
     return _at_run_time(size, name)
@@ -61,7 +61,7 @@ def process_set_included_op(process_set_id: int = 0, name: str | None = None) ->
             return _NOT_INITIALIZED
         if process_set_id == 0:
             return 1
-        ranks, _ = runtime.process_sets.get(process_set_id, (None, None))
+        ranks, _ = runtime.engines_of_sets.get(process_set_id, (None, None))
         return _UNKNOWN_SET if ranks is None else int(_world().rank in ranks)
 
     return _at_run_time(included, name)

@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 
 from hvdtrain import script, topology
-from hvdtrain.wrap import arrival, commands, ending, files, quiet, refusals
+from hvdtrain.wrap import commands, files, import_hook, rank_output, refusals, script_end
 
 
 def main(words: Sequence[str]) -> None:
@@ -36,14 +36,14 @@ def main(words: Sequence[str]) -> None:
         _hash_alike()
         _show_what_is_the_users()
         if place.rank:
-            quiet.install()
+            rank_output.install()
             files.install()
         else:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a job may end abruptly
         commands.install()
         refusals.install()
-        arrival.install(scale_batch)
-    with ending.in_step():
+        import_hook.install(scale_batch)
+    with script_end.in_step():
         refusals.run(words)
 
 

@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import Engine
-from hvdtrain.replacing import replace
-from hvdtrain.wrap import files, once
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.patching import replace
+from hvdtrain.wrap import files, rank_zero
 
 _METHODS = ("poll", "wait", "communicate", "send_signal", "terminate", "kill", "__exit__")
 _STREAMS = ("stdin", "stdout", "stderr")
@@ -33,7 +33,7 @@ def install() -> None:
 
 def _engine() -> Engine | None:
     """Return the ranks that run the same command together, None where this process runs it by itself."""
-    if once.is_alone() or threading.current_thread() is not threading.main_thread():
+    if rank_zero.is_alone() or threading.current_thread() is not threading.main_thread():
         return None
     if not runtime.is_initialized():
         if {"keras", "tensorflow"} & sys.modules.keys():  # being loaded
@@ -46,7 +46,7 @@ def _together(engine: Engine, work: Callable[[], Any]) -> Any:
     """Return on every rank what `work` returns on rank 0, when files are there that it has made."""
     engine.barrier()  # a file that the command changes would be hidden from a rank that still has to read it
     try:
-        return once.on_rank_zero(engine, work)
+        return rank_zero.on_rank_zero(engine, work)
     finally:
         moment, host = engine.broadcast_object((files.moment(), socket.gethostname()))
         files.see_until(moment)
@@ -81,7 +81,7 @@ class _Command(subprocess.Popen):
         return [name for name in _STREAMS if vars(self).get(f"_real_{name}") is not None]
 
     def _call(self, work: Callable[[], Any]) -> Any:
-        if self._engine is None or once.is_alone():
+        if self._engine is None or rank_zero.is_alone():
             return work()
         result, self.pid, self.returncode = _together(
             self._engine, lambda: (work(), self.pid, self.returncode)
@@ -133,7 +133,7 @@ def _command_method(name: str) -> Callable[..., Any]:
 
     @functools.wraps(method)
     def call(self: _Command, *args: Any, **kwargs: Any) -> Any:
-        if name == "__exit__" and not once.is_alone():
+        if name == "__exit__" and not rank_zero.is_alone():
             args = (
                 None,
                 None,
@@ -146,7 +146,7 @@ def _command_method(name: str) -> Callable[..., Any]:
 
 def _command_stream(name: str) -> property:
     def read(self: _Command) -> Any:
-        return vars(self).get(f"_real_{name}") if once.is_alone() else self._made.get(name, _own(self))
+        return vars(self).get(f"_real_{name}") if rank_zero.is_alone() else self._made.get(name, _own(self))
 
     def _own(self: _Command) -> Any:
         return vars(self).get(f"_real_{name}") if self._engine is None else None

@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from hvdtrain.replacing import replace
+from hvdtrain.patching import replace
 
 _COARSE = 5  # CLOCK_REALTIME_COARSE, which the time module does not name
 _EXEMPT = ("/dev/", "/proc/", "/sys/")

@@ -2,15 +2,15 @@
 
 import hvdtrain.keras as hvd
 from hvdtrain import runtime
-from hvdtrain.keras import fitting, seams
+from hvdtrain.keras.patches import model_fit
 from hvdtrain.wrap import (
-    calls,
-    chance,
-    lookups,
-    losses,
-    native,
+    embedding_lookups,
+    layer_losses,
+    model_calls,
+    native_files,
     normalization,
     optimizers,
+    randomness,
     refusals,
     saving,
     training,
@@ -24,16 +24,15 @@ def install(scale_batch: bool) -> None:
         scale_batch: Whether each rank keeps the script's batch.
     """
     hvd.init()
-    fitting.install(check_data=False)  # every rank reads all of it, and computes its rows
+    model_fit.install(check_data=False)  # every rank reads all of it, and computes its rows
     engine = runtime.engine()
-    chance.install(engine)
-    seams.install()
-    calls.install()
-    losses.install()
-    lookups.install()
+    randomness.install(engine)
+    model_calls.install()
+    layer_losses.install()
+    embedding_lookups.install()
     normalization.install()
     optimizers.install()
     training.install(engine, scale_batch)
     saving.install(engine)
-    native.install(engine)
+    native_files.install(engine)
     refusals.install_in_keras()

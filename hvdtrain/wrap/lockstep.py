@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
-from hvdtrain.collectives.base import Engine, MismatchError
-from hvdtrain.data import nests
-from hvdtrain.keras.variables import broadcast_variables
+from hvdtrain.collectives.engine import Engine, MismatchError
+from hvdtrain.data import structures
+from hvdtrain.keras.broadcast_variables import broadcast_variables
 from hvdtrain.wrap.optimizers import of_model
 
 # To average gradients and to start a step take milliseconds, which more ranks do not shorten.
@@ -97,7 +97,7 @@ class Last(keras.callbacks.Callback):
         self.model.stop_training = self._engine.broadcast_object(bool(self.model.stop_training))
 
     def _compare(self) -> None:
-        mine = {each.path: nests.checksum(each.numpy()) for each in self.model.variables}
+        mine = {each.path: structures.checksum(each.numpy()) for each in self.model.variables}
         everyone = self._engine.allgather_object(mine)
         wrong = [path for path in mine if any(each.get(path) != mine[path] for each in everyone)]
         if self._engine.allgather_object(bool(wrong)) != [False] * self._engine.size:

@@ -6,12 +6,12 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdtrain.collectives import operations
-from hvdtrain.collectives.base import Op
+from hvdtrain.backends.tensorflow import differentiable
+from hvdtrain.collectives.engine import Op
 from hvdtrain.collectives.scaling import Reduction
-from hvdtrain.replacing import replace
-from hvdtrain.wrap import work
-from hvdtrain.wrap.share import Share
+from hvdtrain.patching import replace
+from hvdtrain.wrap import context
+from hvdtrain.wrap.row_shard import Share
 
 
 def install() -> None:
@@ -21,8 +21,8 @@ def install() -> None:
 
 def _of_all_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     def moments(self: Any, inputs: Any, mask: Any) -> Any:
-        share = work.share()
-        if work.is_trying():
+        share = context.share()
+        if context.is_trying():
             # Each part would have statistics of its own; when it matters they are those of all rows.
             return self.moving_mean.value, self.moving_variance.value
         if share is None:
@@ -38,7 +38,7 @@ def _of_all_rows(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _combined(share: Share, sums: Any, dtype: Any) -> tuple[Any, Any]:
-    total = operations.allreduce(share.engine, sums, Reduction(Op.SUM))
+    total = differentiable.allreduce(share.engine, sums, Reduction(Op.SUM))
     mean, square = tf.split(total[:-1] / total[-1], 2)
     return tf.cast(mean, dtype), tf.cast(tf.maximum(square - mean**2, 0), dtype)
 

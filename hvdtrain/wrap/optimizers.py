@@ -6,9 +6,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdtrain.keras.optimizer import DistributedOptimizer, is_distributed
-from hvdtrain.replacing import replace_where_defined
-from hvdtrain.wrap import work
+from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, is_distributed
+from hvdtrain.patching import replace_where_defined
+from hvdtrain.wrap import context
 
 LOOP = (
     "hvdtrain run --wrap: {name}.apply is called outside of model.fit and model.train_on_batch. In a training "
@@ -25,7 +25,7 @@ def install() -> None:
 
 def _on_all_ranks(original: Callable[..., Any]) -> Callable[..., Any]:
     def apply(self: Any, grads: Any, trainable_variables: Any = None) -> Any:
-        if work.engine() is None:
+        if context.engine() is None:
             raise RuntimeError(LOOP.format(name=type(self).__name__))
         distribute(self)
         return original(self, grads, trainable_variables)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain import runtime, script
-from hvdtrain.replacing import replace
+from hvdtrain.patching import replace
 
 _STRATEGIES = (
     "CentralStorageStrategy",

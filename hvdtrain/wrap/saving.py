@@ -7,10 +7,10 @@ from typing import Any
 
 import keras
 
-from hvdtrain.collectives.base import Engine
-from hvdtrain.replacing import replace_where_defined
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.patching import replace_where_defined
 from hvdtrain.wrap import files
-from hvdtrain.wrap.once import on_rank_zero
+from hvdtrain.wrap.rank_zero import on_rank_zero
 
 
 def install(engine: Engine) -> None:

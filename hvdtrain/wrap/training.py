@@ -8,9 +8,18 @@ from typing import Any
 
 import keras
 
-from hvdtrain.collectives.base import Engine
-from hvdtrain.replacing import replace_where_defined
-from hvdtrain.wrap import chance, data, native, optimizers, reading, refusals, scaled, work
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.patching import replace_where_defined
+from hvdtrain.wrap import (
+    context,
+    data_reading,
+    native_files,
+    optimizers,
+    randomness,
+    refusals,
+    same_batches,
+    scaled_batch,
+)
 from hvdtrain.wrap.lockstep import followed
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
@@ -27,7 +36,7 @@ def install(engine: Engine, scale_batch: bool) -> None:
     for name in _METHODS:
         replace_where_defined(keras.Model, name, lambda method: _together(engine, method, scale_batch))
     replace_where_defined(keras.Model, "compile", lambda method: _without_xla(engine, method))
-    reading.install(engine)
+    data_reading.install(engine)
 
 
 def _together(engine: Engine, method: Callable[..., Any], scale_batch: bool) -> Callable[..., Any]:
@@ -38,10 +47,10 @@ def _together(engine: Engine, method: Callable[..., Any], scale_batch: bool) -> 
         with _at_work(engine, self, name) as outermost:
             if name.endswith("_on_batch"):
                 arrays = {each: given.arguments[each] for each in _ARRAYS if each in given.arguments}
-                given.arguments.update(data.agreed(engine, arrays))
+                given.arguments.update(same_batches.agreed(engine, arrays))
             if name == "fit" and outermost:
                 if scale_batch:
-                    scaled.prepare(engine, self, given.arguments)
+                    scaled_batch.prepare(engine, self, given.arguments)
                 given.arguments["callbacks"] = followed(engine, given.arguments.get("callbacks"))
             return method(*given.args, **given.kwargs)
 
@@ -51,21 +60,21 @@ def _together(engine: Engine, method: Callable[..., Any], scale_batch: bool) -> 
 @contextlib.contextmanager
 def _at_work(engine: Engine, model: Any, name: str) -> Iterator[bool]:
     """Makes a model's optimizers and steps those of all ranks; afterwards the ranks draw alike again."""
-    outermost = work.engine() is None
+    outermost = context.engine() is None
     if outermost:
         _check_backend()
         refusals.check_thread(f"model.{name}")
         if not name.endswith("_on_batch"):
-            native.follow(engine)
+            native_files.follow(engine)
     for each in optimizers.of_model(model):
         optimizers.distribute(each)
     if model.jit_compile:
         model.jit_compile = False
         model.train_function = model.test_function = model.predict_function = None
-    with work.of_all_ranks(engine), reading.of(model, name):
+    with context.of_all_ranks(engine), data_reading.of(model, name):
         yield outermost
     if outermost and not name.endswith("_on_batch"):
-        chance.align(engine)
+        randomness.align(engine)
 
 
 def _check_backend() -> None:

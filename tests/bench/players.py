@@ -4,7 +4,7 @@ import os
 import signal
 import time
 
-from hvdtrain import processes
+from hvdtrain import process_activity
 
 
 def prepare(settings):
@@ -25,7 +25,7 @@ def prepare(settings):
             "environ": dict(os.environ),
             "request": request,
             "cpus": sorted(os.sched_getaffinity(0)),
-            "others": [processes.state(pid) for pid in request.get("look", [])],
+            "others": [process_activity.state(pid) for pid in request.get("look", [])],
         }
 
     return act

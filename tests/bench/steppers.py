@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdtrain.bench.work.stepping import Stepping
+from hvdtrain.bench.work.step_worker import Stepping
 
 
 def prepare(settings):

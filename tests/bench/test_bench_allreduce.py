@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from hvdtrain.bench.allreduce import Options, check, contenders
+from hvdtrain.bench.output import run
 from hvdtrain.bench.report import Report, Row, Spread
-from hvdtrain.bench.show import run
 from hvdtrain.bench.work.sums import Way, _table, measure
 from hvdtrain.launch.hosts import LaunchError
 
@@ -98,7 +98,7 @@ importlib.machinery.PathFinder.find_spec = find_less
 # And on rank 1 it spoils what hvdtrain sums.
 SPOILT = f"""{BARE}
 if os.environ.get("RANK") == "1":
-    from hvdtrain.collectives.base import Engine
+    from hvdtrain.collectives.engine import Engine
     right = Engine.allreduce
     def spoilt(self, array, op, out=None):
         result = right(self, array, op, out=out)
@@ -284,8 +284,8 @@ def test_what_many_ranks_draw_has_a_sum_that_every_dtype_holds(size, dtype):
 
 
 def test_memory_is_that_of_the_ranks_of_one_host(monkeypatch):
-    monkeypatch.setattr("hvdtrain.launch.slurm.node_count", lambda: 64)
+    monkeypatch.setattr("hvdtrain.launch.launchers.slurm.node_count", lambda: 64)
     check(Options(num_proc=64, sizes="256M"))
-    monkeypatch.setattr("hvdtrain.launch.slurm.node_count", lambda: 1)
+    monkeypatch.setattr("hvdtrain.launch.launchers.slurm.node_count", lambda: 1)
     with pytest.raises(LaunchError, match="4096 ranks need 4 arrays of 256 MiB each"):
         check(Options(num_proc=4096, sizes="256M"))

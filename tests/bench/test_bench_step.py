@@ -12,7 +12,7 @@ import pytest
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.step import measure
-from hvdtrain.bench.step.entrants import Entrant, entrants
+from hvdtrain.bench.step.contenders import Entrant, entrants
 from hvdtrain.bench.step.options import Options
 from hvdtrain.bench.step.rows import Measured, Scaling, rows_of
 

@@ -12,9 +12,9 @@ import pytest
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.tune import choose, measure, trial
 from hvdtrain.bench.tune.choose import Tried
-from hvdtrain.launch import tuned
-from hvdtrain.launch.knobs import KNOBS, STEPS, Knob, unasked
-from hvdtrain.launch.mpirun import KNOWN
+from hvdtrain.launch import tuned_settings
+from hvdtrain.launch.launchers.mpirun import KNOWN
+from hvdtrain.launch.tunable_settings import KNOBS, STEPS, Knob, unasked
 
 HALF = Knob("half", "speed", {"HVDTRAIN_TEST_FACTOR_A": "0.5"})
 LESS = Knob("less", "speed", {"HVDTRAIN_TEST_FACTOR_A": "0.8"})
@@ -34,7 +34,7 @@ def tuning(monkeypatch, marked, tmp_path):
     monkeypatch.setattr(trial, "_contender", contender)
 
     def run(*knobs, **options):
-        monkeypatch.setenv(tuned.VARIABLE, str(file))
+        monkeypatch.setenv(tuned_settings.VARIABLE, str(file))
         monkeypatch.setattr(measure, "KNOBS", knobs)
         code = measure.tune(measure.Options(2, rounds=3, engines=("mpi",), **options), as_json=True)
         assert not marked()
@@ -60,7 +60,7 @@ def test_the_best_of_each_choice_is_written_down_and_used(tuning, tmp_path, caps
         (measure.TOGETHER, "sums, mpi"): pytest.approx(4),
         (measure.TOGETHER, "steps, mpi"): pytest.approx(4),
     }
-    (found,) = tuned.read(file)
+    (found,) = tuned_settings.read(file)
     assert found.settings == {"HVDTRAIN_TEST_FACTOR_A": "0.5", "HVDTRAIN_TEST_FACTOR_D": "0.5"}
     script = tmp_path / "script.py"
     script.write_text(
@@ -68,7 +68,7 @@ def test_the_best_of_each_choice_is_written_down_and_used(tuning, tmp_path, caps
     )
     done = subprocess.run(
         [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run", "-np", "2", str(script)],
-        env={**os.environ, tuned.VARIABLE: str(file), "HVDTRAIN_TEST_FACTOR_D": "7"},
+        env={**os.environ, tuned_settings.VARIABLE: str(file), "HVDTRAIN_TEST_FACTOR_D": "7"},
         capture_output=True,
         text=True,
     )
@@ -80,7 +80,7 @@ def test_the_best_of_each_choice_is_written_down_and_used(tuning, tmp_path, caps
 def test_what_helps_no_longer_together_is_not_written_and_what_was_there_goes(tuning, capsys):
     first = Knob("first", "a", {"HVDTRAIN_TEST_FACTOR_A": "0.5"})
     _, file = tuning(first)
-    assert tuned.read(file)[0].settings
+    assert tuned_settings.read(file)[0].settings
     clash = Knob("clash", "b", {"HVDTRAIN_TEST_FACTOR_B": "0.9", "HVDTRAIN_TEST_CLASH_1": ""})
     other = Knob("other", "c", {"HVDTRAIN_TEST_FACTOR_C": "0.9", "HVDTRAIN_TEST_CLASH_2": ""})
     code, _ = tuning(clash, other)
@@ -100,7 +100,7 @@ def test_a_setting_with_which_nothing_works_is_left_out_and_named(tuning, capsys
     assert code == 0
     report = json.loads(capsys.readouterr().out)
     assert words in report["left_out"][f"a: {knob.name}"]
-    assert tuned.read(file)[0].settings == HALF.environ
+    assert tuned_settings.read(file)[0].settings == HALF.environ
 
 
 def test_what_the_user_has_set_is_left_alone(tuning, monkeypatch, capsys):
@@ -108,7 +108,7 @@ def test_what_the_user_has_set_is_left_alone(tuning, monkeypatch, capsys):
     _, file = tuning(HALF, STEPPING)
     report = json.loads(capsys.readouterr().out)
     assert "set in your environment" in report["left_out"]["speed: half"]
-    assert tuned.read(file)[0].settings == STEPPING.environ
+    assert tuned_settings.read(file)[0].settings == STEPPING.environ
 
 
 def test_a_gain_is_a_geometric_mean_over_the_work_of_each_round():
@@ -186,7 +186,7 @@ def test_a_file_that_cannot_be_added_to_is_named_before_anything_is_measured(tun
 
 
 def test_one_real_setting_is_tried_with_real_sums(monkeypatch, marked, tmp_path, capsys):
-    monkeypatch.setenv(tuned.VARIABLE, str(tmp_path / "tuned.json"))
+    monkeypatch.setenv(tuned_settings.VARIABLE, str(tmp_path / "tuned.json"))
     monkeypatch.setattr(measure, "KNOBS", (Knob("none", "verification", {"HVDTRAIN_VERIFY": "off"}),))
     code = measure.tune(measure.Options(2, rounds=3, engines=("mpi",)), as_json=False)
     out = capsys.readouterr().out

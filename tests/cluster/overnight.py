@@ -15,7 +15,7 @@ from pathlib import Path
 from mpi4py import MPI
 
 from hvdtrain import heartbeat
-from hvdtrain.preempted import Preempted
+from hvdtrain.stop_request import Preempted
 
 world = MPI.COMM_WORLD
 asked: list[int] = []

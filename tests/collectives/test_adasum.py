@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 
 pytestmark = pytest.mark.ranks
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.collectives.base import Call, Engine, MismatchError, Op
-from hvdtrain.collectives.mpi import PIECE_BYTES
+from hvdtrain.collectives.engine import Call, Engine, MismatchError, Op
+from hvdtrain.collectives.mpi.engine import PIECE_BYTES
 
 pytestmark = pytest.mark.ranks
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvdtrain.collectives.base import MismatchError
+from hvdtrain.collectives.engine import MismatchError
 
 pytestmark = pytest.mark.ranks
 

@@ -4,9 +4,11 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from hvdtrain.collectives import horovod, mpi, operations
-from hvdtrain.collectives.base import Call, Op
-from hvdtrain.collectives.exchange import reduce_gradients
+from hvdtrain.backends.tensorflow import differentiable
+from hvdtrain.backends.tensorflow.bridge import reduce_gradients
+from hvdtrain.collectives.engine import Call, Op
+from hvdtrain.collectives.horovod import engine as horovod
+from hvdtrain.collectives.mpi import engine as mpi
 
 pytestmark = pytest.mark.ranks
 
@@ -128,9 +130,9 @@ def test_objects(engine, messages):
 def test_tensors(engine):
     mine = tf.constant(held_by(engine.rank, 301))
     total = np.sum(of_all(engine, 301), axis=0)
-    reduced = tf.function(lambda: operations.allreduce(engine, mine, operations.Reduction(Op.SUM)))()
+    reduced = tf.function(lambda: differentiable.allreduce(engine, mine, differentiable.Reduction(Op.SUM)))()
     np.testing.assert_array_equal(reduced, total)
-    (joined,) = tf.function(lambda: operations.allgather(engine, [mine]))()
+    (joined,) = tf.function(lambda: differentiable.allgather(engine, [mine]))()
     np.testing.assert_array_equal(joined, np.concatenate(of_all(engine, 301)))
 
 

@@ -6,9 +6,9 @@ import itertools
 import numpy as np
 import pytest
 
-from hvdtrain.collectives.base import Op
-from hvdtrain.collectives.ring import Ring, Stride, in_mpi
-from hvdtrain.collectives.rings import LEAST_IN_MEMORY, LEAST_PART_BYTES, Rings, made_for
+from hvdtrain.collectives.engine import Op
+from hvdtrain.collectives.mpi.hierarchical import LEAST_IN_MEMORY, LEAST_PART_BYTES, Rings, made_for
+from hvdtrain.collectives.mpi.ring import Ring, Stride, in_mpi
 
 pytestmark = pytest.mark.ranks
 

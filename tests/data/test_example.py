@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.launch.plan import clean_environ
+from hvdtrain.launch.start_plan import clean_environ
 
 pytestmark = pytest.mark.jobs
 

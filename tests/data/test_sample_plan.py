@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.data.plan import Plan, checked_batch_size, deal, permutation
+from hvdtrain.data.sample_plan import Plan, checked_batch_size, deal, permutation
 
 
 @settings(max_examples=200, deadline=None)

@@ -16,8 +16,8 @@ import pytest
 import tensorflow as tf
 
 import hvdtrain.keras as hvd
-from hvdtrain import preempted
-from hvdtrain.preempted import Preempted
+from hvdtrain import stop_request
+from hvdtrain.stop_request import Preempted
 
 pytestmark = pytest.mark.ranks
 
@@ -78,7 +78,7 @@ def folder():
 
 @pytest.fixture(autouse=True)
 def nobody_asked(monkeypatch):
-    monkeypatch.setattr(preempted, "_asked", [])
+    monkeypatch.setattr(stop_request, "_asked", [])
 
 
 def network(kind="built"):
@@ -358,12 +358,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(folder, number, at):
     before = signal.getsignal(number)
     with pytest.raises(Preempted) as caught:
         training(folder, [Signal()])
-    assert caught.value.code == preempted.RESUMABLE
+    assert caught.value.code == stop_request.RESUMABLE
     assert signal.getsignal(number) == before
     sentences = hvd.allgather_object(caught.value.sentence)
     assert len(set(sentences)) == 1
     assert f"{number.name} asked it to" in sentences[0] and "goes on from there" in sentences[0]
-    preempted._asked.clear()
+    stop_request._asked.clear()
     assert_the_same(training(folder), whole())
 
 
@@ -395,7 +395,7 @@ def test_signals_at_random_moments_change_nothing(folder):
             each.assign(value)
         alarm = threading.Timer(delay, os.kill, (os.getpid(), number))
         checkpoint = hvd.callbacks.Checkpoint(folder, every_steps=7)
-        with preempted.hearing(signal.SIGUSR1, signal.SIGTERM):
+        with stop_request.hearing(signal.SIGUSR1, signal.SIGTERM):
             alarm.start()
             try:
                 return model.fit(data()[0], epochs=20, verbose=0, callbacks=[checkpoint]).history
@@ -403,7 +403,7 @@ def test_signals_at_random_moments_change_nothing(folder):
                 return None
             finally:
                 alarm.join()  # every run gets its signal, be it too late for it
-                preempted._asked.clear()
+                stop_request._asked.clear()
 
     def many_runs(folder, signals):
         random, history = np.random.default_rng(hvd.rank()), None

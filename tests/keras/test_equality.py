@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import hvdtrain.keras as hvd
 from hvdtrain.gradients import divergence
-from hvdtrain.gradients.trained import registry
+from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.tensorflow import DistributedGradientTape
 
 pytestmark = pytest.mark.ranks

@@ -10,8 +10,8 @@ import pytest
 from twins import BATCH, alone, assert_identical, assert_same, data, dense_model, fit, mine
 
 import hvdtrain.keras as hvd
-from hvdtrain.keras.loading import load_model
-from hvdtrain.keras.optimizer import is_distributed
+from hvdtrain.keras.checkpointing.load_model import load_model
+from hvdtrain.keras.optimizer.distributed import is_distributed
 
 pytestmark = pytest.mark.ranks
 

@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from hvdtrain.launch.mpi_identity import lenient_settings
-from hvdtrain.launch.plan import clean_environ
+from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
+from hvdtrain.launch.start_plan import clean_environ
 
 pytestmark = pytest.mark.jobs
 
@@ -39,9 +39,9 @@ class Disturb(keras.callbacks.Callback):
             Path(os.environ["WAIT"]).touch()
             while os.environ["WAIT"]:  # until somebody asks it to stop
                 time.sleep(0.01)
-                os.environ["WAIT"] *= not hvdtrain.preempted.asked()
+                os.environ["WAIT"] *= not hvdtrain.stop_request.asked()
 
-import hvdtrain.preempted
+import hvdtrain.stop_request
 stops = keras.callbacks.EarlyStopping("loss", patience=9)
 checkpoint = hvd.callbacks.Checkpoint(sys.argv[1], every_steps=5)
 callbacks = hvd.callbacks.distributed([stops, Disturb(), checkpoint])

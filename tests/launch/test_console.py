@@ -4,9 +4,9 @@ import io
 
 import pytest
 
-from hvdtrain.launch import console
-from hvdtrain.launch.console import Console
-from hvdtrain.launch.wire import STDERR, STDOUT
+from hvdtrain.launch.supervision import console
+from hvdtrain.launch.supervision.console import Console
+from hvdtrain.launch.supervision.protocol import STDERR, STDOUT
 
 # What Keras 3.15 writes for an epoch, recorded; the bar shortened.
 LINE = "━".encode()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.launch import mpirun
+from hvdtrain.launch.launchers import mpirun
 
 ENDINGS = {
     "raise ValueError('naïve trouble')": (1, "ValueError: naïve trouble\n"),
@@ -47,7 +47,7 @@ world.barrier()
 def test_a_rank_that_has_only_heard_of_a_failure_leaves_the_last_word_to_the_one_that_failed(jobs, launcher):
     script = """
 from hvdtrain import runtime
-from hvdtrain.collectives.base import MismatchError
+from hvdtrain.collectives.engine import MismatchError
 
 engine = runtime.init()
 try:
@@ -76,8 +76,8 @@ except MismatchError:
 REPORTING = """
 import hvdtrain.keras as hvd
 from hvdtrain import runtime
-from hvdtrain.data.together import together
-from hvdtrain.wrap.once import on_rank_zero
+from hvdtrain.data.collective_errors import together
+from hvdtrain.wrap.rank_zero import on_rank_zero
 
 hvd.init()
 engine = runtime.engine()
@@ -146,7 +146,7 @@ def test_an_error_that_the_ranks_share_is_shown_by_the_rank_that_met_it(jobs, en
 def test_a_rank_that_goes_on_after_its_error_does_not_keep_the_others(jobs):
     script = """
 from hvdtrain import runtime
-from hvdtrain.data.first import first_overall
+from hvdtrain.data.local_first import first_overall
 
 engine = runtime.init()
 try:
@@ -164,8 +164,8 @@ engine.barrier()
 def test_who_has_only_heard_of_an_exit_leaves_it_the_code_and_the_last_word(jobs):
     script = """
 from hvdtrain import runtime
-from hvdtrain.collectives.base import MismatchError
-from hvdtrain.wrap.ending import in_step
+from hvdtrain.collectives.engine import MismatchError
+from hvdtrain.wrap.script_end import in_step
 
 engine = runtime.init()
 try:
@@ -324,7 +324,13 @@ def test_without_a_launcher_that_answers_lines_and_failures_still_arrive(jobs):
 def test_by_hand_without_any_launcher_of_ours(jobs):
     found = mpirun.find()
     script = "print('hello'); world.barrier()\nif rank == 1: raise ValueError('trouble')\nworld.barrier()"
-    command = [*found.command(2, (), ()), sys.executable, "-m", "hvdtrain.launch.supervise", "the script.py"]
+    command = [
+        *found.command(2, (), ()),
+        sys.executable,
+        "-m",
+        "hvdtrain.launch.supervision.rank_main",
+        "the script.py",
+    ]
     done = jobs.run(script, command=command, **found.settings(os.environ))
     assert done.returncode == 1
     assert b"hello\n" in done.stdout

@@ -8,10 +8,11 @@ import time
 
 import pytest
 
-from hvdtrain.launch import mpirun, walltime
-from hvdtrain.launch.ending import Ending
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.restart import Start, objection, pause, report
+from hvdtrain.launch.launchers import mpirun
+from hvdtrain.launch.restarts import walltime
+from hvdtrain.launch.restarts.outcome import Ending
+from hvdtrain.launch.restarts.restart_policy import Start, objection, pause, report
 
 AGAIN = ("--max-restarts", "3")
 QUICK = {"HVDTRAIN_BACKOFF": "0.1"}
@@ -114,7 +115,7 @@ def test_nothing_comes_to_life(jobs):
 
 PREEMPTED = """
 from hvdtrain import heartbeat
-from hvdtrain.preempted import Preempted
+from hvdtrain.stop_request import Preempted
 asked = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
     signal.signal(number, lambda number, frame: asked.append(number))

@@ -5,10 +5,10 @@ import socket
 
 import pytest
 
-from hvdtrain.launch import schedulers
 from hvdtrain.launch.hosts import Host, LaunchError
-from hvdtrain.launch.plan import find_hosts, slots_of_job, with_ranks
+from hvdtrain.launch.launchers import schedulers
 from hvdtrain.launch.run_options import RunOptions
+from hvdtrain.launch.start_plan import find_hosts, slots_of_job, with_ranks
 
 TWO = (Host("node1", 2), Host("node2", 2))
 

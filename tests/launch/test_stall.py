@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from hvdtrain.launch import mpirun
+from hvdtrain.launch.launchers import mpirun
 
 # A loop of ten steps on the wire alone; what a test adds happens in each of them.
 LOOP = """
@@ -246,7 +246,7 @@ def finish():
 
 
 def test_ranks_that_were_preempted_end_together_with_a_code_of_their_own(jobs):
-    script = "from hvdtrain.preempted import Preempted\nraise Preempted('stopped at step 5')"
+    script = "from hvdtrain.stop_request import Preempted\nraise Preempted('stopped at step 5')"
     done = jobs.run(script)
     assert done.returncode == 75
     assert "stopped at step 5" in done.stderr
@@ -263,7 +263,7 @@ keras.utils.set_random_seed(1)
 model = keras.Sequential([keras.layers.Input((8,)), keras.layers.Dense(4, name="first"), keras.layers.Dense(1)])
 model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
 
-from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.engine import Engine
 
 leave, steps = Engine.leave_to_core, []
 

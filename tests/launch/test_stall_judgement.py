@@ -6,10 +6,10 @@ from dataclasses import asdict
 import pytest
 
 from hvdtrain.heartbeat import Beat
-from hvdtrain.launch import wire
-from hvdtrain.launch.stall import Stall
-from hvdtrain.launch.verdict import Verdict
-from hvdtrain.limits import Limits
+from hvdtrain.launch.hangs.hang_detector import Stall
+from hvdtrain.launch.supervision import protocol
+from hvdtrain.launch.supervision.verdict import Verdict
+from hvdtrain.timeouts import Limits
 
 WAITS = {"doing": "in allreduce of w", "waiting": 0.0, "waits": 7, "busy": False}
 STACK = """Thread 0x1 (most recent call first):
@@ -28,20 +28,20 @@ class Told:
         self.said, self.orders, self.now, self.blame = [], [], 1000.0, None
         verdict = Verdict(size)
         for rank in range(size):
-            verdict.note(rank, wire.HELLO, json.dumps({"host": f"node{rank}"}).encode())
+            verdict.note(rank, protocol.HELLO, json.dumps({"host": f"node{rank}"}).encode())
         self.verdict = verdict
         self.file = folder / "stacks.txt"
         self._stall = Stall(verdict, self.orders.append, self.said.append, Limits(report, abort), self.file)
 
     def beat(self, *ranks, **facts):
         for rank in ranks:
-            self._hear(rank, wire.BEAT, asdict(Beat(pid=100 + rank, state="S", **facts)))
+            self._hear(rank, protocol.BEAT, asdict(Beat(pid=100 + rank, state="S", **facts)))
         return self
 
     def answer(self, *ranks, stacks="", **facts):
         for rank in ranks:
             beat = asdict(Beat(pid=100 + rank, state="S", **facts))
-            self._hear(rank, wire.STACK, {"beat": beat, "stacks": stacks, "waits_in": ""})
+            self._hear(rank, protocol.STACK, {"beat": beat, "stacks": stacks, "waits_in": ""})
         return self
 
     def after(self, seconds):
@@ -68,7 +68,7 @@ def test_nothing_is_said_as_long_as_nobody_waits(told):
 def test_one_question_one_report_and_the_end(told):
     job = told().beat(0, 1, 3, step=311, **WAITS).beat(2, step=310, busy=False)
     assert job.after(59).orders == []
-    assert job.after(3).orders == [wire.LOOK]
+    assert job.after(3).orders == [protocol.LOOK]
     assert job.said == []
     waiting = {**WAITS, "waiting": 62.0}
     job.answer(0, 1, 3, step=311, stacks=STACK, **waiting).after(1)
@@ -89,7 +89,7 @@ def test_one_question_one_report_and_the_end(told):
 
 def test_what_is_over_when_all_have_answered_is_not_said(told):
     job = told().beat(0, 1, 3, step=9, **WAITS).beat(2, step=8, busy=False).after(62)
-    assert job.orders == [wire.LOOK]
+    assert job.orders == [protocol.LOOK]
     job.answer(0, 1, 2, 3, step=10).after(10)
     assert job.said == []
 
@@ -159,9 +159,9 @@ def test_ranks_that_wait_in_different_places_are_all_named(told):
 )
 def test_the_state_of_a_process_is_told(told, state, words):
     job = told(size=2).beat(0, **WAITS)
-    job._hear(1, wire.BEAT, asdict(Beat(state=state, pid=101, busy=state == "T", step=3)))
+    job._hear(1, protocol.BEAT, asdict(Beat(state=state, pid=101, busy=state == "T", step=3)))
     if state == "D":
-        job._hear(1, wire.BEAT, asdict(Beat(state=state, pid=101, busy=False, step=3)))
+        job._hear(1, protocol.BEAT, asdict(Beat(state=state, pid=101, busy=False, step=3)))
     assert words in job.after(100).said[0]
 
 

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from hvdtrain.launch.mpirun import forwarded_names
-from hvdtrain.launch.plan import clean_environ
+from hvdtrain.launch.launchers.mpirun import forwarded_names
+from hvdtrain.launch.start_plan import clean_environ
 
 MERGE = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "timeline", "merge"]
 SETTINGS = (

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvdtrain.launch import wire
-from hvdtrain.launch.ending import conclude as conclude_job
-from hvdtrain.launch.server import CLOSED
-from hvdtrain.launch.verdict import Verdict
+from hvdtrain.launch.restarts.outcome import conclude as conclude_job
+from hvdtrain.launch.supervision import protocol
+from hvdtrain.launch.supervision.guard_server import CLOSED
+from hvdtrain.launch.supervision.verdict import Verdict
 
 TRACE = "Traceback (most recent call last):\nValueError: x\n"
 
@@ -18,16 +18,16 @@ class Told(Verdict):
 
     def hello(self, *ranks):
         for rank in ranks:
-            self.note(rank, wire.HELLO, json.dumps({"host": "h", "rank": rank}).encode())
+            self.note(rank, protocol.HELLO, json.dumps({"host": "h", "rank": rank}).encode())
         return self
 
     def reports(self, rank, code=1, text="ValueError: x", traceback=TRACE):
         report = {"done": code == 0, "code": code, "text": text, "traceback": traceback}
-        self.note(rank, wire.REPORT, json.dumps(report).encode())
+        self.note(rank, protocol.REPORT, json.dumps(report).encode())
         return self
 
     def ends(self, rank, status, crash=""):
-        self.note(rank, wire.EXIT, json.dumps({"status": status, "crash": crash}).encode())
+        self.note(rank, protocol.EXIT, json.dumps({"status": status, "crash": crash}).encode())
         return self
 
     def closes(self, rank):

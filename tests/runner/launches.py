@@ -6,16 +6,19 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.launch.horovod_target import installed_record
-from hvdtrain.launch.mpi_identity import lenient_settings
+from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
+from hvdtrain.horovod_build.target import installed_record
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("plain", "single", "mpi", "horovod")
+# What depends on the engine and on the number of ranks.
+WIRE = ("tests/collectives", "tests/backends", "tests/runtime", "tests/timeline")
+# Loops of the user's own, whose gradients reach the engine without Keras.
+LOOPS = ("tests/tensorflow/test_tf_process_sets.py", "tests/tensorflow/test_tf_tape.py")
 # What depends on the engine.
 CORE = (
-    "tests/collectives",
-    "tests/tensorflow/test_tf_process_sets.py",
-    "tests/tensorflow/test_tf_tape.py",
+    *WIRE,
+    *LOOPS,
     *(f"tests/keras/test_{name}.py" for name in ("contract", "options", "join_training", "verification")),
 )
 # What reaches Horovod's native core without hvdtrain's own engine interface.
@@ -27,12 +30,10 @@ NATIVE = (
 )
 # What of Horovod's core runs within minutes: the wire, operations, tapes, the proof of a training.
 QUICK_NATIVE = (
-    "tests/collectives",
+    *WIRE,
     *(f"tests/tensorflow/test_tf_{name}.py" for name in ("process_sets", "tape", "reductions", "optimizer")),
     "tests/keras/test_verification.py",
 )
-# What depends on the number of ranks.
-WIRE = ("tests/collectives", "tests/keras/test_contract.py")
 # Starting Python and TensorFlow, for which these tests wait most of their time, keeps one core busy.
 WORKERS = max(2, min(8, (os.cpu_count() or 1) // 2))
 # Several ranks share the cores: more threads a rank would only get into each other's way.
@@ -136,10 +137,10 @@ def without_horovod(engines: tuple[str, ...]) -> tuple[str, ...]:
 
 def _paths(engine: str, size: int, engines: tuple[str, ...]) -> tuple[str, ...]:
     if size != 2:
-        return WIRE
+        return (*WIRE, "tests/keras/test_contract.py")
     if engine == "horovod":
         return _native()
-    return (*_without_tensorflow(), *CORE[1:3]) if "horovod" in engines else ("tests",)
+    return (*_without_tensorflow(), *LOOPS) if "horovod" in engines else ("tests",)
 
 
 def _native() -> tuple[str, ...]:

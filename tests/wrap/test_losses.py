@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvdtrain.wrap.losses import Kind, Observation, kind_of
+from hvdtrain.wrap.layer_losses import Kind, Observation, kind_of
 
 ROWS = (2, 3)
 DRAWS = [np.random.default_rng(seed).normal(size=(5, 4)) for seed in range(4)]

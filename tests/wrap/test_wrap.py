@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.launch.mpi_identity import lenient_settings
-from hvdtrain.launch.plan import clean_environ
+from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
+from hvdtrain.launch.start_plan import clean_environ
 
 pytestmark = pytest.mark.jobs
 
@@ -284,7 +284,7 @@ def test_an_error_ends_the_job_with_its_traceback(job):
     ended = run(*LAUNCH, "-np", "2", "job.py", "--epochs", "4", folder=job)
     assert ended.returncode == 1
     assert ended.stderr.rstrip().endswith("KeyError: 'by a callback'")
-    assert "line 16, in on_epoch_end" in ended.stderr and "fitting.py" not in ended.stderr
+    assert "line 16, in on_epoch_end" in ended.stderr and "model_fit.py" not in ended.stderr
     assert not (job / "kept.txt").exists()
 
 

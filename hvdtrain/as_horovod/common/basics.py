@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from hvdtrain.process_sets import ProcessSet, global_process_set
+from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
 from hvdtrain.tensorflow import mpi_ops
 
 

@@ -5,7 +5,7 @@ import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from hvdtrain import built
+from hvdtrain.runtime import build_info
 from hvdtrain.tensorflow.compatibility import (
     check_extension,
     check_num_rank_power_of_2,
@@ -23,27 +23,27 @@ def extension_available(ext_base_name: str, verbose: bool = False) -> bool:
 
 def mpi_built(verbose: bool = False) -> bool:
     """Tells whether ranks can talk over MPI."""
-    return bool(built.mpi_built())
+    return bool(build_info.mpi_built())
 
 
 def gloo_built(verbose: bool = False) -> bool:
     """Tells whether ranks can talk over Gloo."""
-    return bool(built.gloo_built())
+    return bool(build_info.gloo_built())
 
 
 def nccl_built(verbose: bool = False) -> bool:
     """Tells whether GPUs can talk over NCCL."""
-    return bool(built.nccl_built())
+    return bool(build_info.nccl_built())
 
 
 def ddl_built(verbose: bool = False) -> bool:
     """Tells whether IBM's DDL is there."""
-    return bool(built.ddl_built())
+    return bool(build_info.ddl_built())
 
 
 def ccl_built(verbose: bool = False) -> bool:
     """Tells whether oneCCL is there."""
-    return bool(built.ccl_built())
+    return bool(build_info.ccl_built())
 
 
 @contextlib.contextmanager

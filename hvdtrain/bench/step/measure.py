@@ -5,12 +5,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
-from hvdtrain.bench import machine, show
+from hvdtrain.bench import machine, output
 from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.field import LIMIT, Answers, Field
 from hvdtrain.bench.report import Report
+from hvdtrain.bench.scheduler import LIMIT, Answers, Field
 from hvdtrain.bench.step import table
-from hvdtrain.bench.step.entrants import Entrant, entrants
+from hvdtrain.bench.step.contenders import Entrant, entrants
 from hvdtrain.bench.step.options import Options, check
 from hvdtrain.bench.step.rows import STRONG, Measured, Scaling, rows_of
 
@@ -34,7 +34,7 @@ def step(options: Options, as_json: bool = False, save: str | None = None) -> in
         0; 1 if ranks ended with different weights or an engine of hvdtrain failed; 2 if nothing could be measured;
         128 plus the number of a signal that ended it.
     """
-    return show.run(lambda say: measure(options, say), table.render, as_json, save)
+    return output.run(lambda say: measure(options, say), table.render, as_json, save)
 
 
 def measure(options: Options, say: Callable[[str], None]) -> Report:

@@ -6,7 +6,7 @@ from typing import Any
 
 from hvdtrain.bench.models.workloads import Workload
 from hvdtrain.bench.report import Row, Spread
-from hvdtrain.bench.step.entrants import ALONE, SILENT, WRAPPED, Entrant
+from hvdtrain.bench.step.contenders import ALONE, SILENT, WRAPPED, Entrant
 from hvdtrain.bench.step.options import Options
 
 WEAK, STRONG = "weak", "strong"

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.report import Report, Row
-from hvdtrain.bench.step.entrants import SILENT, TF_KERAS, TORCH, WRAPPED
+from hvdtrain.bench.step.contenders import SILENT, TF_KERAS, TORCH, WRAPPED
 from hvdtrain.bench.step.rows import STRONG, WEAK
 
 _READING = (

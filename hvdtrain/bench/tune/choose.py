@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hvdtrain.bench.report import Spread
-from hvdtrain.launch.knobs import Knob
+from hvdtrain.launch.tunable_settings import Knob
 
 WORTH = 1.02  # times as fast, in the middle of all rounds, is worth a setting
 HARM = 0.95  # times as fast in any one piece of work is not made up for by another

@@ -8,15 +8,16 @@ from datetime import datetime, timezone
 from typing import Any
 
 from hvdtrain import cores
-from hvdtrain.bench import show
+from hvdtrain.bench import output
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.report import Report, Row, Spread
 from hvdtrain.bench.tune import choose, table
 from hvdtrain.bench.tune.choose import Tried
 from hvdtrain.bench.tune.trial import BASE, Trial
-from hvdtrain.launch import mpirun, slurm, tuned
+from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.hosts import LaunchError, all_local, read_hosts
-from hvdtrain.launch.knobs import KNOBS, STEPS, SUMS, Knob
+from hvdtrain.launch.launchers import mpirun, slurm
+from hvdtrain.launch.tunable_settings import KNOBS, STEPS, SUMS, Knob
 
 ENGINES = ("mpi", "horovod")
 TOGETHER = "all that helps"
@@ -57,7 +58,7 @@ def tune(options: Options, as_json: bool = False) -> int:
         0; 1 if an engine of hvdtrain failed; 2 if nothing could be tried, or not be written; 128 plus the number of
         a signal that ended it.
     """
-    return show.run(lambda say: measure(options, say), table.render, as_json, None)
+    return output.run(lambda say: measure(options, say), table.render, as_json, None)
 
 
 def measure(options: Options, say: Callable[[str], None]) -> Report:
@@ -75,14 +76,14 @@ def measure(options: Options, say: Callable[[str], None]) -> Report:
         LaunchError: If what was asked for cannot be tried here, or not be written.
     """
     _check(options)
-    place, file = _place(options), tuned.file_of()
+    place, file = _place(options), tuned_settings.file_of()
     if file is None:
         raise LaunchError(
-            f"{tuned.VARIABLE}=off leaves no file to write to: unset it, or set it to a file's name."
+            f"{tuned_settings.VARIABLE}=off leaves no file to write to: unset it, or set it to a file's name."
         )
-    tuned.read(file)  # what cannot be added to is better known before than after
+    tuned_settings.read(file)  # what cannot be added to is better known before than after
     # The jobs that are started for this know of nothing that was found before.
-    os.environ[tuned.VARIABLE] = tuned.OFF
+    os.environ[tuned_settings.VARIABLE] = tuned_settings.OFF
     trial = Trial(options.ranks, options.hosts, options.model, options.rounds, say)
     knobs = [each for each in KNOBS if each.fits(place.mpi, place.hosts) and not each.always]
     free = [each for each in knobs if not set(each.environ) & set(os.environ)]
@@ -103,7 +104,7 @@ def measure(options: Options, say: Callable[[str], None]) -> Report:
             "; ".join(f"{name}: {why}" for name, why in left_out.items()) or "nothing is left to try."
         )
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    tuned.write(file, tuned.Tuned(place, settings, gains, options.ranks, date))
+    tuned_settings.write(file, tuned_settings.Tuned(place, settings, gains, options.ranks, date))
     found = {"settings": settings, "file": str(file), "helping": [_label(each.knob) for each in helping]}
     return Report("tune", options.ranks, described, asdict(options) | found, rows, left_out)
 
@@ -178,7 +179,7 @@ def _check(options: Options) -> None:
         raise LaunchError(f"--rounds {options.rounds} cannot be told from noise; it must be 3 or more.")
 
 
-def _place(options: Options) -> tuned.Place:
+def _place(options: Options) -> tuned_settings.Place:
     launcher = mpirun.find()
     if launcher is None:
         raise LaunchError(
@@ -187,4 +188,4 @@ def _place(options: Options) -> tuned.Place:
         )
     named = read_hosts(options.hosts, None, options.ranks)
     several = not all_local(named) if named else slurm.node_count() > 1
-    return tuned.Place(launcher.mpi.name, "several" if several else "one", cores.model())
+    return tuned_settings.Place(launcher.mpi.name, "several" if several else "one", cores.model())

@@ -7,9 +7,9 @@ from typing import Any
 
 from hvdtrain.bench import machine, sizes
 from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.field import Answers, Field
 from hvdtrain.bench.models.workloads import WORKLOADS
-from hvdtrain.launch.knobs import STEPS, SUMS
+from hvdtrain.bench.scheduler import Answers, Field
+from hvdtrain.launch.tunable_settings import STEPS, SUMS
 
 BASE = "as it is"
 

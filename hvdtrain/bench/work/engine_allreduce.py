@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.bench.work.sums import Way, measure
-from hvdtrain.collectives.base import Call, Engine, Op
+from hvdtrain.collectives.engine import Call, Engine, Op
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:
@@ -30,7 +30,7 @@ def _in_numpy(engine: Engine, array: np.ndarray) -> Callable[[], np.ndarray]:
 def _in_graph(engine: Engine, array: np.ndarray) -> Callable[[], Any]:
     import tensorflow as tf
 
-    from hvdtrain.collectives.exchange import reduce_gradients
+    from hvdtrain.backends.tensorflow.bridge import reduce_gradients
 
     call = Call("hvdtrain.bench", (f"{array.dtype}[{array.size}]",))
 

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain.bench.work.sums import Way, measure
-from hvdtrain.collectives.horovod_library import load_horovod
+from hvdtrain.collectives.horovod.library import load_horovod
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:

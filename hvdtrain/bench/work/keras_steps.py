@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain.bench.models.workloads import WORKLOADS
-from hvdtrain.bench.work.stepping import Stepping, threads
+from hvdtrain.bench.work.step_worker import Stepping, threads
 
 Feed = Callable[[int, int], dict[str, Any]]
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from hvdtrain.bench.work.sums import Way, measure
-from hvdtrain.collectives.mpi import load_mpi
+from hvdtrain.collectives.mpi.engine import load_mpi
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:

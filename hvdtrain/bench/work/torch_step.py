@@ -10,7 +10,7 @@ from torch import nn
 
 from hvdtrain.bench.models import torch_models
 from hvdtrain.bench.models.workloads import WORKLOADS
-from hvdtrain.bench.work.stepping import Stepping, threads
+from hvdtrain.bench.work.step_worker import Stepping, threads
 
 PLAIN, DDP = "plain", "ddp"
 

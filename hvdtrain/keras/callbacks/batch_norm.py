@@ -5,9 +5,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from hvdtrain.collectives.base import Call
+from hvdtrain.collectives.engine import Call
 from hvdtrain.keras.callbacks.membership import engine_of
-from hvdtrain.keras.layers import SyncBatchNormalization
+from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
 
 
 class AverageBatchNormStatistics(keras.callbacks.Callback):

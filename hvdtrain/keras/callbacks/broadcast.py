@@ -7,13 +7,13 @@ import keras
 import tensorflow as tf
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import Call
+from hvdtrain.collectives.engine import Call
 from hvdtrain.data.global_batch import as_keras
 from hvdtrain.gradients.naming import plain_variable
-from hvdtrain.gradients.trained import registry
+from hvdtrain.gradients.trained_variables import registry
+from hvdtrain.keras.broadcast_variables import broadcast_variables
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of, process_set_of
-from hvdtrain.keras.optimizer import is_distributed
-from hvdtrain.keras.variables import broadcast_variables
+from hvdtrain.keras.optimizer.distributed import is_distributed
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):

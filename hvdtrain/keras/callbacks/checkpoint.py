@@ -10,8 +10,8 @@ from typing import Any
 
 import keras
 
-from hvdtrain.keras.checkpointing.placing import flat
-from hvdtrain.keras.checkpointing.run import Plan, Run
+from hvdtrain.keras.checkpointing.callback_order import flat
+from hvdtrain.keras.checkpointing.session import Plan, Run
 
 
 class Checkpoint(keras.callbacks.Callback):

@@ -5,16 +5,16 @@ from typing import Any
 import keras
 import numpy as np
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 from hvdtrain.keras.callbacks.batch_norm import AverageBatchNormStatistics
 from hvdtrain.keras.callbacks.broadcast import BroadcastGlobalVariablesCallback
 from hvdtrain.keras.callbacks.checkpoint import Checkpoint
+from hvdtrain.keras.callbacks.error_propagation import telling
 from hvdtrain.keras.callbacks.forwarding import Forwarding
 from hvdtrain.keras.callbacks.membership import engine_of, writes
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
 from hvdtrain.keras.callbacks.random_states import RandomStatesCallback
 from hvdtrain.keras.callbacks.rank_zero import WRITERS, RankZeroCallback
-from hvdtrain.keras.callbacks.telling import telling
 from hvdtrain.keras.callbacks.validation import DivideValidation
 
 # What looks for these, Keras or we, looks through its own list.

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from hvdtrain import process_sets
-from hvdtrain.collectives.base import Engine
-from hvdtrain.keras.optimizer import is_distributed
-from hvdtrain.process_sets import ProcessSet
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.keras.optimizer.distributed import is_distributed
+from hvdtrain.runtime import process_sets
+from hvdtrain.runtime.process_sets import ProcessSet
 
 
 def optimizers_of(model: Any) -> list[Any]:

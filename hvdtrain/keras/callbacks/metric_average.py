@@ -5,14 +5,14 @@ from typing import Any
 
 import keras
 
-from hvdtrain import process_sets
-from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.engine import Engine
 from hvdtrain.keras.callbacks.membership import process_set_of
 from hvdtrain.keras.metrics import logs as seam
 from hvdtrain.keras.metrics.additivity import watch
 from hvdtrain.keras.metrics.finite import FirstLost, finite
 from hvdtrain.keras.metrics.per_batch import per_batch
-from hvdtrain.process_sets import ProcessSet
+from hvdtrain.runtime import process_sets
+from hvdtrain.runtime.process_sets import ProcessSet
 
 
 class MetricAverageCallback(keras.callbacks.Callback):

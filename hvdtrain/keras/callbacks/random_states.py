@@ -6,7 +6,7 @@ import keras
 import numpy as np
 from keras.src.random.seed_generator import global_seed_generator
 
-from hvdtrain.collectives.base import Call
+from hvdtrain.collectives.engine import Call
 from hvdtrain.keras.callbacks.membership import engine_of
 
 

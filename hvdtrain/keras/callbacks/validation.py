@@ -5,9 +5,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from hvdtrain.data import nests
+from hvdtrain.data import structures
 from hvdtrain.keras.callbacks.membership import engine_of
-from hvdtrain.keras.dealing import Arrays, Deck, deck
+from hvdtrain.keras.dealt_batches import Arrays, Deck, deck
 
 _SEAM = "evaluate"
 _NOTHING_BESIDE = dict.fromkeys(("y", "sample_weight", "batch_size", "steps"))
@@ -68,5 +68,5 @@ def _checksum(whole: Any) -> list[int]:
     assert isinstance(whole, Arrays)
     return [
         whole.length,
-        *(nests.checksum(each) for each in keras.tree.flatten(whole.parts) if each is not None),
+        *(structures.checksum(each) for each in keras.tree.flatten(whole.parts) if each is not None),
     ]

@@ -6,7 +6,7 @@ from pathlib import Path
 from hvdtrain.checkpoints.folder import Folder
 from hvdtrain.checkpoints.lock import Lock
 from hvdtrain.checkpoints.writer import Files, Writer
-from hvdtrain.collectives.base import Engine
+from hvdtrain.collectives.engine import Engine
 
 
 class Store:

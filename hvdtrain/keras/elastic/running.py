@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from hvdtrain import runtime
-from hvdtrain.collectives.base import Call, Engine, MismatchError
+from hvdtrain.collectives.engine import Call, Engine, MismatchError
 from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
 from hvdtrain.keras.elastic.state import ObjectState
 from hvdtrain.keras.elastic.store import Snapshot, Store

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.gradients.naming import variable_name
+from hvdtrain.keras.broadcast_variables import broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
 from hvdtrain.keras.elastic.store import Snapshot
-from hvdtrain.keras.variables import broadcast_variables
 
 
 @dataclass(frozen=True)

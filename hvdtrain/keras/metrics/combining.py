@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from hvdtrain.collectives.base import Call, Engine, Op, ranks_text
+from hvdtrain.collectives.engine import Call, Engine, Op, ranks_text
 from hvdtrain.keras.metrics import states
 from hvdtrain.keras.metrics.additivity import watch_of
 

@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from hvdtrain.collectives.base import Engine, ranks_text
+from hvdtrain.collectives.engine import Engine, ranks_text
 
 
 class FirstLost:

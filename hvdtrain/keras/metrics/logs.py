@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import keras
 import numpy as np
 
-from hvdtrain.collectives.base import Call, Engine
+from hvdtrain.collectives.engine import Call, Engine
 from hvdtrain.keras.metrics import combining
 
 _SEAM = "_get_metrics_result_or_logs"

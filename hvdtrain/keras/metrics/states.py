@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras.src.trainers.compile_utils import CompileMetrics
 
-from hvdtrain.collectives.base import Op
+from hvdtrain.collectives.engine import Op
 
 # The attribute by which a metric says itself how its state is combined.
 DECLARATION = "hvdtrain_combine"

@@ -1,0 +1,1 @@
+"""One bridge per framework: where a tensor becomes a buffer, and nowhere else."""

@@ -1,0 +1,163 @@
+"""What the templates read on the nodes before anything else, written from a cluster's profile."""
+
+import hashlib
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain.batch.cluster_profile import Profile
+from hvdtrain.launch.hosts import LaunchError
+from hvdtrain.launch.launchers.mpirun import INTERFACE
+from hvdtrain.launch.tuned_settings import config_folder
+
+# Batch shells are not login shells, so on some clusters nothing has defined `module` there.
+_MODULES = """\
+if ! type module >/dev/null 2>&1; then
+  for start in /etc/profile.d/*lmod*.sh /etc/profile.d/*modules*.sh /usr/share/lmod/lmod/init/bash; do
+    if [[ -r $start ]]; then source "$start"; fi
+  done
+fi
+"""
+
+_CONDA = """\
+if ! type conda >/dev/null 2>&1 && [[ -r {start} ]]; then source {start}; fi
+type conda >/dev/null 2>&1 || {{ echo "conda is not on PATH on $(hostname): load its module first" >&2; exit 127; }}
+eval "$(conda shell.bash hook)"
+conda activate {name} || exit
+"""
+
+
+@dataclass(frozen=True)
+class Site:
+    """A shell file that makes a profile true on the nodes.
+
+    Its name is made of its content: a job that waits keeps the file it was submitted with, whatever becomes of the
+    profile, and two jobs with one profile share a file.
+
+    Args:
+        path: Where it is, for HVDTRAIN_SITE.
+        text: What is in it.
+    """
+
+    path: Path
+    text: str
+
+    def write(self) -> Path:
+        """Write the file and return its path.
+
+        Raises:
+            LaunchError: If it cannot be written.
+        """
+        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            beside.write_bytes(os.fsencode(self.text))
+            beside.replace(self.path)
+        except OSError as error:
+            raise LaunchError(
+                f"What the nodes need cannot be written to {self.path}: {error.strerror}."
+            ) from error
+        return self.path
+
+    def __str__(self) -> str:
+        """Return the line of shell that writes it."""
+        path, folder = shlex.quote(str(self.path)), shlex.quote(str(self.path.parent))
+        return f"mkdir -p {folder} && printf %s {shlex.quote(self.text)} >{path}"
+
+
+def compose_site(profile: Profile, environ: Mapping[str, str] = os.environ) -> Site | None:
+    """Put together what makes a profile true on the nodes, in a shell file that the templates read.
+
+    Args:
+        profile: The profile.
+        environ: The environment of the submission.
+
+    Returns:
+        The file, not yet written; None where there is nothing to say.
+
+    Raises:
+        LaunchError: If the profile or HVDTRAIN_SITE names something that is not there.
+    """
+    named = environ.get("HVDTRAIN_SITE")
+    if named and not Path(named).expanduser().is_file():
+        raise LaunchError(
+            f"HVDTRAIN_SITE names {named}, which is not there: unset HVDTRAIN_SITE, or write it."
+        )
+    lines = [*_environment(profile, environ), *_exports(profile)]
+    if not lines:
+        return None
+    source = f" from {profile.path}" if profile.path else ""
+    text = "\n".join([f"# Written by hvdtrain submit{source}.", *_own(environ), *lines, ""])
+    digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+    return Site(config_folder(environ) / "sites" / f"{digest[:12]}.sh", text)
+
+
+def own_site(environ: Mapping[str, str]) -> Path:
+    """Returns the user's own file of this kind, which holds besides any profile."""
+    return Path(environ.get("HVDTRAIN_SITE") or Path.home() / ".config/hvdtrain/site.sh").expanduser()
+
+
+def _own(environ: Mapping[str, str]) -> list[str]:
+    path = own_site(environ)
+    return [f"source {shlex.quote(str(path.absolute()))}"] if path.exists() else []
+
+
+def _environment(profile: Profile, environ: Mapping[str, str]) -> list[str]:
+    """Modules, virtual environment, and the user's own lines, which alone are taken as shell."""
+    modules = shlex.join(profile.modules)
+    lines = [_MODULES + f"module load {modules}"] if modules else []
+    if profile.venv and profile.conda:
+        raise LaunchError(f"The cluster profile {profile.path} has venv and conda: write one of them.")
+    if profile.venv:
+        lines.append(f"source {shlex.quote(str(_activate(profile)))}")
+    if profile.conda:
+        lines.append(_conda(profile, environ))
+    lines.extend(profile.setup)
+    beside = Path(sys.executable).parent
+    # Typed as .venv/bin/hvdtrain: the nodes shall find the same one.
+    if not shutil.which("hvdtrain", path=environ.get("PATH")) and (beside / "hvdtrain").exists():
+        missing = "command -v hvdtrain >/dev/null"
+        lines.append(f'{missing} || export PATH={shlex.quote(str(beside.absolute()))}:"$PATH"')
+    return lines
+
+
+def _activate(profile: Profile) -> Path:
+    path = Path(profile.venv).expanduser().absolute() / "bin" / "activate"
+    if not path.is_file():
+        raise LaunchError(
+            f"The cluster profile {profile.path} has venv = {profile.venv!r}, and {path} is not there. Variables "
+            "are not replaced in it; ~ is."
+        )
+    return path
+
+
+def _conda(profile: Profile, environ: Mapping[str, str]) -> str:
+    """Returns the lines that activate an environment of conda, which a batch shell does not know by itself."""
+    named = profile.conda
+    if "/" in named or named.startswith("~"):
+        path = Path(named).expanduser().absolute()
+        if not (path / "conda-meta").is_dir():
+            raise LaunchError(
+                f"The cluster profile {profile.path} has conda = {named!r}, and {path} is no environment of conda: "
+                "`conda env list` shows where they are. Variables are not replaced in it; ~ is."
+            )
+        named = str(path)
+    # The conda of whoever submits is used where the nodes have none on PATH; it is in a folder that they see.
+    base = (
+        Path(environ["CONDA_EXE"]).parent.parent
+        if environ.get("CONDA_EXE")
+        else Path("~/miniconda3").expanduser()
+    )
+    start = shlex.quote(str(base / "etc" / "profile.d" / "conda.sh"))
+    return _CONDA.format(start=start, name=shlex.quote(named))
+
+
+def _exports(profile: Profile) -> list[str]:
+    """The user's own variables go before the profile's."""
+    settings = {"SLURM_MPI_TYPE": profile.pmi, "HVDTRAIN_LAUNCHER": profile.launcher}
+    settings |= dict.fromkeys(INTERFACE, profile.network)
+    return [f"export {name}=${{{name}-{shlex.quote(value)}}}" for name, value in settings.items() if value]

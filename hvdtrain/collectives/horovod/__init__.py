@@ -1,0 +1,1 @@
+"""The `horovod` engine: Horovod's native core."""

@@ -1,0 +1,1 @@
+"""The `mpi` engine: mpi4py over any MPI library."""

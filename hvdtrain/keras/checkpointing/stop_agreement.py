@@ -1,0 +1,124 @@
+"""Whether to save or to stop: each rank may want it, and all learn of it after the same step."""
+
+import math
+import os
+import signal
+import time
+from contextlib import ExitStack
+
+from hvdtrain import stop_request
+from hvdtrain.collectives.engine import Call, Engine
+
+NOTHING, SAVE, STOP = 0, 1, 2
+
+DEADLINE = "HVDTRAIN_DEADLINE"
+_TRIED = 8  # steps after which the ranks ask each other, to find out what that costs
+_SHARE = 0.01  # of a step that asking may cost
+_LONGEST = 1.0  # seconds between two times of asking, where steps are short
+_SLACK = 15.0  # seconds that leaving takes, beside what was measured
+
+
+class Wishes:
+    """Asks all ranks after a step whether one of them wants to save or to stop.
+
+    Asking costs tens of microseconds. Where that is more than a hundredth of a step, the ranks ask each other only
+    so often that it is not.
+
+    Args:
+        engine: The ranks.
+        every_minutes: After how many minutes the first rank wants a checkpoint; None for never.
+    """
+
+    def __init__(self, engine: Engine, every_minutes: float | None) -> None:
+        self._engine = engine
+        self._every = None if every_minutes is None else every_minutes * 60
+        self._deadline = _deadline()
+        self._interval, self._steps, self._asked = 1, 0, 0
+        self._saved_at = self._last_step = time.monotonic()
+        self._asked_at: float | None = None
+        self._cheapest, self._longest_gap, self._longest_save = math.inf, 0.0, 0.0
+        self._times: list[float] = []
+        self._listening = ExitStack()
+
+    def begin(self) -> None:
+        """Listens for signals from here on."""
+        self._listening.enter_context(stop_request.hearing(signal.SIGUSR1, signal.SIGTERM))
+        self._saved_at = self._last_step = time.monotonic()
+
+    def end(self) -> None:
+        """Leaves signals to whom they belonged."""
+        self._listening.close()
+
+    def saved(self, seconds: float) -> None:
+        """Notes that a checkpoint was made, and how long the training stood still for it."""
+        self._saved_at = self._last_step = time.monotonic()
+        self._asked_at = None
+        self._longest_save = max(self._longest_save, seconds)
+
+    @property
+    def patience(self) -> float:
+        """Seconds that stopping may take."""
+        return _SLACK + 3 * self._longest_save + 1.5 * self._longest_gap
+
+    def after_step(self) -> int:
+        """Returns what the ranks want, after each step."""
+        self._steps += 1
+        now = time.monotonic()
+        self._times.append(now - self._last_step)
+        self._last_step = now
+        return NOTHING if self._steps % self._interval else self.ask()
+
+    def ask(self) -> int:
+        """Returns what the ranks want; all of them ask."""
+        before = time.monotonic()
+        if self._asked_at is not None:  # before the first step is compiled, and that happens once
+            self._longest_gap = max(self._longest_gap, before - self._asked_at)
+        wish = self._engine.agree(Call("a step's end"), self._mine())
+        self._asked_at = time.monotonic()
+        self._cheapest = min(self._cheapest, self._asked_at - before)
+        self._asked += 1
+        if self._asked == _TRIED:
+            self._choose_interval()
+        return wish
+
+    def reasons(self) -> str:
+        """Says why the training stops, on all ranks together."""
+        told = self._engine.allgather_object(self._reason())
+        by_reason: dict[str, list[int]] = {}
+        for rank, reason in zip(self._engine.ranks, told, strict=True):
+            if reason:
+                by_reason.setdefault(reason, []).append(rank)
+        if len(told) == 1 or not by_reason:
+            return "".join(by_reason) or "it was asked to"
+        reason, ranks = next(iter(by_reason.items()))
+        return reason if len(ranks) == len(told) else f"{reason} (on rank {ranks[0]})"
+
+    def _mine(self) -> int:
+        if self._reason():
+            return STOP
+        due = self._every is not None and time.monotonic() - self._saved_at >= self._every
+        return SAVE if due and self._engine.rank == self._engine.ranks[0] else NOTHING
+
+    def _reason(self) -> str | None:
+        if stop_request.asked():
+            return f"{stop_request.asked()} asked it to"
+        if self._deadline is not None and time.time() + self.patience > self._deadline:
+            return f"its time ends in {max(0, round(self._deadline - time.time()))} s"
+        return None
+
+    def _choose_interval(self) -> None:
+        times = sorted(self._times)
+        step = times[len(times) // 2] if times else _LONGEST
+        wanted = math.ceil(self._cheapest / (_SHARE * max(step, 1e-6)))
+        most = max(1, int(_LONGEST / max(step, 1e-6)))
+        self._interval = self._engine.broadcast_object(max(1, min(wanted, most)), self._engine.ranks[0])
+
+
+def _deadline() -> float | None:
+    text = os.environ.get(DEADLINE, "")
+    try:
+        return float(text) if text else None
+    except ValueError:
+        raise ValueError(
+            f"{DEADLINE} must be a time in seconds since 1970, as `date +%s` prints it. Received: {text!r}."
+        ) from None

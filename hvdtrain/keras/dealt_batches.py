@@ -1,0 +1,253 @@
+"""Whole batches dealt to the ranks in turn: together they see the very batches that one process would see."""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from hvdtrain.data import dataset_graph, datasets, structures
+
+BATCH = 32  # Keras' own, where nobody says otherwise
+
+Facts = list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Arrays:
+    """Samples in arrays.
+
+    Args:
+        parts: x, y and sample_weight, each a nest of arrays or None.
+        length: Number of samples.
+        batch_size: Samples of a batch.
+    """
+
+    parts: tuple[Any, Any, Any]
+    length: int
+    batch_size: int
+
+    @classmethod
+    def of(cls, parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None) -> "Arrays":
+        """Reads nests of what becomes arrays; of `steps` batches, if that is given."""
+        x, y, weight = (
+            each if each is None else keras.tree.map_structure(np.asarray, _numbers(each)) for each in parts
+        )
+        named = (
+            structures.arrays(x, "x"),
+            structures.arrays(y, "y"),
+            structures.arrays(weight, "sample_weight"),
+        )
+        length, batch_size = structures.length(named), batch_size or BATCH
+        length = length if steps is None else min(length, steps * batch_size)
+        return cls((x, y, weight), length, batch_size)
+
+    def enough(self, size: int) -> bool:
+        """Tells whether no rank would go without."""
+        return self.length >= size
+
+    def facts(self) -> Facts:
+        """States what must be the same on all ranks."""
+        return [("the number of samples", str(self.length)), *structures.all_described(self.parts)]
+
+    def dealt(self, rank: int, size: int) -> "Arrays":
+        """Returns a rank's batches; they are smaller where there would be fewer than ranks."""
+        batch_size = max(1, min(self.batch_size, self.length // size))
+        places = np.arange(self.length)
+        mine = places[places // batch_size % size == rank]
+        parts = [
+            each if each is None else keras.tree.map_structure(lambda leaf: leaf[mine], each)
+            for each in self.parts
+        ]
+        return Arrays((parts[0], parts[1], parts[2]), len(mine), batch_size)
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns what `model.evaluate` takes.
+
+        Of arrays whose length divides by the batch Keras weighs the losses of several outputs by samples, of
+        others by batches. Of a data set with an open first dimension it does the same on all ranks.
+        """
+        given = structures.all_arrays(self.parts)
+        parts = [structures.mapped(lambda leaf, _: structures.as_keras(leaf), each) for each in given]
+        used = 3 if parts[2] is not None else 2 if parts[1] is not None else 1
+        return {"x": tf.data.Dataset.from_tensor_slices(tuple(parts[:used])).batch(self.batch_size)}
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """A `tf.data.Dataset` of batches."""
+
+    dataset: tf.data.Dataset
+
+    @classmethod
+    def of(cls, dataset: tf.data.Dataset, batch_size: int | None, steps: int | None) -> "Pipeline":
+        """Takes the first `steps` batches; samples are batched before.
+
+        Raises:
+            ValueError: If the data set is endless or empty.
+        """
+        if batch_size is not None and not dataset_graph.is_batched(dataset):
+            dataset = dataset.batch(batch_size)
+        if steps is not None:
+            dataset = dataset.take(steps)
+        datasets.own_batch(dataset)  # raises if it is endless or empty
+        return cls(dataset)
+
+    def enough(self, size: int) -> bool:
+        """Tells whether no rank would go without."""
+        known = int(self.dataset.cardinality())
+        return (
+            known >= size if known >= 0 else next(iter(self.dataset.skip(size - 1).take(1)), None) is not None
+        )
+
+    def facts(self) -> Facts:
+        """States what must be the same on all ranks.
+
+        Raises:
+            ValueError: If each rank would read the batches in an order of its own.
+        """
+        if dataset_graph.shuffles_without_seed(self.dataset) or dataset_graph.in_any_order(self.dataset):
+            raise ValueError(
+                "Each rank would read this data set in an order of its own, because it is shuffled without a seed, "
+                "or made with deterministic=False. Give the data set as it is before shuffling."
+            )
+        return [
+            *datasets.tf_facts(self.dataset),
+            ("the seed of its shuffling", dataset_graph.seeds(self.dataset)),
+        ]
+
+    def dealt(self, rank: int, size: int) -> "Pipeline":
+        """Returns a rank's batches; the rank reads all of them and keeps its own."""
+        return Pipeline(self.dataset.shard(size, rank))
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns what `model.evaluate` takes."""
+        return {"x": self.dataset}
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.dataset)
+
+
+class Batches(keras.utils.PyDataset):
+    """Some batches of a `keras.utils.PyDataset`.
+
+    Args:
+        dataset: The whole.
+        places: Which of its batches.
+    """
+
+    def __init__(self, dataset: keras.utils.PyDataset, places: range) -> None:
+        names = ("workers", "use_multiprocessing", "max_queue_size")
+        super().__init__(**{name: getattr(dataset, name) for name in names})
+        self._dataset = dataset
+        self._places = places
+
+    @classmethod
+    def of(cls, dataset: keras.utils.PyDataset, steps: int | None) -> "Batches":
+        """Takes the first `steps` batches."""
+        counts = [each for each in (dataset.num_batches, steps) if each is not None]
+        if not counts:
+            raise ValueError(
+                "This PyDataset is endless: it has no length. Say steps=…, how many batches to take."
+            )
+        return cls(dataset, range(min(counts)))
+
+    @property
+    def num_batches(self) -> int:
+        """Number of batches."""
+        return len(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: int) -> Any:
+        if not 0 <= index < len(self._places):  # how a loop learns where the end is
+            raise IndexError(f"batch {index} of {len(self._places)}")
+        return self._dataset[self._places[index]]
+
+    def enough(self, size: int) -> bool:
+        """Tells whether no rank would go without."""
+        return len(self) >= size
+
+    def facts(self) -> Facts:
+        """States what must be the same on all ranks."""
+        return [("the number of batches", str(len(self)))]
+
+    def dealt(self, rank: int, size: int) -> "Batches":
+        """Returns a rank's batches; no other is made."""
+        return Batches(self._dataset, self._places[rank::size])
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns what `model.evaluate` takes."""
+        return {"x": self}
+
+
+@dataclass(frozen=True)
+class Stream:
+    """Batches from a generator."""
+
+    batches: Iterator[Any]
+    first: tuple[Any, ...]
+
+    @classmethod
+    def of(cls, batches: Iterator[Any], steps: int | None, size: int) -> "Stream":
+        """Reads one batch for each rank ahead, and all of them `steps` at most."""
+        batches = itertools.islice(batches, steps)
+        return cls(batches, tuple(itertools.islice(batches, size)))
+
+    def enough(self, size: int) -> bool:
+        """Tells whether no rank would go without."""
+        return len(self.first) >= size
+
+    def facts(self) -> Facts:
+        """States what must be the same on all ranks."""
+        return [("the number of its first batches", str(len(self.first)))]
+
+    def dealt(self, rank: int, size: int) -> "Stream":
+        """Returns a rank's batches; the rank makes all of them and keeps its own."""
+        return Stream(itertools.islice(iter(self), rank, None, size), ())
+
+    def arguments(self) -> dict[str, Any]:
+        """Returns what `model.evaluate` takes."""
+        return {"x": (each for each in self)}
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain(self.first, self.batches)
+
+
+Deck = Arrays | Pipeline | Batches | Stream
+
+
+def deck(parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None, size: int) -> Deck:
+    """Reads what a user calls data.
+
+    Args:
+        parts: x, y and sample_weight; of what holds its targets itself, that alone.
+        batch_size: Samples of a batch, where the data is not batched already.
+        steps: How many batches to take; None for all.
+        size: Number of ranks.
+
+    Raises:
+        ValueError: If there are no samples, or no end, or arrays differ in length.
+        TypeError: If it is none of the kinds of data that there are.
+    """
+    x = parts[0]
+    if isinstance(x, tf.data.Dataset):
+        return Pipeline.of(x, batch_size, steps)
+    if isinstance(x, keras.utils.PyDataset):
+        return Batches.of(x, steps)
+    if hasattr(x, "__next__"):
+        return Stream.of(x, steps, size)
+    found = Arrays.of(parts, batch_size, steps)
+    if not found.length:
+        raise ValueError("The data holds no samples. Received: arrays of length 0.")
+    return found
+
+
+def _numbers(value: Any) -> Any:
+    """Returns a list of plain numbers as an array: it is one leaf, not many."""
+    is_list = isinstance(value, list | tuple) and bool(value)
+    return np.asarray(value) if is_list and isinstance(value[0], int | float | str | bytes) else value

@@ -1,0 +1,1 @@
+"""Detect ranks that wait for one another, and report who waits for whom."""

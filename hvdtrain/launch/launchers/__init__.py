@@ -1,0 +1,1 @@
+"""Start commands of each MPI, of srun and of other schedulers."""

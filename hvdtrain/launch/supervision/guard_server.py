@@ -1,0 +1,115 @@
+"""The launcher's ear: it listens for the guards, tells them from strangers, and hands on what they send."""
+
+import contextlib
+import hmac
+import json
+import secrets
+import selectors
+import socket
+from collections.abc import Sequence
+
+from hvdtrain.launch.supervision import protocol
+from hvdtrain.launch.supervision.rank_guard import keep_alive
+
+CLOSED = b"-"
+CHUNK = 1 << 18
+
+Event = tuple[int, bytes, bytes]
+
+
+class Peer:
+    """One connection, a rank's once its hello has shown the token."""
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.socket = sock
+        self.frames = protocol.Frames()
+        self.rank: int | None = None
+
+
+class Server:
+    """Listens where the guards of all ranks can call.
+
+    Args:
+        selector: Where its sockets are waited for, among what else the launcher waits for.
+        addresses: Names of this host for the guards; empty when all of them are on it.
+    """
+
+    def __init__(self, selector: selectors.BaseSelector, addresses: Sequence[str]) -> None:
+        self._selector = selector
+        self._peers: list[Peer] = []
+        self._token = secrets.token_hex(16)
+        self._listener = socket.create_server(("" if addresses else "127.0.0.1", 0), backlog=1024)
+        self._listener.setblocking(False)
+        port = self._listener.getsockname()[1]
+        self._address = ",".join(f"{name}:{port}" for name in addresses or ["127.0.0.1"])
+        selector.register(self._listener, selectors.EVENT_READ, self._accept)
+
+    @property
+    def environ(self) -> dict[str, str]:
+        """What the ranks must find in their environment to call here."""
+        return {protocol.ADDRESS: self._address, protocol.TOKEN: self._token}
+
+    @property
+    def connected(self) -> bool:
+        """Whether any guard is on the line."""
+        return any(peer.rank is not None for peer in self._peers)
+
+    def order(self, number: int) -> None:
+        """Gives every guard an order: a signal for its rank, or one of those in `wire`."""
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.socket.send(bytes([number]), socket.MSG_DONTWAIT)
+
+    def end(self) -> None:
+        """Tells every guard to end its rank; what they still have to say is still heard."""
+        self.order(protocol.END)
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.socket.shutdown(socket.SHUT_WR)
+
+    def close(self) -> None:
+        """Hangs up on everyone."""
+        for peer in [*self._peers]:
+            self._drop(peer)
+        self._selector.unregister(self._listener)
+        self._listener.close()
+
+    def _accept(self) -> list[Event]:
+        sock, _ = self._listener.accept()
+        keep_alive(sock)
+        peer = Peer(sock)
+        self._peers.append(peer)
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._hear(peer))
+        return []
+
+    def _hear(self, peer: Peer) -> list[Event]:
+        try:
+            data = peer.socket.recv(CHUNK)
+        except OSError:
+            data = b""
+        if not data:
+            self._drop(peer)
+            return [(peer.rank, CLOSED, b"")] if peer.rank is not None else []
+        events = []
+        for kind, payload in peer.frames.feed(data):
+            if peer.rank is None and not self._admit(peer, kind, payload):
+                self._drop(peer)
+                break
+            if peer.rank is not None:
+                events.append((peer.rank, kind, payload))
+        return events
+
+    def _admit(self, peer: Peer, kind: bytes, payload: bytes) -> bool:
+        try:
+            hello = json.loads(payload) if kind == protocol.HELLO else {}
+            if not hmac.compare_digest(hello.get("token", ""), self._token):
+                return False
+            peer.rank = int(hello["rank"])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            return False
+        return True
+
+    def _drop(self, peer: Peer) -> None:
+        self._peers.remove(peer)
+        self._selector.unregister(peer.socket)
+        peer.socket.close()

@@ -1,0 +1,1 @@
+"""Record what each rank does, and merge and read the recordings."""

@@ -1,0 +1,78 @@
+"""Starting and stopping the timeline: by the script, or by the environment at `hvd.init()`."""
+
+import os
+import sys
+from collections.abc import Mapping
+
+from hvdtrain import runtime
+from hvdtrain.timeline.recorder import Timeline, path_of
+
+# Our own name comes first where both are set.
+_PATHS = ("HVDTRAIN_TIMELINE", "HOROVOD_TIMELINE")
+_MARKS = ("HVDTRAIN_TIMELINE_MARK_CYCLES", "HOROVOD_TIMELINE_MARK_CYCLES")
+# The value by which Horovod's users say that the script will call start_timeline.
+_LATER = "DYNAMIC"
+
+
+def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
+    """Records from now on what each rank does, to see where time goes and for which rank the others wait.
+
+    Call it on all ranks. Each writes a file of its own; `hvdtrain timeline merge` joins them and
+    https://ui.perfetto.dev shows them. A timeline that is being written to another path is ended first.
+
+    Args:
+        file_path: The file of rank 0; rank r writes `<stem>.rank<r><suffix>` beside it.
+        mark_cycles: Whether to mark the start of each negotiation with CYCLE_START.
+
+    Raises:
+        ValueError: If `hvd.init()` was not called.
+        OSError: If the file cannot be written.
+    """
+    engine = runtime.engine()
+    if engine.timeline is not None:
+        if engine.timeline.path == path_of(file_path, engine.rank):
+            engine.say(f"the timeline {engine.timeline.path} is being written already; it goes on.")
+            return
+        engine.say(f"the timeline {engine.timeline.path} ends here, and goes on in {file_path}.")
+        stop_timeline()
+    _record(Timeline(file_path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
+
+
+def stop_timeline() -> None:
+    """Ends the timeline, so that its file is complete; nothing happens where none is being written.
+
+    Raises:
+        ValueError: If `hvd.init()` was not called.
+    """
+    timeline = runtime.engine().timeline
+    if timeline is not None:
+        _record(None)
+        timeline.close()
+
+
+def start_if_asked(environ: Mapping[str, str] = os.environ) -> None:
+    """Starts the timeline that the environment asks for; one that cannot be written stops no training.
+
+    Args:
+        environ: Where HVDTRAIN_TIMELINE and HOROVOD_TIMELINE, a path or DYNAMIC, are read.
+    """
+    path = _first(environ, _PATHS)
+    if path in ("", _LATER):
+        return
+    mark_cycles = _first(environ, _MARKS) not in ("", "0")
+    engine = runtime.engine()
+    try:
+        _record(Timeline(path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
+    except OSError as error:
+        print(f"hvdtrain: {error.strerror}: {error.filename}", file=sys.stderr, flush=True)
+
+
+def _record(timeline: Timeline | None) -> None:
+    """Gives the timeline to the engines of the world and of all process sets; later sets take the world's."""
+    sets = [engine for _, engine in runtime.engines_of_sets.values() if engine is not None]
+    for engine in (runtime.engine(), *sets):
+        engine.timeline = timeline
+
+
+def _first(environ: Mapping[str, str], names: tuple[str, ...]) -> str:
+    return next((environ[name] for name in names if environ.get(name)), "")

@@ -1,0 +1,48 @@
+"""What only rank 0 does, and all ranks get the result of, or the error."""
+
+import pickle
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any
+
+from hvdtrain.collectives.agreement import Known, mark
+from hvdtrain.collectives.engine import Engine
+
+_alone: ContextVar[bool] = ContextVar("rank 0 works while the others wait", default=False)
+
+
+def is_alone() -> bool:
+    """Tell whether rank 0 is in `on_rank_zero`, where nothing may communicate."""
+    return _alone.get()
+
+
+def on_rank_zero(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Returns on every rank what `work` returns on rank 0.
+
+    Args:
+        engine: The ranks.
+        work: Is called on rank 0 only, and must not communicate.
+
+    Raises:
+        Exception: On every rank, what rank 0 has met.
+    """
+    result, error = None, None
+    if engine.rank == 0:
+        token = _alone.set(True)
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+        finally:
+            _alone.reset(token)
+    result, failure = engine.broadcast_object((result, _portable(error)))
+    if failure is not None:
+        raise mark(failure, Known.REPORTED) if error is None else mark(error, Known.ORIGINAL)
+    return result
+
+
+def _portable(error: Exception | None) -> Exception | None:
+    try:
+        return pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")

@@ -1,0 +1,146 @@
+"""Check the layout: which folder imports which, no cycles, and nothing heavy where a login node starts."""
+
+import ast
+import graphlib
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hvdtrain"
+
+# Each folder or module at the top level, and exactly what it imports of the others.
+IMPORTS = {
+    "cli": {"batch", "bench", "doctor", "horovod_build", "launch", "timeline"},
+    # What starts and examines jobs.
+    "batch": {"doctor", "launch"},
+    "bench": {"backends", "collectives", "cores", "keras", "launch", "runtime", "safe_path", "topology"},
+    "doctor": {"collectives", "cores", "keras", "launch", "runtime", "safe_path", "topology"},
+    "horovod_build": {"collectives", "safe_path"},
+    "launch": {
+        *("as_horovod", "collectives", "cores", "heartbeat", "patching", "process_activity", "safe_path"),
+        *("script", "stop_request", "timeouts", "topology"),
+    },
+    # What scripts import, and the ways of running scripts that were not written for hvdtrain.
+    "as_horovod": {"keras", "patching", "runtime", "safe_path", "script", "tensorflow", "topology"},
+    "wrap": {
+        *(
+            "backends",
+            "collectives",
+            "data",
+            "keras",
+            "patching",
+            "runtime",
+            "safe_path",
+            "script",
+            "topology",
+        ),
+    },
+    "tensorflow": {"backends", "collectives", "data", "gradients", "keras", "runtime", "timeline"},
+    "keras": {
+        *("backends", "checkpoints", "collectives", "cores", "data", "gradients", "heartbeat", "patching"),
+        *("runtime", "stop_request", "timeline"),
+    },
+    # What they are made of.
+    "data": {"backends", "collectives", "patching", "runtime"},
+    "gradients": {"backends", "collectives"},
+    "timeline": {"runtime"},
+    "runtime": {"collectives", "heartbeat", "process_activity", "timeouts", "topology"},
+    "backends": {"collectives"},
+    # The launcher reads in the heartbeat where each rank waits; Horovod's threads are not counted as work.
+    "collectives": {"heartbeat", "process_activity"},
+    "checkpoints": set(),
+    "cores": set(),
+    "heartbeat": set(),
+    "patching": set(),
+    "process_activity": set(),
+    "safe_path": set(),
+    "script": set(),
+    "stop_request": set(),
+    "timeouts": set(),
+    "topology": set(),
+}
+
+
+def modules():
+    """Return the path of each module, by its dotted name."""
+    found = {}
+    for path in PACKAGE.rglob("*.py"):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def names(path):
+    """Yield the dotted names that a file imports, also inside of functions."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def imported(module):
+    """Return the modules of hvdtrain that one of them imports."""
+    found = set()
+    for name in names(MODULES[module]):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {"", "hvdtrain", module}
+
+
+def folder(module):
+    return module.split(".")[1]
+
+
+def test_each_folder_imports_what_the_table_says():
+    found = {name: set() for name in IMPORTS}
+    for module in MODULES:
+        if module != "hvdtrain":
+            found[folder(module)] |= {folder(other) for other in imported(module)} - {folder(module)}
+    assert found == IMPORTS
+
+
+def test_the_package_itself_imports_nothing():
+    assert list(names(MODULES["hvdtrain"])) == []
+
+
+def test_tests_mirror_the_package():
+    folders = {path.name for path in (PACKAGE.parent / "tests").iterdir() if path.is_dir()}
+    assert folders - {"cluster", "runner", "__pycache__"} <= set(IMPORTS)
+
+
+def test_no_module_imports_itself_through_others():
+    order = graphlib.TopologicalSorter({module: imported(module) for module in MODULES})
+    order.prepare()  # raises CycleError with the modules
+
+
+def test_gradients_never_ask_the_runtime_and_know_no_keras():
+    for path in (PACKAGE / "gradients").rglob("*.py"):
+        assert not [name for name in names(path) if name.startswith(("keras", "hvdtrain.runtime"))]
+
+
+@pytest.mark.parametrize(
+    "module",
+    ["hvdtrain", "hvdtrain.cli", "hvdtrain.launch.run", "hvdtrain.batch.submit", "hvdtrain.runtime"],
+)
+def test_what_starts_on_a_login_node_loads_neither_tensorflow_nor_mpi(module):
+    heavy = ("tensorflow", "keras", "mpi4py.MPI")
+    code = f"import sys, {module}; sys.exit(any(name in sys.modules for name in {heavy}))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_two_abstract_bases_no_more():
+    bases = [
+        f"{path.name}:{node.name}"
+        for path in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+        and any(isinstance(base, ast.Name) and base.id == "ABC" for base in node.bases)
+    ]
+    assert set(bases) <= {"engine.py:Engine", "compression.py:Compressor"}
