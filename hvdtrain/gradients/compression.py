@@ -1,9 +1,7 @@
-"""What makes a gradient smaller while it travels."""
+"""Define how a gradient is compressed while it travels, in Horovod's form of two methods."""
 
 from abc import ABC, abstractmethod
 from typing import Any
-
-import tensorflow as tf
 
 
 class Compressor(ABC):
@@ -15,7 +13,7 @@ class Compressor(ABC):
     @staticmethod
     @abstractmethod
     def compress(tensor: Any) -> tuple[Any, Any]:
-        """Makes a tensor ready to travel.
+        """Make a tensor ready to travel.
 
         Args:
             tensor: A gradient.
@@ -27,7 +25,7 @@ class Compressor(ABC):
     @staticmethod
     @abstractmethod
     def decompress(tensor: Any, ctx: Any) -> Any:
-        """Returns the gradient that the combined tensor stands for."""
+        """Return the gradient that the combined tensor stands for."""
 
 
 class NoneCompressor(Compressor):
@@ -35,52 +33,10 @@ class NoneCompressor(Compressor):
 
     @staticmethod
     def compress(tensor: Any) -> tuple[Any, Any]:
-        """Returns the tensor itself."""
+        """Return the tensor itself."""
         return tensor, None
 
     @staticmethod
     def decompress(tensor: Any, ctx: Any) -> Any:
-        """Returns the tensor itself."""
+        """Return the tensor itself."""
         return tensor
-
-
-class FP16Compressor(Compressor):
-    """Halves what travels of float32: 11 bits of precision, nothing beyond 65504."""
-
-    @staticmethod
-    def compress(tensor: Any) -> tuple[Any, Any]:
-        """Casts a float tensor to float16; others stay as they are."""
-        return _narrowed(tensor, tf.float16)
-
-    @staticmethod
-    def decompress(tensor: Any, ctx: Any) -> Any:
-        """Casts back to the dtype that it had."""
-        return tf.cast(tensor, ctx)
-
-
-class BF16Compressor(Compressor):
-    """Halves what travels of float32 and keeps its range: 8 bits of precision, no overflow."""
-
-    @staticmethod
-    def compress(tensor: Any) -> tuple[Any, Any]:
-        """Casts a float tensor to bfloat16; others stay as they are."""
-        return _narrowed(tensor, tf.bfloat16)
-
-    @staticmethod
-    def decompress(tensor: Any, ctx: Any) -> Any:
-        """Casts back to the dtype that it had."""
-        return tf.cast(tensor, ctx)
-
-
-def _narrowed(tensor: Any, dtype: Any) -> tuple[Any, Any]:
-    tensor = tf.convert_to_tensor(tensor)
-    wider = tensor.dtype.is_floating and tensor.dtype.size > dtype.size
-    return (tf.cast(tensor, dtype) if wider else tensor), tensor.dtype
-
-
-class Compression:
-    """The choices for `compression=`: `none`, `fp16` and `bf16`."""
-
-    none = NoneCompressor
-    fp16 = FP16Compressor
-    bf16 = BF16Compressor

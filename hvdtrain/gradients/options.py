@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdtrain.collectives.engine import Op
-from hvdtrain.gradients.compression import Compression
+from hvdtrain.gradients.compression import NoneCompressor
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ReduceOptions:
     name: str
     op: Op = Op.AVERAGE
     sparse_as_dense: bool = False
-    compression: Any = Compression.none
+    compression: Any = NoneCompressor
     predivide_factor: float = 1.0
     groups: int | Sequence[Sequence[Any]] | None = None
     scale_local: bool = True

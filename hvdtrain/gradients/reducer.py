@@ -1,13 +1,12 @@
-"""From backprop to update: takes one rank's gradients and gives back those of all ranks together."""
+"""Combine one rank's gradients with those of all ranks, between backprop and update."""
 
 import itertools
 from collections.abc import Sequence
 from typing import Any
 
-import tensorflow as tf
-
-from hvdtrain.backends.tensorflow import bridge
 from hvdtrain.collectives.engine import Call, Engine, Op
+from hvdtrain.gradients.bridge import Bridge, Exchanged, Gradient, Tensor, Variable
+from hvdtrain.gradients.exchange import Exchange
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.options import ReduceOptions, groups_of
 from hvdtrain.gradients.trained_variables import registry
@@ -21,17 +20,21 @@ class GradientReducer:
     """Combines the gradients of one optimizer, step by step, and proves the first step.
 
     Args:
-        engine: The engine that moves them; given, never asked for.
+        engine: The engine that moves them.
+        bridge: The framework of the gradients.
         options: How they are combined.
-        verification: What proves that the result is right.
+        verification: Verifies that the result is right.
 
     Attributes:
         verification: May be exchanged between steps.
         name: What the operations are called on the wire; chosen at first use if nobody does it before.
     """
 
-    def __init__(self, engine: Engine, options: ReduceOptions, verification: Verification) -> None:
+    def __init__(
+        self, engine: Engine, bridge: Bridge, options: ReduceOptions, verification: Verification
+    ) -> None:
         self._engine = engine
+        self._bridge = bridge
         self._options = options
         self.name = ""
         self.verification = verification
@@ -53,11 +56,13 @@ class GradientReducer:
         """Tells whether each rank trains a variable by itself."""
         return any(variable is each for each in self._local)
 
-    def __call__(self, gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
-        """Reduces one step's gradients, in a graph or eagerly.
+    def __call__(
+        self, gradients: Sequence[Gradient], variables: Sequence[Variable], state: Sequence[Variable]
+    ) -> list[Gradient]:
+        """Reduce one step's gradients, in a graph or eagerly.
 
         Args:
-            gradients: Tensors or `tf.IndexedSlices`, one for each of `variables`.
+            gradients: Dense tensors or sparse gradients, one for each of `variables`.
             variables: The variables about to be updated; all ranks pass the same, in the same order.
             state: The optimizer's own variables, which must be as equal on all ranks as the weights.
 
@@ -69,108 +74,112 @@ class GradientReducer:
                 comes as TensorFlow's InvalidArgumentError with the same text.
         """
         if self._engine.size == 1:
-            return [self._dense_if_asked(each) for each in gradients]
-        everywhere = [index for index, each in enumerate(variables) if not self.is_local(each)]
-        registry.note_averaged(self._engine, [variables[index] for index in everywhere])
-        shared = self._shared(
-            [self._dense_if_asked(gradients[index]) for index in everywhere],
-            [variables[index] for index in everywhere],
+            return [self._dense_if_asked(gradient) for gradient in gradients]
+        shared = [index for index, variable in enumerate(variables) if not self.is_local(variable)]
+        trained = [variables[index] for index in shared]
+        registry.note_averaged(self._engine, self._bridge.readable(trained))
+        reduced = self._reduced(
+            [self._dense_if_asked(gradients[index]) for index in shared],
+            trained,
             [] if self._local else state,
         )
-        result = [self._scaled_local(each) for each in gradients]
-        for index, gradient in zip(everywhere, shared, strict=True):
+        result = [self._scaled_local(gradient) for gradient in gradients]
+        for index, gradient in zip(shared, reduced, strict=True):
             result[index] = gradient
         return result
 
-    def _shared(self, gradients: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> list[Any]:
-        """Makes the gradients small, sends them, proves what came back, and makes them whole again."""
-        wire, contexts = [], []
-        for each in gradients:
-            small, context = (each, None) if _is_sparse(each) else self._options.compression.compress(each)
-            wire.append(small)
+    def _reduced(
+        self, gradients: Sequence[Gradient], variables: Sequence[Variable], state: Sequence[Variable]
+    ) -> list[Gradient]:
+        """Compress the gradients, exchange them, verify the result, and decompress it."""
+        bridge, compression = self._bridge, self._options.compression
+        compressed, contexts = [], []
+        for gradient in gradients:
+            small, context = (
+                (gradient, None) if bridge.is_sparse(gradient) else compression.compress(gradient)
+            )
+            compressed.append(small)
             contexts.append(context)
-        # That of this trace: another may be in place by the time the graph runs.
+        # The verification of this trace: another may be in place by the time the graph runs.
         verification = self.verification
-        reduced, due = self._reduced(wire, variables, verification)
-        unseen = [each for each in wire if not self._is_seen(each)]
-        checked = verification.check(due, unseen, reduced, variables, state)
-        if checked is not None:
-            with tf.control_dependencies([checked]):  # what is wrong must not reach the weights
-                reduced = tf.nest.map_structure(tf.identity, reduced, expand_composites=True)
+        reduced, exchanged = self._exchanged(compressed, variables, verification)
+        if not verification.never:
+            unrecorded = [
+                gradient for gradient in compressed if bridge.is_sparse(gradient) or not exchanged.recorded
+            ]
+            checked = self._checked(verification, exchanged.due, unrecorded, reduced, [variables, state])
+            reduced = bridge.after(checked, reduced)  # a wrong gradient must not reach the weights
         return [
-            each if _is_sparse(each) else self._options.compression.decompress(each, context)
-            for each, context in zip(reduced, contexts, strict=True)
+            gradient if bridge.is_sparse(gradient) else compression.decompress(gradient, context)
+            for gradient, context in zip(reduced, contexts, strict=True)
         ]
 
-    def _is_seen(self, gradient: Any) -> bool:
-        """Tells whether the verification sees a gradient before it is sent; of those in place nothing is left."""
-        on_host = bridge.shown_to_numpy(self._engine, self._factors()[2])
-        return on_host and not _is_sparse(gradient)
-
-    def _reduced(
-        self, gradients: Sequence[Any], variables: Sequence[Any], verification: Verification
-    ) -> tuple[list[Any], Any]:
-        sparse = [each for each in gradients if _is_sparse(each)]
-        dense = [index for index, each in enumerate(gradients) if not _is_sparse(each)]
+    def _exchanged(
+        self, gradients: Sequence[Gradient], variables: Sequence[Variable], verification: Verification
+    ) -> tuple[list[Gradient], Exchanged]:
+        """Exchange gradients; return those of all ranks, in the same order."""
+        bridge = self._bridge
         before, after, op = self._factors()
-        reduced, rows, due = bridge.reduce_gradients(
-            self._engine,
-            [_times(gradients[index], before) for index in dense],
-            [part for each in sparse for part in (self._divided(each.values), each.indices)],
-            op,
-            self._call(gradients, variables),
-            bridge.Watch(
-                verification.begin,
-                lambda place, array: verification.see(place, array, before),
-            ),
+        sparse = [gradient for gradient in gradients if bridge.is_sparse(gradient)]
+        dense = [index for index, gradient in enumerate(gradients) if not bridge.is_sparse(gradient)]
+        exchanged = bridge.exchange(
+            Exchange(self._engine, op, self._call(gradients, variables), verification, before),
+            [bridge.scaled(gradients[index], before) for index in dense],
+            [part for gradient in sparse for part in self._rows(gradient)],
             groups_of([variables[index] for index in dense], self._options.groups),
             (self._options.device_dense, self._options.device_sparse),
         )
-        dense_left, rows_left = iter(reduced), iter(rows)
-        return [  # in the order of the variables
-            tf.IndexedSlices(next(rows_left), next(rows_left), each.dense_shape)
-            if _is_sparse(each)
-            else _times(next(dense_left), after)
-            for each in gradients
-        ], due
+        dense_left, rows_left = iter(exchanged.dense), iter(exchanged.rows)
+        reduced = []
+        for gradient in gradients:
+            if bridge.is_sparse(gradient):
+                reduced.append(bridge.with_rows(gradient, next(rows_left), next(rows_left)))
+            else:
+                reduced.append(bridge.scaled(next(dense_left), after))
+        return reduced, exchanged
+
+    def _checked(
+        self,
+        verification: Verification,
+        due: Tensor,
+        unrecorded: Sequence[Gradient],
+        applied: Sequence[Gradient],
+        stored: Sequence[Sequence[Variable]],
+    ) -> Tensor:
+        """Verify a step that is due, and return a tensor that exists once this is done."""
+        bridge, (variables, state) = self._bridge, stored
+        dense = [not bridge.is_sparse(gradient) for gradient in applied]
+        parts = [len(bridge.parts(gradient)) for gradient in (*unrecorded, *applied)]
+        compare = verification.comparison(variables, state, dense, parts)
+        return bridge.check(self._engine, due, compare, [*variables, *state], [*unrecorded, *applied])
 
     def _factors(self) -> tuple[float, float, Op]:
-        """Returns by what gradients are multiplied before and after they are combined, and how that is done."""
+        """Return by what gradients are multiplied before and after they are combined, and how that is done."""
         factor = self._options.predivide_factor
         if factor == 1.0:
             return 1.0, 1.0, self._options.op
         return 1.0 / factor, factor / self._engine.size, Op.SUM
 
-    def _divided(self, values: Any) -> Any:
-        """Joining the rows of all ranks sums them; for a mean they are divided before."""
+    def _rows(self, gradient: Gradient) -> tuple[Tensor, Tensor]:
+        """Return values and indices of a sparse gradient; joining sums rows, so for a mean they are divided."""
+        values, indices = self._bridge.parts(gradient)
         if self._options.op is Op.ADASUM:
             raise NotImplementedError(
                 "Adasum needs the whole gradient, and that of an embedding is sparse. Pass sparse_as_dense=True."
             )
-        return values / self._engine.size if self._options.op is Op.AVERAGE else values
+        return values / self._engine.size if self._options.op is Op.AVERAGE else values, indices
 
-    def _scaled_local(self, gradient: Any) -> Any:
-        return _times(gradient, 1.0 / self._engine.size) if self._options.scale_local else gradient
+    def _scaled_local(self, gradient: Gradient) -> Gradient:
+        factor = 1.0 / self._engine.size if self._options.scale_local else 1.0
+        return self._bridge.scaled(gradient, factor)
 
-    def _dense_if_asked(self, gradient: Any) -> Any:
-        return tf.convert_to_tensor(gradient) if self._options.sparse_as_dense else gradient
+    def _dense_if_asked(self, gradient: Gradient) -> Gradient:
+        return self._bridge.to_dense(gradient) if self._options.sparse_as_dense else gradient
 
-    def _call(self, gradients: Sequence[Any], variables: Sequence[Any]) -> Call:
+    def _call(self, gradients: Sequence[Gradient], variables: Sequence[Variable]) -> Call:
         self.choose_name()
-        details = [
-            f"{gradient.dtype.name}{list(variable.shape)}{', sparse' if _is_sparse(gradient) else ''}"
-            for gradient, variable in zip(gradients, variables, strict=True)
-        ]
+        details = []
+        for gradient, variable in zip(gradients, variables, strict=True):
+            sparse = ", sparse" if self._bridge.is_sparse(gradient) else ""
+            details.append(f"{self._bridge.dtype_name(gradient)}{list(variable.shape)}{sparse}")
         return described_call(self.name, variables, details)
-
-
-def _times(gradient: Any, factor: float) -> Any:
-    if factor == 1.0:
-        return gradient
-    if _is_sparse(gradient):
-        return tf.IndexedSlices(_times(gradient.values, factor), gradient.indices, gradient.dense_shape)
-    return gradient * tf.constant(factor, gradient.dtype)
-
-
-def _is_sparse(gradient: Any) -> bool:
-    return isinstance(gradient, tf.IndexedSlices)

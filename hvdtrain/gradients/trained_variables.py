@@ -6,8 +6,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import tensorflow as tf
-
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.gradients.naming import compared_name, plain_variable, variable_name
 
@@ -60,6 +58,8 @@ class Trained:
 
 class Registry:
     """The trained variables of this process; it keeps none of them alive.
+
+    Only variables whose values can be read later are noted: see `Bridge.readable`.
 
     Attributes:
         together: Whether anything was averaged or broadcast, so that the ranks are meant to train one model.
@@ -121,10 +121,11 @@ class Registry:
         """Note variables that were given the same values on the ranks of an engine and may be trained then."""
         self.together = True
         for variable in variables:
-            trainable = getattr(variable, "trainable", False) and tf.as_dtype(variable.dtype).is_floating
+            trainable = getattr(variable, "trainable", False) and _is_float(variable)
             if trainable and self.find(variable) is None:
-                # A tf.Variable is trainable by default, whatever it is for.
-                self._note(engine, variable, averaged=False, expected=not isinstance(variable, tf.Variable))
+                # TensorFlow's own variables are trainable by default, whatever they are for.
+                from_keras = plain_variable(variable) is not variable
+                self._note(engine, variable, averaged=False, expected=from_keras)
 
     def note_local(self, variable: Any) -> None:
         """Note a variable of which each rank keeps its own values."""
@@ -146,13 +147,16 @@ class Registry:
 
     def _note(self, engine: Engine, variable: Any, averaged: bool, **facts: Any) -> None:
         plain = plain_variable(variable)
-        readable = isinstance(plain, tf.Variable) and tf.compat.v1.executing_eagerly_outside_functions()
-        if not readable or self.is_local(variable):
+        if self.is_local(variable):
             return
         kind = key_of(engine, variable, averaged)
         self._counts[kind] += 1
         key = key_of(engine, variable, averaged, self._counts[kind])
         self._known[id(plain)] = Trained(weakref.ref(plain), key, variable_name(variable), **facts)
+
+
+def _is_float(variable: Any) -> bool:
+    return "float" in getattr(variable.dtype, "name", variable.dtype)
 
 
 def key_of(engine: Engine, variable: Any, averaged: bool, number: int = 0) -> Key:

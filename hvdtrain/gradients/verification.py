@@ -1,18 +1,13 @@
-"""The proof at the first step: all ranks hold the same weights, and what is applied is everybody's mean.
-
-It lives here and not with the diagnoses because it stands in the way of every gradient.
-"""
+"""Verify a step: all ranks hold the same weights, and the gradient applied is the mean of all ranks' gradients."""
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 
-from hvdtrain.backends.tensorflow import host_calls
 from hvdtrain.collectives.engine import Engine, MismatchError, Op, ranks_text
 from hvdtrain.gradients.naming import variable_name
 from hvdtrain.gradients.projection import checksum, precision, projected, smallest
@@ -97,7 +92,7 @@ class Verification:
         self._policy = policy
         self._step = 0
         self._due = False
-        self._seen: dict[int, tuple[float, ...]] = {}
+        self._recorded: dict[int, tuple[float, ...]] = {}
         self._told = ""
         self._unproved = False  # True while nothing could be said of the gradients
 
@@ -109,77 +104,66 @@ class Verification:
         """
         self._step += 1
         self._due = self._policy.is_due(self._step - 1) or self._unproved
-        self._seen = {}
+        self._recorded = {}
         return self._due
 
-    def see(self, place: int, gradient: np.ndarray, factor: float) -> None:
-        """Keeps account of a gradient before it changes where it lies.
+    def record(self, place: int, gradient: np.ndarray, factor: float) -> None:
+        """Record the projection of a gradient, which is then reduced where it lies.
 
         Args:
             place: Its place among the dense gradients.
-            gradient: What is about to be sent.
-            factor: By what it has been multiplied.
+            gradient: The gradient about to be sent.
+            factor: The gradient has been multiplied by this.
         """
         if self._due and self._op is not Op.ADASUM:
-            self._seen[place] = tuple(part / factor for part in projected(gradient))
+            self._recorded[place] = tuple(part / factor for part in projected(gradient))
 
-    def check(
-        self,
-        due: Any,
-        unseen: Sequence[Any],
-        applied: Sequence[Any],
-        variables: Sequence[Any],
-        state: Sequence[Any],
-    ) -> Any:
-        """Checks this step if its turn has come, inside a graph each time the graph runs.
+    @property
+    def never(self) -> bool:
+        """True if no step is verified."""
+        return self._policy.never
+
+    def comparison(
+        self, variables: Sequence[Any], state: Sequence[Any], dense: Sequence[bool], parts: Sequence[int]
+    ) -> Callable[..., list[np.ndarray]]:
+        """Return the function that verifies a step, to be called on the host.
 
         Args:
-            due: What `begin` said, as a bool tensor.
-            unseen: This rank's gradients of which `see` has taken no account, in order; sparse ones as
-                `tf.IndexedSlices`.
-            applied: The gradients about to be applied.
             variables: The weights about to be updated.
             state: The optimizer's variables.
+            dense: Whether the gradient of each of `variables` is dense.
+            parts: Of how many arrays each gradient consists: first the gradients that were not passed to `record`,
+                then the gradients about to be applied.
 
         Returns:
-            Something to depend on before the gradients are used, or None if there is nothing to wait for.
+            A function of the arrays of `variables` and `state`, and of all parts of these gradients. It returns an
+            array of one bool: whether the ranks hold the same weights. It raises MismatchError on every rank if
+            they do not and the policy is strict, or if a gradient is wrong.
         """
-        if self._policy.never:
-            return None
-        return tf.cond(due, lambda: self._check(unseen, applied, variables, state), lambda: tf.constant(True))
-
-    def _check(
-        self, unseen: Sequence[Any], applied: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]
-    ) -> Any:
-        trained = [variable_name(each) for each in variables]
-        stored = trained + [variable_name(each) for each in state]
-        weights = [tf.convert_to_tensor(each) for each in (*variables, *state)]
-        dense = [not isinstance(each, tf.IndexedSlices) for each in applied]
-        gradients = [part for each in (*unseen, *applied) for part in _parts(each)]
-        parts = [len(_parts(each)) for each in (*unseen, *applied)]
+        trained = [variable_name(variable) for variable in variables]
+        stored = trained + [variable_name(variable) for variable in state]
+        unrecorded = len(parts) - len(dense)
 
         def compare(*arrays: np.ndarray) -> list[np.ndarray]:
             if not self._same_weights(stored, arrays[: len(stored)]):
                 return [np.array(False)]
             registry.note_verified(variables)
             ends = len(stored) + np.cumsum(parts)
-            pairs = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
+            gradients = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
             proof = None
-            if self._op is not Op.ADASUM:  # no sum of projections tells what angles have made of it
-                ours = self._accounts(dense, pairs[: len(unseen)])
-                proof = self._compare_gradients(trained, ours, pairs[len(unseen) :])
+            if self._op is not Op.ADASUM:  # no sum of projections tells what Adasum makes of the angles
+                ours = self._projections(dense, gradients[:unrecorded])
+                proof = self._compare_gradients(trained, ours, gradients[unrecorded:])
             self._announce(self._step, len(trained), proof)
             return [np.array(True)]
 
-        (checked,) = host_calls.on_host(self._engine, compare, [*weights, *gradients], [tf.bool])
-        checked.set_shape(())
-        return checked
+        return compare
 
-    def _accounts(self, dense: Sequence[bool], unseen: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
-        """Puts the accounts taken before sending and those of the rest into the order of the variables."""
-        seen = iter([account for _, account in sorted(self._seen.items())])
-        rest = iter([projected(*parts) for parts in unseen])
-        return np.array([next(seen) if each and self._seen else next(rest) for each in dense])
+    def _projections(self, dense: Sequence[bool], unrecorded: Sequence[Sequence[np.ndarray]]) -> np.ndarray:
+        """Return the projections of this rank's gradients in the order of the variables."""
+        recorded = iter([self._recorded[place] for place in sorted(self._recorded)])
+        rest = iter([projected(*parts) for parts in unrecorded])
+        return np.array([next(recorded) if is_dense and self._recorded else next(rest) for is_dense in dense])
 
     def _same_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> bool:
         try:
@@ -250,8 +234,3 @@ class Verification:
         self._engine.say(
             f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks{applied}"
         )
-
-
-def _parts(gradient: Any) -> list[Any]:
-    """Takes a gradient apart into tensors: a sparse one into its values and the rows they belong to."""
-    return [gradient.values, gradient.indices] if isinstance(gradient, tf.IndexedSlices) else [gradient]

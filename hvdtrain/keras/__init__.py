@@ -21,9 +21,9 @@ if keras.backend.backend() != "tensorflow":
         "Set KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json."
     )
 
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import MismatchError, Op
 from hvdtrain.data import first_on_node, first_overall, shard
-from hvdtrain.gradients.compression import Compression
 from hvdtrain.keras import callbacks, elastic
 from hvdtrain.keras.broadcast_variables import broadcast_variables
 from hvdtrain.keras.checkpointing.load_model import load_model

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.trained_variables import NOTHING, registry
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
@@ -40,4 +41,4 @@ def broadcast_variables(
         if engine.rank != root:
             variable.assign(value)
     if engine.size > 1:
-        registry.note_broadcast(engine, variables)
+        registry.note_broadcast(engine, TensorFlowBridge().readable(variables))

@@ -5,8 +5,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Op
-from hvdtrain.gradients.compression import Compression
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 
 

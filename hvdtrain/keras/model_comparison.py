@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from hvdtrain import runtime
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.gradients import divergence
 from hvdtrain.gradients.trained_variables import registry
@@ -72,7 +73,10 @@ def _note(optimizer: Any) -> None:
     if runtime.engine().size > 1:
         _noted.add(optimizer)
         # Where there are process sets, each may train a model of its own.
-        expected = not runtime.process_sets
+        expected = not runtime.engines_of_sets
         registry.note_plain(
-            runtime.engine(), optimizer._trainable_variables, type(optimizer).__name__, expected
+            runtime.engine(),
+            TensorFlowBridge().readable(optimizer._trainable_variables),
+            type(optimizer).__name__,
+            expected,
         )

@@ -1,8 +1,8 @@
 """What a training loop of your own imports: `import hvdtrain.tensorflow as hvd`."""
 
 import hvdtrain.keras  # noqa: F401 - checks TensorFlow and Keras, and says what is missing
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import MismatchError, Op
-from hvdtrain.gradients.compression import Compression
 from hvdtrain.keras import elastic
 from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
 from hvdtrain.keras.start import init

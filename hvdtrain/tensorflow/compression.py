@@ -1,6 +1,7 @@
 """Names that scripts import from `horovod.tensorflow.compression`."""
 
-from hvdtrain.gradients.compression import Compression, Compressor
+from hvdtrain.backends.tensorflow.compression import Compression
+from hvdtrain.gradients.compression import Compressor
 
 NoneCompressor = Compression.none
 FP16Compressor = Compression.fp16

@@ -7,6 +7,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import differentiable
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.trained_variables import NOTHING, registry
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
@@ -128,7 +129,7 @@ def allgather_object(
 def _assigned(variables: Sequence[Any], root_rank: int, process_set: ProcessSet) -> list[Any]:
     engine = engine_of(process_set)
     if engine.size > 1:
-        registry.note_broadcast(engine, variables)
+        registry.note_broadcast(engine, TensorFlowBridge().readable(variables))
         if not variables:
             engine.say(NOTHING)
     details = [f"{tf.as_dtype(each.dtype).name} {tuple(each.shape)}" for each in variables]

@@ -7,9 +7,9 @@ import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.argument_checks import refused
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.scaling import Reduction
-from hvdtrain.gradients.compression import Compression
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 from hvdtrain.tensorflow.compatibility import check_adasum, handle_average_backwards_compatibility
 

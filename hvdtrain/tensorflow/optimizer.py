@@ -5,8 +5,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Op
-from hvdtrain.gradients.compression import Compression
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.keras.optimizer.distributed import DistributedOptimizer as _KerasDistributedOptimizer
 from hvdtrain.keras.world import rank

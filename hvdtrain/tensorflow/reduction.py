@@ -6,6 +6,7 @@ from typing import Any
 
 import tensorflow as tf
 
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
@@ -30,7 +31,8 @@ class Reduction:
         check_adasum(engine, options.op)
         self._name = options.name
         self._engine, self._options = engine, options
-        self._reducer = GradientReducer(engine, options, Verification(engine, options.op, Policy(0)))
+        verification = Verification(engine, options.op, Policy(0))
+        self._reducer = GradientReducer(engine, TensorFlowBridge(), options, verification)
         self.keep_local = self._reducer.keep_local
         self.is_local = self._reducer.is_local
 

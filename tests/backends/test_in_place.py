@@ -7,9 +7,10 @@ import pytest
 import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import bridge
-from hvdtrain.backends.tensorflow.bridge import reduce_gradients
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.collectives.engine import Call, Op
 from hvdtrain.collectives.overlap import Beside
+from hvdtrain.gradients.exchange import Exchange
 
 pytestmark = pytest.mark.ranks
 
@@ -27,7 +28,8 @@ def way(request, engine, monkeypatch):
 
 
 def reduced(engine, gradients):
-    return reduce_gradients(engine, gradients, [], Op.AVERAGE, Call("gradients", ("test",)))[0]
+    exchange = Exchange(engine, Op.AVERAGE, Call("gradients", ("test",)))
+    return TensorFlowBridge().exchange(exchange, gradients, []).dense
 
 
 def of_rank(rank, seed=0):

@@ -5,10 +5,11 @@ import pytest
 import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import differentiable
-from hvdtrain.backends.tensorflow.bridge import reduce_gradients
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.collectives.engine import Call, Op
 from hvdtrain.collectives.horovod import engine as horovod
 from hvdtrain.collectives.mpi import engine as mpi
+from hvdtrain.gradients.exchange import Exchange
 
 pytestmark = pytest.mark.ranks
 
@@ -137,8 +138,14 @@ def test_tensors(engine):
 
 
 def gradients(engine, dense, rows, groups=()):
-    call = Call("gradients")
-    return tf.function(lambda: reduce_gradients(engine, dense, rows, Op.SUM, call, groups=groups)[:2])()
+    exchange = Exchange(engine, Op.SUM, Call("gradients"))
+
+    @tf.function
+    def exchanged():
+        result = TensorFlowBridge().exchange(exchange, dense, rows, groups)
+        return result.dense, result.rows
+
+    return exchanged()
 
 
 def test_gradients_work_or_are_refused_on_all_ranks(engine):

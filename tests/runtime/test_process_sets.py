@@ -106,7 +106,7 @@ def test_ranks_that_are_none(engine, ranks):
         pytest.skip("a world of one has no other sets")
     with pytest.raises(ValueError, match="different ranks of 0 to"):
         add_process_set(ranks)
-    assert not runtime.process_sets
+    assert not runtime.engines_of_sets
 
 
 def test_the_set_of_all_ranks_exists(engine):

@@ -1,7 +1,7 @@
-"""A step's gradients on their way over the wire: in the engine's own core, all at once, or beside backprop."""
+"""Exchange TensorFlow's gradients: in the engine's own core, in one call of the host, or beside backprop."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,86 +12,115 @@ from hvdtrain.backends.tensorflow import in_place
 from hvdtrain.backends.tensorflow.host_calls import on_host
 from hvdtrain.collectives.engine import Call, Engine, Op, StandIn
 from hvdtrain.collectives.overlap import Beside
+from hvdtrain.gradients.bridge import Bridge, Exchanged
+from hvdtrain.gradients.exchange import Exchange
+from hvdtrain.gradients.naming import plain_variable
 
-# What travels beside backprop goes in parts of this size at least, the gradients that are ready first at first: on
-# a link of 1 Gbit/s it takes 30 ms, and what the ranks compare before it a thirtieth of that.
+# Beside backprop, gradients travel in parts of at least this size, those that are ready first at first. On a link
+# of 1 Gbit/s a part takes 30 ms, and the comparison of the ranks before it a thirtieth of that.
 PART_BYTES = 4 << 20
 
 
-@dataclass(frozen=True)
-class Watch:
-    """Who looks on as a step's gradients are sent.
+class TensorFlowBridge(Bridge):
+    """Tensors, `tf.IndexedSlices` and variables of TensorFlow, in a graph as well as eagerly."""
 
-    Args:
-        begin: Called as a step begins; tells whether this step is of a special kind.
-        see: Called with the place and the array of each dense gradient before it changes where it lies, unless
-            the engine's own core moves it.
-    """
+    def is_sparse(self, gradient: Any) -> bool:
+        """Return whether a gradient is a `tf.IndexedSlices`."""
+        return isinstance(gradient, tf.IndexedSlices)
 
-    begin: Callable[[], bool] = lambda: False
-    see: Callable[[int, np.ndarray], None] = lambda place, array: None
+    def parts(self, gradient: Any) -> list[Any]:
+        """Return the tensors of a gradient: its values, and the indices of a sparse one."""
+        return [gradient.values, gradient.indices] if self.is_sparse(gradient) else [gradient]
 
+    def with_rows(self, gradient: Any, values: Any, indices: Any) -> Any:
+        """Return `tf.IndexedSlices` of the same variable with other rows."""
+        return tf.IndexedSlices(values, indices, gradient.dense_shape)
 
-# AutoGraph rewrites what a user's function calls; what goes on beside backprop would take five times as long.
-@tf.autograph.experimental.do_not_convert
-def reduce_gradients(
-    engine: Engine,
-    dense: Sequence[Any],
-    rows: Sequence[Any],
-    op: Op,
-    call: Call,
-    watch: Watch = Watch(),
-    groups: Sequence[Sequence[int]] = (),
-    devices: tuple[str, str] = ("", ""),
-) -> tuple[list[Any], list[Any], Any]:
-    """Sends the gradients of one step over the wire, in a graph as well as eagerly.
+    def to_dense(self, gradient: Any) -> Any:
+        """Return a gradient as a dense tensor."""
+        return tf.convert_to_tensor(gradient)
 
-    Args:
-        engine: The engine that moves them.
-        dense: Tensors to combine with `op`, in the order of the variables.
-        rows: Tensors to join along their first dimension: values and indices of each sparse gradient in turn.
-        op: SUM, AVERAGE or ADASUM.
-        call: What the ranks compare before anything is sent; its kind also names the operations.
-        watch: Who looks on.
-        groups: Which of `dense` are to travel as one, by their indices; the rest is left to the engine.
-        devices: Where graph operations of the engine's own are placed that reduce, and those that gather.
+    def scaled(self, gradient: Any, factor: float) -> Any:
+        """Return a gradient multiplied by a factor, in its own dtype."""
+        if factor == 1.0:
+            return gradient
+        if self.is_sparse(gradient):
+            return self.with_rows(gradient, self.scaled(gradient.values, factor), gradient.indices)
+        return gradient * tf.constant(factor, gradient.dtype)
 
-    Returns:
-        The combined tensors and the joined ones, as lists like `dense` and `rows`, and what `watch.begin` said, as
-        a bool tensor.
-    """
-    if not shown_to_numpy(engine, op):
-        return _in_core(engine, dense, rows, op, call, watch, groups, devices)
-    rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
-    parts = [*groups, rest] if rest or not groups else list(groups)
-    way = _Way(engine, dense, op, call, watch)
-    if engine.beside is not None and not tf.executing_eagerly():
-        return way.beside(engine.beside, _ready_first(dense, parts), rows)
-    return way.at_once(parts, rows)
+    def dtype_name(self, gradient: Any) -> str:
+        """Return the name of a gradient's dtype, such as "float32"."""
+        return gradient.dtype.name
 
+    # AutoGraph rewrites what a user's function calls; beside backprop the rewritten code takes five times as long.
+    @tf.autograph.experimental.do_not_convert
+    def exchange(
+        self,
+        exchange: Exchange,
+        dense: Sequence[Any],
+        rows: Sequence[Any],
+        groups: Sequence[Sequence[int]] = (),
+        devices: tuple[str, str] = ("", ""),
+    ) -> Exchanged:
+        """Combine the gradients of one step over the ranks; see `Bridge.exchange`."""
+        engine = exchange.engine
+        if exchange.op is not Op.ADASUM and engine.native_tensors() is not None:
+            return _in_core(exchange, dense, rows, groups, devices)
+        rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
+        parts = [*groups, rest] if rest or not groups else list(groups)
+        on_numpy = _OnNumpy(exchange, dense, rows)
+        if engine.beside is not None and not tf.executing_eagerly():
+            return on_numpy.beside(engine.beside, _ready_first(dense, parts))
+        return on_numpy.at_once(parts)
 
-def shown_to_numpy(engine: Engine, op: Op) -> bool:
-    """Tells whether `reduce_gradients` shows the dense gradients to NumPy, instead of to the engine's own core."""
-    return op is Op.ADASUM or engine.native_tensors() is None
+    @tf.autograph.experimental.do_not_convert
+    def check(
+        self,
+        engine: Engine,
+        due: Any,
+        compare: Callable[..., list[np.ndarray]],
+        variables: Sequence[Any],
+        gradients: Sequence[Any],
+    ) -> Any:
+        """Call `compare` on the host if a step is due to be verified; see `Bridge.check`."""
+
+        def checked() -> Any:
+            values = [tf.convert_to_tensor(variable) for variable in variables]
+            parts = [part for gradient in gradients for part in self.parts(gradient)]
+            (passed,) = on_host(engine, compare, [*values, *parts], [tf.bool])
+            passed.set_shape(())
+            return passed
+
+        return tf.cond(due, checked, lambda: tf.constant(True))
+
+    def after(self, dependency: Any, gradients: Sequence[Any]) -> list[Any]:
+        """Return the gradients in such a way that nobody uses them before a tensor exists."""
+        with tf.control_dependencies([dependency]):
+            return tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
+
+    def readable(self, variables: Iterable[Any]) -> list[Any]:
+        """Return those variables whose values can be read later: TensorFlow's, outside of a session's graph."""
+        if not tf.compat.v1.executing_eagerly_outside_functions():
+            return []
+        return [variable for variable in variables if isinstance(plain_variable(variable), tf.Variable)]
 
 
 def _in_core(
-    engine: Engine,
+    exchange: Exchange,
     dense: Sequence[Any],
     rows: Sequence[Any],
-    op: Op,
-    call: Call,
-    watch: Watch,
     groups: Sequence[Sequence[int]],
     devices: tuple[str, str],
-) -> tuple[list[Any], list[Any], Any]:
-    call = replace(call, stand_in=_stand_in(dense, op, rows, groups, native=True))
+) -> Exchanged:
+    """Exchange gradients by the graph operations of the engine's own core."""
+    engine, op = exchange.engine, exchange.op
+    call = replace(exchange.call, stand_in=_stand_in(dense, op, rows, groups, native=True))
 
     def agree(*sizes: np.ndarray) -> list[Any]:
         largest = engine.agree(call, max(map(int, sizes), default=0))
         _check_joined(engine, sizes, largest)
         engine.leave_to_core()
-        return [np.array(watch.begin())]
+        return [np.array(exchange.begin())]
 
     # Not before backprop has begun: a rank whose data end here must not have promised to take part. The last
     # variable's gradient is the first one there, so what Horovod overlaps with backprop it still does.
@@ -101,9 +130,10 @@ def _in_core(
             tf.size(indices, tf.int64) * (values.shape[1:].num_elements() or 1)
             for values, indices in zip(rows[::2], rows[1::2], strict=True)
         ]
-        (begun,) = on_host(engine, agree, sizes, [tf.bool])
-    with tf.control_dependencies([begun]):
-        return *engine.native_tensors().combine(call.kind, dense, rows, op, groups, devices), begun
+        (due,) = on_host(engine, agree, sizes, [tf.bool])
+    with tf.control_dependencies([due]):
+        combined, joined = engine.native_tensors().combine(call.kind, dense, rows, op, groups, devices)
+    return Exchanged(combined, joined, due, recorded=False)
 
 
 def _check_joined(engine: Engine, sizes: Sequence[np.ndarray], largest: int) -> None:
@@ -120,119 +150,121 @@ def _check_joined(engine: Engine, sizes: Sequence[np.ndarray], largest: int) -> 
     native.check_size("allgather", most)
 
 
-class _Way:
-    """The gradients of one step, through NumPy: those that lie in memory of our own are reduced there.
+class _OnNumpy:
+    """Exchange gradients as NumPy arrays; large ones are reduced in TensorFlow's memory.
 
     Args:
-        engine: The engine that moves them.
+        exchange: What happens to the arrays.
         dense: The tensors to combine.
-        op: How.
-        call: What the ranks compare before anything is sent.
-        watch: Who looks on.
+        rows: The tensors to join.
     """
 
-    def __init__(self, engine: Engine, dense: Sequence[Any], op: Op, call: Call, watch: Watch) -> None:
-        self._engine, self._dense, self._op, self._call, self._watch = engine, dense, op, call, watch
-        self._kept = [in_place.ours(each) for each in dense]
-        self._stays = [each is not None for each in self._kept]
-        self._given = [each if mine is None else mine for each, mine in zip(dense, self._kept, strict=True)]
+    def __init__(self, exchange: Exchange, dense: Sequence[Any], rows: Sequence[Any]) -> None:
+        self._exchange, self._dense, self._rows = exchange, dense, rows
+        # Where the memory of a tensor cannot be taken over, its entry is None.
+        self._owned = [in_place.ours(tensor) for tensor in dense]
+        self._stays = [owned is not None for owned in self._owned]
+        self._given = [
+            tensor if owned is None else owned for tensor, owned in zip(dense, self._owned, strict=True)
+        ]
 
-    def at_once(
-        self, parts: Sequence[Sequence[int]], rows: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], Any]:
-        """Sends everything in one call of the host, when all gradients are there."""
+    def at_once(self, parts: Sequence[Sequence[int]]) -> Exchanged:
+        """Send everything in one call of the host, when all gradients are there."""
         order = [index for members in parts for index in members]
         calls = self._calls(parts)
 
         def send(*arrays: np.ndarray) -> list[Any]:
-            begun = self._watch.begin()
+            due = self._exchange.begin()
+            self._exchange.record(order, arrays[: len(order)])
             lying = self._lying(order, arrays[: len(order)])
-            returned = self._returned(
-                {
-                    index: result
-                    for members, call in zip(parts, calls, strict=True)
-                    for index, result in zip(members, self._sent(members, call, lying), strict=True)
-                }
-            )
-            return [np.array(begun), *returned, *map(self._engine.allgather, arrays[len(order) :])]
+            reduced: dict[int, np.ndarray] = {}
+            for members, call in zip(parts, calls, strict=True):
+                reduced.update(zip(members, self._reduced(members, call, lying), strict=True))
+            return [np.array(due), *self._returned(reduced), *self._exchange.join(arrays[len(order) :])]
 
         given = [self._given[index] for index in order]
-        begun, *results = on_host(self._engine, send, [*given, *rows], [tf.bool, *self._dtypes(rows)])
-        begun.set_shape(())
-        return *self._arrived(begun, results, rows), begun
+        due, *results = self._on_host(send, [*given, *self._rows], [tf.bool, *self._dtypes()])
+        return self._exchanged(due, due, results)
 
-    def beside(
-        self, thread: Beside, parts: Sequence[Sequence[int]], rows: Sequence[Any]
-    ) -> tuple[list[Any], list[Any], Any]:
-        """Sends each part as soon as its gradients are there, while backprop computes the next ones."""
+    def beside(self, thread: Beside, parts: Sequence[Sequence[int]]) -> Exchanged:
+        """Send each part as soon as its gradients are there, while backprop computes the next ones."""
         calls = self._calls(parts)
 
         def start(turn: int, *arrays: np.ndarray) -> list[Any]:
             if turn == 0 and thread.is_busy:
-                thread.finish()  # a step was broken off; what went wrong beside it is said now
-            begun = turn == 0 and self._watch.begin()
+                thread.finish()  # a step was broken off: raise the error of its thread now
+            due = turn == 0 and self._exchange.begin()
+            self._exchange.record(parts[turn], arrays)
             lying = self._lying(parts[turn], arrays, outlive=True)
-            thread.start(lambda: self._sent(parts[turn], calls[turn], lying))
-            return [np.array(begun)]
+            thread.start(lambda: self._reduced(parts[turn], calls[turn], lying))
+            return [np.array(due)]
 
         def finish(*arrays: np.ndarray) -> list[Any]:
-            done = thread.finish()
-            pairs = (zip(members, results, strict=True) for members, results in zip(parts, done, strict=True))
-            returned = self._returned({index: result for each in pairs for index, result in each})
-            return [np.array(True), *returned, *map(self._engine.allgather, arrays)]
+            reduced: dict[int, np.ndarray] = {}
+            for members, results in zip(parts, thread.finish(), strict=True):
+                reduced.update(zip(members, results, strict=True))
+            return [np.array(True), *self._returned(reduced), *self._exchange.join(arrays)]
 
-        started = [
-            on_host(self._engine, partial(start, turn), [self._given[index] for index in members], [tf.bool])[
-                0
-            ]
-            for turn, members in enumerate(parts)
-        ]
+        started = []
+        for turn, members in enumerate(parts):
+            given = [self._given[index] for index in members]
+            started += self._on_host(partial(start, turn), given, [tf.bool])
         with tf.control_dependencies(started):
-            finished, *results = on_host(self._engine, finish, list(rows), [tf.bool, *self._dtypes(rows)])
-        begun = started[0]
-        begun.set_shape(())
-        return *self._arrived(finished, results, rows), begun
+            finished, *results = self._on_host(finish, list(self._rows), [tf.bool, *self._dtypes()])
+        return self._exchanged(started[0], finished, results)
+
+    def _on_host(
+        self, function: Callable[..., list[Any]], tensors: list[Any], dtypes: list[Any]
+    ) -> list[Any]:
+        return on_host(self._exchange.engine, function, tensors, dtypes)
 
     def _lying(
         self, order: Sequence[int], arrays: Sequence[np.ndarray], outlive: bool = False
     ) -> dict[int, np.ndarray]:
-        """Shows the arrays to who looks on, and returns those to send; others outlive the call only as copies."""
-        for index, array in zip(order, arrays, strict=True):
-            self._watch.see(index, array)
+        """Return the arrays to send, by their place.
+
+        Args:
+            order: The places.
+            arrays: The arrays.
+            outlive: Whether they are used after the host's call has returned. Arrays in memory that was not taken
+                over are copied then, because TensorFlow may reuse their memory.
+        """
         stays = [self._stays[index] for index in order]
         if outlive:
             arrays = [array if stay else array.copy() for array, stay in zip(arrays, stays, strict=True)]
         return dict(zip(order, in_place.writable(arrays, stays), strict=True))
 
     def _calls(self, parts: Sequence[Sequence[int]]) -> list[Call | None]:
-        """Returns what the ranks compare before each part: before the first one all gradients, with their names."""
-        stand_in = _stand_in([self._dense[index] for index in parts[0]], self._op)
-        return [replace(self._call, stand_in=stand_in), *[None] * (len(parts) - 1)]
+        """Return what the ranks compare before each part: before the first one all gradients, with their names."""
+        stand_in = _stand_in([self._dense[index] for index in parts[0]], self._exchange.op)
+        return [replace(self._exchange.call, stand_in=stand_in), *[None] * (len(parts) - 1)]
 
-    def _sent(
+    def _reduced(
         self, members: Sequence[int], call: Call | None, lying: dict[int, np.ndarray]
     ) -> list[np.ndarray]:
         stays = [self._stays[index] for index in members]
-        return self._engine.grouped_allreduce([lying[index] for index in members], self._op, call, stays)
+        return self._exchange.reduce([lying[index] for index in members], call, stays)
 
     def _returned(self, reduced: dict[int, np.ndarray]) -> list[np.ndarray]:
+        """Return the results that TensorFlow gets as new tensors; the others lie in memory it has already."""
         return [reduced[index] for index, stay in enumerate(self._stays) if not stay]
 
-    def _dtypes(self, rows: Sequence[Any]) -> list[Any]:
-        moved = [each for each, stay in zip(self._dense, self._stays, strict=True) if not stay]
-        return [each.dtype for each in (*moved, *rows)]
+    def _dtypes(self) -> list[Any]:
+        moved = [tensor for tensor, stay in zip(self._dense, self._stays, strict=True) if not stay]
+        return [tensor.dtype for tensor in (*moved, *self._rows)]
 
-    def _arrived(self, after: Any, results: list[Any], rows: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-        """Puts together what was returned and what has changed where it lies, which nobody may see before."""
-        arrived = iter(results)
-        with tf.control_dependencies([] if tf.executing_eagerly() else [after]), tf.device("CPU:0"):
-            reduced = [next(arrived) if mine is None else in_place.changed(mine) for mine in self._kept]
-        joined = list(arrived)
-        for result, each in zip(reduced, self._dense, strict=True):
-            result.set_shape(each.shape)
-        for result, each in zip(joined, rows, strict=True):
-            result.set_shape([None, *each.shape[1:]])
-        return reduced, joined
+    def _exchanged(self, due: Any, finished: Any, results: list[Any]) -> Exchanged:
+        """Put together returned tensors and those changed in place, which nobody may use before `finished`."""
+        due.set_shape(())
+        returned = iter(results)
+        with tf.control_dependencies([] if tf.executing_eagerly() else [finished]), tf.device("CPU:0"):
+            dense = [next(returned) if owned is None else in_place.changed(owned) for owned in self._owned]
+        joined = list(returned)
+        for result, tensor in zip(dense, self._dense, strict=True):
+            result.set_shape(tensor.shape)
+        for result, tensor in zip(joined, self._rows, strict=True):
+            result.set_shape([None, *tensor.shape[1:]])
+        return Exchanged(dense, joined, due, recorded=True)
 
 
 def _ready_first(dense: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -30,12 +30,13 @@ def _in_numpy(engine: Engine, array: np.ndarray) -> Callable[[], np.ndarray]:
 def _in_graph(engine: Engine, array: np.ndarray) -> Callable[[], Any]:
     import tensorflow as tf
 
-    from hvdtrain.backends.tensorflow.bridge import reduce_gradients
+    from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
+    from hvdtrain.gradients.exchange import Exchange
 
-    call = Call("hvdtrain.bench", (f"{array.dtype}[{array.size}]",))
+    exchange = Exchange(engine, Op.SUM, Call("hvdtrain.bench", (f"{array.dtype}[{array.size}]",)))
 
     @tf.function
     def summed(tensor: Any) -> Any:
-        return reduce_gradients(engine, [tensor], [], Op.SUM, call)[0][0]
+        return TensorFlowBridge().exchange(exchange, [tensor], []).dense[0]
 
     return partial(summed, tf.constant(array))

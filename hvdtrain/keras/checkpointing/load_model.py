@@ -12,7 +12,7 @@ from keras.src.legacy import layers as legacy_layers
 from keras.src.legacy.saving import legacy_h5_format, saving_utils
 
 from hvdtrain import runtime
-from hvdtrain.gradients.compression import Compression
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, is_distributed
 
 # What Keras, zipfile and h5py raise for a file that is missing, cut short or of another kind.

@@ -8,9 +8,10 @@ from typing import Any
 import keras
 
 from hvdtrain import runtime
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
+from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Op
 from hvdtrain.data.global_batch import weighted
-from hvdtrain.gradients.compression import Compression
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.trained_variables import registry
@@ -223,7 +224,8 @@ class _Distributed:
     @functools.cached_property
     def _hvdtrain_reducer(self) -> GradientReducer:
         engine, options = engine_or_alone(self.process_set), self._hvdtrain_options
-        return GradientReducer(engine, options, Verification(engine, options.op, self._hvdtrain_policy))
+        verification = Verification(engine, options.op, self._hvdtrain_policy)
+        return GradientReducer(engine, TensorFlowBridge(), options, verification)
 
     def apply_gradients(self, grads_and_vars: Any, **options: Any) -> Any:
         """Updates the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
