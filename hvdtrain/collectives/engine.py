@@ -7,7 +7,6 @@ asks for the same thing, and then hand contiguous buffers to the few methods tha
 import contextlib
 import functools
 import pickle
-import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -33,6 +32,7 @@ from hvdtrain.collectives.agreement import (
 )
 from hvdtrain.collectives.ops import Op, Pair, carrier, described, inner, operand, reducible
 from hvdtrain.collectives.overlap import Beside
+from hvdtrain.messages import logger
 
 _PHASES = {
     each: each.upper() for each in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
@@ -71,7 +71,6 @@ class Engine(ABC):
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
     timeline: Any = None  # a `Timeline`, while one is written
     told_of_zeros = False  # set on the class: True once a warning of integer means was given
-    mid_line = False  # set on the class: True while this process has written a part of a line, such as a bar
     has_joined = False  # True once all ranks have called `join`, some of them maybe earlier than others
     _members: tuple[int, ...] | None = None
     _joined: tuple[int, ...] = ()
@@ -436,12 +435,14 @@ class Engine(ABC):
         return hidden if hidden is not None and str(hidden) in str(error) else error
 
     def say(self, sentence: str) -> None:
-        """Print one line for a person, on rank 0 only; never behind a progress bar on the same line."""
+        """Log a message for a person, on rank 0 only; see `hvdtrain.messages`."""
         if self.rank == 0:
-            if Engine.mid_line:
-                Engine.mid_line = False
-                print(flush=True)  # on standard output, where the bar is
-            print(f"hvdtrain: {sentence}", file=sys.stderr, flush=True)
+            logger.info(sentence)
+
+    def warn(self, sentence: str) -> None:
+        """Log a warning for a person, on rank 0 only; see `hvdtrain.messages`."""
+        if self.rank == 0:
+            logger.warning(sentence)
 
     def agree(self, call: Call, wish: int = 0) -> int:
         """Makes sure that all ranks make this call now, before any of them may wait for another.
@@ -590,8 +591,8 @@ class Engine(ABC):
         lost = total[(mean == 0) & (total != 0)]
         if lost.size and not Engine.told_of_zeros:
             Engine.told_of_zeros = True
-            self.say(
-                f"warning: a mean of integers was rounded to 0: the sum {lost[0]} of {self.size} ranks, divided by "
+            self.warn(
+                f"a mean of integers was rounded to 0: the sum {lost[0]} of {self.size} ranks, divided by "
                 f"{self.size}. Pass floats, as in hvd.allreduce(tf.cast(x, tf.float32)), or op=hvd.Sum."
             )
 

@@ -148,7 +148,7 @@ def _judge(engine: Engine, differences: Sequence[Difference], when: str) -> None
         raise MismatchError(f"{_named(wrong, when)} {_reason(wrong[0].one)}")
     if differences:
         advice = _JOINED if engine.has_joined else _AFTERWARDS if averaged else _PERHAPS
-        engine.say(f"warning: {_named([*averaged, *plain], when)} {advice}")
+        engine.warn(f"{_named([*averaged, *plain], when)} {advice}")
 
 
 def _reason(one: Trained) -> str:
@@ -181,8 +181,8 @@ def _warn_of_plain(engine: Engine, compared: Sequence[Trained]) -> None:
     plain = [one for one in compared if one.optimizer and not one.key.averaged]
     if plain and not registry.warned:
         registry.warned = True
-        engine.say(
-            f"warning: the gradients of {_listed([one.name for one in plain])} are not averaged over the ranks, as "
+        engine.warn(
+            f"the gradients of {_listed([one.name for one in plain])} are not averaged over the ranks, as "
             f"{plain[0].optimizer} is not distributed. The variables are the same on all ranks so far. Give it "
             f"hvd.DistributedOptimizer({plain[0].optimizer}(...)), unless train_step averages them itself."
         )

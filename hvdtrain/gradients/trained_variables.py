@@ -11,7 +11,7 @@ from hvdtrain.gradients.naming import compared_name, plain_variable, variable_na
 
 # What to say where variables are broadcast and there are none.
 NOTHING = (
-    "warning: broadcast_variables was given no variables, so nothing was broadcast. A model that is not built has "
+    "broadcast_variables was given no variables, so nothing was broadcast. A model that is not built has "
     "none: give it a keras.Input, or call it once on a batch, before the broadcast."
 )
 

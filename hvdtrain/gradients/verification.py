@@ -171,7 +171,7 @@ class Verification:
         except MismatchError as error:
             if self._policy.is_strict(self._step - 1):
                 raise
-            self._engine.say(f"warning: {error}")
+            self._engine.warn(str(error))
             return False
         return True
 

@@ -33,7 +33,7 @@ def broadcast_variables(
     engine = engine_of(process_set)
     root = engine.check_root(root_rank, "broadcast_variables")
     if engine.size > 1 and not variables:
-        engine.say(NOTHING)
+        engine.warn(NOTHING)
     details = [f"{each.dtype} {tuple(each.shape)}" for each in variables]
     engine.agree(described_call("broadcast of variables", variables, details, weights_only=False))
     for variable in variables:

@@ -8,21 +8,21 @@ from typing import Any
 import keras
 
 from hvdtrain import heartbeat
-from hvdtrain.collectives.engine import Engine
 from hvdtrain.keras.callbacks.membership import optimizers_of
+from hvdtrain.messages import terminal
 from hvdtrain.patching import replace
 
 
 @functools.cache
 def note_lines() -> None:
-    """Note whether Keras has left a progress bar on the current line, so that `Engine.say` starts a new one."""
+    """Note whether Keras has left a progress bar on the current line, so that a message starts a new one."""
     printing = importlib.import_module("keras.src.utils.io_utils")
 
     def noting(print_message: Callable[..., None]) -> Callable[..., None]:
         def run(message: Any, line_break: bool = True) -> None:
             print_message(message, line_break)
             if str(message) and printing.is_interactive_logging_enabled():
-                Engine.mid_line = not (line_break or str(message).endswith("\n"))
+                terminal.in_line = not (line_break or str(message).endswith("\n"))
 
         return run
 

@@ -12,6 +12,7 @@ from hvdtrain import heartbeat, topology
 from hvdtrain.collectives.agreement import Known, known, mark
 from hvdtrain.collectives.engine import Call, Engine, MismatchError
 from hvdtrain.collectives.single import SingleEngine
+from hvdtrain.messages import logger
 from hvdtrain.runtime import self_watch
 
 CHOICES = ("auto", "horovod", "mpi", "single")
@@ -180,7 +181,7 @@ def _horovod_serves(place: topology.Place | None) -> bool:
         return False
     reason = horovod.reason_not_to_use(tf.__version__, mpi.library_name(mpi.load_mpi()))
     if reason and "not built" not in reason and place is not None and place.rank == 0:
-        print(f"hvdtrain: engine mpi, because {reason}.", file=sys.stderr, flush=True)
+        logger.info(f"engine mpi, because {reason}.")
     return reason is None
 
 
@@ -200,12 +201,10 @@ def _tell_if_alone_in_a_job(place: topology.Place | None) -> None:
     alone = place is None or (place.launcher == "Slurm" and place.size == 1)
     if alone and tasks > 1:
         script = sys.argv[0] or "train.py"
-        print(
-            f"hvdtrain: this Slurm job has {tasks} tasks, but this process was started alone, without srun, and "
+        logger.info(
+            f"this Slurm job has {tasks} tasks, but this process was started alone, without srun, and "
             f"trains in a world of 1. To train on all of them type `hvdtrain run -np {tasks} {script}`, or "
-            f"`srun --mpi=pmix python {script}` (pmi2 for MPICH); HVDTRAIN_ENGINE=single if one is meant.",
-            file=sys.stderr,
-            flush=True,
+            f"`srun --mpi=pmix python {script}` (pmi2 for MPICH); HVDTRAIN_ENGINE=single if one is meant."
         )
 
 
@@ -303,5 +302,5 @@ def _end_together(engine: Engine) -> None:
         engine.agree(_END)
         _check(engine)
     except MismatchError as error:
-        print(f"hvdtrain: {error}", file=sys.stderr, flush=True)
+        logger.error(error)
         engine.abort(1)

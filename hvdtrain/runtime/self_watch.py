@@ -12,6 +12,7 @@ from typing import final
 from hvdtrain import heartbeat, process_activity
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.heartbeat import Note
+from hvdtrain.messages import logger
 from hvdtrain.timeouts import Limits, stack_file
 
 # As timeout(1) ends what took too long.
@@ -117,7 +118,7 @@ class Unwatched:
         os._exit(CODE)
 
     def _say(self, text: str) -> None:
-        print(f"hvdtrain: {text}", file=sys.stderr, flush=True)
+        logger.error(text)
 
 
 def _main_frame() -> FrameType | None:

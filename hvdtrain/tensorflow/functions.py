@@ -131,7 +131,7 @@ def _assigned(variables: Sequence[Any], root_rank: int, process_set: ProcessSet)
     if engine.size > 1:
         registry.note_broadcast(engine, TensorFlowBridge().readable(variables))
         if not variables:
-            engine.say(NOTHING)
+            engine.warn(NOTHING)
     details = [f"{tf.as_dtype(each.dtype).name} {tuple(each.shape)}" for each in variables]
     call = described_call(f"broadcast of variables from rank {root_rank}", variables, details)
     values = [tf.convert_to_tensor(each) for each in variables]

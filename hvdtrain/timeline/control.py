@@ -1,10 +1,10 @@
 """Starting and stopping the timeline: by the script, or by the environment at `hvd.init()`."""
 
 import os
-import sys
 from collections.abc import Mapping
 
 from hvdtrain import runtime
+from hvdtrain.messages import logger
 from hvdtrain.timeline.recorder import Timeline, path_of
 
 # Our own name comes first where both are set.
@@ -64,7 +64,7 @@ def start_if_asked(environ: Mapping[str, str] = os.environ) -> None:
     try:
         _record(Timeline(path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
     except OSError as error:
-        print(f"hvdtrain: {error.strerror}: {error.filename}", file=sys.stderr, flush=True)
+        logger.error(f"{error.strerror}: {error.filename}")
 
 
 def _record(timeline: Timeline | None) -> None:

@@ -8,7 +8,6 @@ import errno
 import json
 import os
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import final
 
+from hvdtrain.messages import logger
 from hvdtrain.timeline.trace_format import Event, TraceError, native_events
 
 # Starts an engine's own recording to a path; returns what ends it, or None where the engine has none.
@@ -146,11 +146,8 @@ class Timeline:
             self._end = self._write(self._end, b"".join(b",\n" + _line(event) for event in events))
         except OSError as error:
             self._file.close()
-            print(
-                f"hvdtrain: rank {self._rank}: the timeline {self.path} ends here ({error.strerror}); "
-                "the training goes on.",
-                file=sys.stderr,
-                flush=True,
+            logger.error(
+                f"rank {self._rank}: the timeline {self.path} ends here ({error.strerror}); the training goes on."
             )
 
     def _write(self, offset: int, data: bytes) -> int:
@@ -165,10 +162,7 @@ class Timeline:
             events = native_events(self._native_path, self._epoch / 1000, len(self._rows))
             self._native_path.unlink()
         except (OSError, TraceError) as error:
-            print(
-                f"hvdtrain: Horovod's own phases are missing in {self.path}: {self._native_path} {error}.",
-                file=sys.stderr,
-            )
+            logger.error(f"Horovod's own phases are missing in {self.path}: {self._native_path} {error}.")
             return
         with self._lock:
             for start in range(0, len(events), _AT_ONCE):

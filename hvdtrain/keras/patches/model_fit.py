@@ -203,7 +203,7 @@ class InStep(keras.callbacks.Callback):
         fingerprint, self._fingerprint = self._fingerprint, None
         sentence = fingerprint.verdict(self._engine) if fingerprint is not None else None
         if sentence:
-            self._engine.say(f"warning: {sentence}")
+            self._engine.warn(sentence)
 
 
 def _engine(model: Any) -> Engine:
