@@ -1,7 +1,7 @@
 """Write messages for people through the logger "hvdtrain", which a script can redirect, filter or silence.
 
-The handler that this module adds writes each message to standard error, after "hvdtrain: ". The caller decides which
-rank writes a message: rank 0 writes what concerns all ranks (`Engine.say`, `Engine.warn`).
+The handler that this module adds writes each message to standard error, after "hvdtrain: ". The caller decides
+which rank writes a message: rank 0 writes what concerns all ranks (`Engine.say`, `Engine.warn`).
 
     logging.getLogger("hvdtrain").setLevel(logging.WARNING)   # no lines about engine and verification
     logging.getLogger("hvdtrain").handlers[:] = [logging.FileHandler("hvdtrain.log")]

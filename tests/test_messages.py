@@ -5,7 +5,6 @@ import sys
 
 import pytest
 
-
 IMPORT = "from hvdtrain.messages import logger"
 
 
