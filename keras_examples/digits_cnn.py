@@ -1,4 +1,4 @@
-"""Handwritten digits on all ranks: one model, trained by everybody, and the proof that it is one.
+"""Train one model on handwritten digits on all ranks, and check that all ranks hold the same weights.
 
 hvdtrain run -np 4 keras_examples/digits_cnn.py
 horovodrun -np 4 python keras_examples/digits_cnn.py
@@ -20,7 +20,7 @@ TEST_IMAGES = 360
 
 
 def load(rank, size):
-    """Returns this rank's share of the training images, and all test images (scikit-learn ships 1797)."""
+    """Return this rank's share of the training images, and all test images (scikit-learn ships 1797)."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order].reshape(-1, 8, 8, 1).astype("float32") / 16, labels[order]

@@ -1,4 +1,4 @@
-"""The same loss curve on any number of ranks: same global batch, same seed.
+"""Train with a fixed global batch and seed, and compare the loss curves of different numbers of ranks.
 
 python keras_examples/same_curve.py --save curve1.json
 hvdtrain run -np 2 keras_examples/same_curve.py --save curve2.json
@@ -18,17 +18,17 @@ from sklearn.datasets import load_digits
 
 import hvdtrain.keras as hvd
 
-GLOBAL_BATCH = 64  # images a step over all ranks together; 1797 images make 28 of them and one of 5
+GLOBAL_BATCH = 64  # images per step over all ranks; 1797 images are 28 full batches and one of 5
 
 
 class Curve(keras.callbacks.Callback):
-    """Notes after each step the loss of all images of the epoch so far."""
+    """Record after each step the loss of all images of the epoch so far."""
 
     def on_train_begin(self, logs=None):
         self.losses = []
 
     def on_train_batch_end(self, batch, logs=None):
-        # Each rank adds up the losses of its own images. In the last step some ranks have one image less than
+        # Each rank adds the losses of its own images. In the last step some ranks have one image less than
         # others, so the mean over all images is not the mean of the ranks' means.
         loss = self.model.metrics[0]
         total, count = hvd.allreduce(np.array([loss.total, loss.count], "float64"), op=hvd.Sum)
@@ -36,7 +36,7 @@ class Curve(keras.callbacks.Callback):
 
 
 def train(epochs, dropout):
-    """Returns the loss after each step and of each epoch, and a digest of the weights."""
+    """Return the loss after each step and of each epoch, and a digest of the weights."""
     keras.utils.set_random_seed(0)
     tf.config.experimental.enable_op_determinism()
     images, labels = load_digits(return_X_y=True)
@@ -65,7 +65,7 @@ def train(epochs, dropout):
 
 
 def compare(paths, plot):
-    """Prints how far curves are apart, and draws them into one picture."""
+    """Print the largest difference of each curve from the first, and plot all curves in one picture."""
     curves = [json.loads(path.read_text()) for path in paths]
     first = np.array(curves[0]["steps"])
     for curve in curves:
@@ -78,7 +78,7 @@ def compare(paths, plot):
 
 
 def draw(curves, plot):
-    """Draws the curves, and below them how far each is from the first."""
+    """Plot the curves, and below them the relative difference of each from the first."""
     try:
         from matplotlib import pyplot
     except ImportError:

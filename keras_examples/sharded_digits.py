@@ -1,7 +1,7 @@
-"""Every image once an epoch, whoever reads it: the same losses on 1, 2 and 4 ranks.
+"""Divide the images over ranks with `hvd.shard`: the same losses on 1, 2 and 4 ranks.
 
 hvdtrain run -np 4 keras_examples/sharded_digits.py
-python keras_examples/sharded_digits.py        # the same script on one process, and the same numbers
+python keras_examples/sharded_digits.py        # the same script on one process prints the same numbers
 """
 
 import keras
@@ -11,11 +11,11 @@ from sklearn.datasets import load_digits
 import hvdtrain.keras as hvd
 
 TEST_IMAGES = 360
-GLOBAL_BATCH = 64  # images a step over all ranks together; 1437 images make 22 of them and one of 29
+GLOBAL_BATCH = 64  # images per step over all ranks; 1437 images are 22 full batches and one of 29
 
 
 def load():
-    """Returns all images on every rank: hvd.shard gives each its part."""
+    """Return all images on every rank; hvd.shard then gives each rank its part."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order].astype("float32") / 16, labels[order]
@@ -25,7 +25,7 @@ def load():
 def main():
     hvd.init()
     keras.utils.set_random_seed(0)
-    with hvd.first_on_node():  # one rank of each host downloads, the others find it there
+    with hvd.first_on_node():  # one rank of each host downloads, then the others read the same files
         train, (x_test, y_test) = load()
 
     model = keras.Sequential(

@@ -1,4 +1,4 @@
-"""Runs the two-rank suite over TensorFlow, Python and MPI versions, and prints a table for the README.
+"""Run the two-rank suite over TensorFlow, Python and MPI versions; print the table of docs/compatibility.md.
 
     python scripts/matrix.py                           everything; hours on two cores
     python scripts/matrix.py --tf 2.16 --mpi mpich     some rows
