@@ -1,6 +1,5 @@
 """Verify a step: all ranks hold the same weights, and the gradient applied is the mean of all ranks' gradients."""
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -8,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from hvdtrain import settings
 from hvdtrain.collectives.engine import Engine, MismatchError, Op, ranks_text
 from hvdtrain.gradients.naming import variable_name
 from hvdtrain.gradients.projection import checksum, precision, projected, smallest
@@ -38,8 +38,8 @@ class Policy:
         Raises:
             ValueError: If it is set to anything else.
         """
-        text = os.environ.get("HVDTRAIN_VERIFY", "first").lower()
-        if text in ("first", ""):
+        text = settings.get("HVDTRAIN_VERIFY").lower()
+        if text == "first":
             return cls()
         if text == "second":
             return cls(first=1)

@@ -8,7 +8,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain import cores, runtime
+from hvdtrain import cores, runtime, settings
 from hvdtrain.collectives.engine import Engine, ranks_text
 from hvdtrain.keras import model_comparison, progress
 from hvdtrain.keras.patches import model_compile, model_fit, usage_warnings
@@ -40,6 +40,8 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
         threads = _take_cores(engine)
         _take_gpu(engine)
         engine.say(_summary(engine, threads))
+    for sentence in settings.unknown():
+        engine.warn(sentence)
     model_compile.install()
     model_fit.install()
     usage_warnings.install()

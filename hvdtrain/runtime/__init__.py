@@ -8,7 +8,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
-from hvdtrain import heartbeat, topology
+from hvdtrain import heartbeat, settings, topology
 from hvdtrain.collectives.agreement import Known, known, mark
 from hvdtrain.collectives.engine import Call, Engine, MismatchError
 from hvdtrain.collectives.single import SingleEngine
@@ -49,7 +49,7 @@ def init(comm: Any = None) -> Engine:
     """
     global _engine, _checked
     if _engine is None:
-        choice = os.environ.get("HVDTRAIN_ENGINE", "auto").lower() or "auto"
+        choice = settings.get("HVDTRAIN_ENGINE").lower()
         if choice not in CHOICES:
             raise ValueError(f"HVDTRAIN_ENGINE must be one of {', '.join(CHOICES)}. Received: {choice!r}.")
         place = topology.detect()

@@ -6,6 +6,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from hvdtrain import settings
+
 
 @contextmanager
 def ready_to_record(comm: Any) -> Iterator[bool]:
@@ -21,7 +23,7 @@ def ready_to_record(comm: Any) -> Iterator[bool]:
         True if Horovod will be able to record.
     """
     before = os.environ.pop("HOROVOD_TIMELINE", None)
-    asked = bool(before or os.environ.get("HVDTRAIN_TIMELINE"))
+    asked = bool(before or settings.get("HVDTRAIN_TIMELINE"))
     everywhere = any(comm.allgather(asked))
     if everywhere:
         os.environ["HOROVOD_TIMELINE"] = "DYNAMIC"

@@ -1,12 +1,12 @@
 """The `mpi` engine: mpi4py over whatever MPI is there; nothing to compile, works for every Keras backend."""
 
 import functools
-import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from hvdtrain import settings
 from hvdtrain.collectives.engine import Engine, Op, World
 from hvdtrain.collectives.mpi import hierarchical
 from hvdtrain.collectives.mpi import wheel as mpi_wheel
@@ -221,7 +221,7 @@ def world_of(comm: Any) -> World:
 
 def _overlaps(mpi: Any, comm: Any, link: float) -> bool:
     """Tells whether gradients shall travel while backprop goes on: where the link is slow, or as the user says."""
-    wish = os.environ.get("HVDTRAIN_OVERLAP", "auto").lower() or "auto"
+    wish = settings.get("HVDTRAIN_OVERLAP").lower()
     wishes = comm.allgather(wish)
     if wish not in ("auto", "on", "off") or len(set(wishes)) > 1:
         raise ValueError(
