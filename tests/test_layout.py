@@ -99,8 +99,12 @@ MODULES = modules()
 
 
 def names(path):
-    """Yield the dotted names that a file imports, also inside of functions."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    """Yield the dotted names that a file imports, also inside of functions, but not for type annotations only."""
+    tree = ast.parse(path.read_text())
+    tree.body = [
+        node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(getattr(node, "test", node))[:14]
+    ]
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom) and node.module:

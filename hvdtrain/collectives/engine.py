@@ -9,6 +9,7 @@ import functools
 import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,12 @@ import cloudpickle
 import numpy as np
 
 from hvdtrain import heartbeat
-from hvdtrain.collectives import adasum, fusion
+from hvdtrain.collectives import join, reduction
 from hvdtrain.collectives.agreement import (
-    JOIN,
     Call,
     Known,
     MismatchError,
     StandIn,
-    explained,
     known,
     mark,
     ranks_text,
@@ -70,10 +69,9 @@ class Engine(ABC):
     beside: Beside | None = None  # where gradients travel while backprop goes on; None where they do not
     last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
     timeline: Any = None  # a `Timeline`, while one is written
-    told_of_zeros = False  # set on the class: True once a warning of integer means was given
     has_joined = False  # True once all ranks have called `join`, some of them maybe earlier than others
+    _joined: AbstractSet[int] = frozenset()  # the ranks that had joined when the ranks last disagreed
     _members: tuple[int, ...] | None = None
-    _joined: tuple[int, ...] = ()
     _doing: str = ""
     _where: bytes = b""
     _among: bytes = b""  # the members of a process set, in words
@@ -177,7 +175,7 @@ class Engine(ABC):
             )
         if np.may_share_memory(array, out):
             array = out if array.ctypes.data == out.ctypes.data else array.copy()
-        self._finish([(array, out)], op)
+        reduction.reduce_pairs(self, [(array, out)], op)
         return out
 
     def grouped_allreduce(
@@ -210,7 +208,7 @@ class Engine(ABC):
             details = (op.name.lower(), *(described(each) for each in operands))
             call = Call("grouped_allreduce", details, stand_in=_stand_in(operands, op))
         self.agree(call)
-        return self._combined(operands, op, in_place or [False] * len(operands))
+        return reduction.combine(self, operands, op, in_place or [False] * len(operands))
 
     def allgather(self, array: Any) -> np.ndarray:
         """Joins the arrays of all ranks along their first dimension, in the order of the ranks.
@@ -229,7 +227,7 @@ class Engine(ABC):
         array = array.reshape(1) if array.ndim == 0 else array
         stand_in = StandIn(gathered=((array.dtype.name, array.shape[1:]),))
         self.agree(Call("allgather", (f"{array.dtype} of shape (any, {inner(array)})",), stand_in=stand_in))
-        with self._span("ALLGATHER"):
+        with self.span("ALLGATHER"):
             return self._gather(array)[0]
 
     def broadcast(self, array: Any, root_rank: int = 0) -> np.ndarray:
@@ -249,7 +247,7 @@ class Engine(ABC):
         array = operand(array, "broadcast")
         root = self.check_root(root_rank, "broadcast")
         self.agree(Call("broadcast", (f"{described(array)}, root_rank={root_rank}",)))
-        with self._span("BROADCAST"):
+        with self.span("BROADCAST"):
             return self._broadcast(array, root)
 
     def reducescatter(self, array: Any, op: Op | int | str = Op.AVERAGE) -> np.ndarray:
@@ -279,11 +277,11 @@ class Engine(ABC):
                 "reducescatter: expected an array with at least one dimension to split. Received a scalar."
             )
         self.agree(Call("reducescatter", (f"{described(array)}, op={op.name.lower()}",)))
-        rows = self._parts(len(array))
+        rows = reduction.rows_of_ranks(len(array), self.size)
         wide = array.astype(carrier(array.dtype, op), copy=False)
-        with self._span("REDUCESCATTER"):
+        with self.span("REDUCESCATTER"):
             mine = self._reduce_scatter(wide, rows, Op.SUM if op is Op.AVERAGE else op)
-        return self._averaged(mine, op).astype(array.dtype, copy=False)
+        return reduction.averaged(mine, op, self.size).astype(array.dtype, copy=False)
 
     def alltoall(self, array: Any, splits: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
         """Sends a part of the rows to each rank and receives a part from each.
@@ -304,7 +302,7 @@ class Engine(ABC):
         array = operand(array, "alltoall")
         splits = self._splits(array, splits)
         self.agree(Call("alltoall", (f"{array.dtype} of shape (any, {inner(array)})",)))
-        with self._span("ALLTOALL"):
+        with self.span("ALLTOALL"):
             received, counts = self._exchange(array, splits)
         return received, np.array(counts, np.int32 if max(counts) < 1 << 31 else np.int64)
 
@@ -316,7 +314,7 @@ class Engine(ABC):
         """
         data = self._picklable(value, "allgather_object")
         self.agree(Call("allgather_object", stand_in=StandIn(objects=True)))
-        with self._waiting():
+        with self.waiting():
             return self._gather_objects(data)
 
     def gather_object(self, value: Any, root_rank: int = 0) -> list[Any] | None:
@@ -328,7 +326,7 @@ class Engine(ABC):
         root = self.check_root(root_rank, "gather_object")
         data = self._picklable(value, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
-        with self._waiting():
+        with self.waiting():
             values = self._gather_objects(data)
         return values if self.rank == root else None
 
@@ -341,7 +339,7 @@ class Engine(ABC):
         root = self.check_root(root_rank, "broadcast_object")
         data = self._picklable(value, "broadcast_object") if self.rank == root else np.empty(0, np.uint8)
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
-        with self._waiting():
+        with self.waiting():
             length = int(self._broadcast(np.array([len(data)]), root)[0])
             buffer = data if self.rank == root else np.empty(length, np.uint8)
             data = self._broadcast(buffer, root)
@@ -364,11 +362,9 @@ class Engine(ABC):
             MismatchError: On every rank, if another operation needs this rank.
         """
         self._catch_up()
-        while self.size > 1 and not self._all_have_joined():
-            self._stand_in_for(self._settled(JOIN))
-        late = set(self.ranks) - set(self._joined) or set(self.ranks)
-        self._joined, self.has_joined = (), True
-        return max(late)
+        last = join.wait_for_all(self)
+        self.has_joined = True
+        return last
 
     def subset(self, ranks: Sequence[int]) -> "Engine | None":
         """Makes an engine for a process set. All ranks of this one call it, with the same ranks.
@@ -463,12 +459,12 @@ class Engine(ABC):
             )
         self._catch_up()
         self._doing, self._where = call.kind, call.where
-        with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
+        with self.span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
             if self.size == 1:
                 return wish
             same, largest = self._compared(call.digest, wish)
             if not same:
-                self._settled(call)
+                join.settle(self, call)
             return largest
 
     def _catch_up(self) -> None:
@@ -479,39 +475,6 @@ class Engine(ABC):
     def leave_to_core(self) -> None:
         """Notes that the engine's own graph operations now do what the ranks have agreed on."""
         heartbeat.left_to_core(self._where, self._among)
-
-    def _settled(self, call: Call) -> Call:
-        """Finds out what the ranks will do that do not all ask for the same: only those that joined may not.
-
-        Args:
-            call: What this rank asks for.
-
-        Returns:
-            What all ranks do now that have not joined.
-        """
-        calls = self._gather_objects(_pickled(call))
-        self._joined = tuple(rank for rank, each in zip(self.ranks, calls, strict=True) if each == JOIN)
-        working = [each for each in calls if each != JOIN]
-        stand_in = working[0].stand_in if self._joined else None
-        if stand_in is None or not stand_in.possible or any(each != working[0] for each in working):
-            error = MismatchError(explained(calls, self.ranks))
-            if any(each.farewell for each in calls) and not call.farewell:
-                mark(error, Known.REPORTED)
-            raise error
-        return working[0]
-
-    def _stand_in_for(self, call: Call) -> None:
-        """Takes part in what the others do, with zeros and without rows."""
-        work = call.stand_in or StandIn()
-        if work.native:
-            self.native_tensors().stand_in(call.kind, work)
-            return
-        if work.objects:
-            self._gather_objects(_pickled(None))
-        zeros = [np.zeros(shape, dtype) for dtype, shape in work.reduced]
-        self._combined(zeros, work.op, [True] * len(zeros))
-        for dtype, shape in work.gathered:
-            self._gather(np.zeros((0, *shape), dtype))
 
     def _picklable(self, value: Any, function: str) -> np.ndarray:
         """Pickle a value before any rank waits for it; where that fails, all ranks learn why."""
@@ -533,100 +496,6 @@ class Engine(ABC):
             pickle.loads(joined[end - length : end].data) for end, length in zip(ends, lengths, strict=True)
         ]
 
-    def _combined(self, operands: Sequence[np.ndarray], op: Op, in_place: Sequence[bool]) -> list[np.ndarray]:
-        results: list[Any] = [each if stays else None for each, stays in zip(operands, in_place, strict=True)]
-        pairs: list[Pair] = []
-        packed: list[tuple[int, np.ndarray]] = []
-        for bucket in fusion.plan(operands):
-            if len(bucket) == 1 or op is Op.ADASUM:  # Adasum looks at each array by itself
-                for index in bucket:
-                    if results[index] is None:
-                        results[index] = fusion.aligned_like(operands[index])
-                    pairs.append((operands[index], results[index]))
-                continue
-            with self._span("MEMCPY_IN_FUSION_BUFFER"):
-                buffer, slots = fusion.pack([operands[index] for index in bucket])
-            pairs.append((buffer, buffer))
-            packed += zip(bucket, slots, strict=True)
-        self._finish(pairs, op)
-        for index, slot in packed:
-            if results[index] is None:
-                results[index] = slot
-            else:
-                results[index][...] = slot
-        return results
-
-    def _finish(self, pairs: Sequence[Pair], op: Op) -> None:
-        """Reduces and averages, in a wider type where the sum would lose something."""
-        with self._span("ALLREDUCE"):
-            alike: dict[np.dtype, list[Pair]] = {}
-            for send, receive in pairs:
-                whole_numbers = op is Op.AVERAGE and send.dtype.kind in "iu"
-                if whole_numbers or op is Op.ADASUM or carrier(send.dtype, op) != send.dtype:
-                    self._finish_wide(send, receive, op)
-                else:
-                    alike.setdefault(send.dtype, []).append((send, receive))
-            for members in alike.values():
-                self._reduce_all(members, op)
-
-    def _finish_wide(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        wide = carrier(send.dtype, op)
-        if op is Op.ADASUM:
-            receive[...] = adasum.combined(send.astype(wide), self.rank, self.size, self._swapped)
-        elif fusion.worth_halving(send, op):
-            receive[...] = self._halved(send, op)
-        elif op is Op.AVERAGE and wide.kind in "iu":
-            total = send.astype(wide)
-            self._reduce(total, total, Op.SUM)
-            receive[...] = self._averaged(total.copy(), op)
-            self._tell_of_zeros(total, receive)
-        else:
-            copy = send.astype(wide)
-            self._reduce(copy, copy, op)
-            with np.errstate(over="ignore"):  # what is too large becomes infinite, as in any sum of floats
-                receive[...] = copy
-
-    def _tell_of_zeros(self, total: np.ndarray, mean: np.ndarray) -> None:
-        """Warn once where a mean of integers, which is an integer, has become 0."""
-        lost = total[(mean == 0) & (total != 0)]
-        if lost.size and not Engine.told_of_zeros:
-            Engine.told_of_zeros = True
-            self.warn(
-                f"a mean of integers was rounded to 0: the sum {lost[0]} of {self.size} ranks, divided by "
-                f"{self.size}. Pass floats, as in hvd.allreduce(tf.cast(x, tf.float32)), or op=hvd.Sum."
-            )
-
-    def _halved(self, array: np.ndarray, op: Op) -> np.ndarray:
-        """Sums 16-bit floats in float32 while only 16-bit floats travel: each rank sums one part of the array."""
-        received, _ = self._exchange(array.reshape(-1), self._parts(array.size))
-        total = received.reshape(self.size, -1).astype(np.float32).sum(axis=0)
-        return self._gather(self._averaged(total, op).astype(array.dtype))[0].reshape(array.shape)
-
-    def _swapped(self, array: np.ndarray, partner: int) -> np.ndarray:
-        """Returns the array that another rank passes, which must be of the same shape."""
-        flat = array.reshape(-1)
-        splits = [flat.size if rank == partner else 0 for rank in range(self.size)]
-        return self._exchange(flat, splits)[0].reshape(array.shape)
-
-    def _reduce_and_take(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
-        """Reduces whole arrays and returns this rank's rows, where an engine cannot scatter them."""
-        whole = np.empty_like(array)
-        self._reduce(array, whole, op)
-        start = sum(rows[: self.rank])
-        return whole[start : start + rows[self.rank]].copy()
-
-    def _averaged(self, total: np.ndarray, op: Op) -> np.ndarray:
-        """Turns a sum into a mean, in place; integers are rounded toward zero, as Horovod does."""
-        if op is Op.AVERAGE and self.size > 1:
-            if total.dtype.kind in "iu":
-                total -= np.fmod(total, total.dtype.type(self.size))
-                total //= total.dtype.type(self.size)
-            elif self.size & (self.size - 1):
-                np.divide(total, total.dtype.type(self.size), out=total)
-            else:  # as exact, and faster
-                np.multiply(total, total.dtype.type(1 / self.size), out=total)
-        return total
-
     def _splits(self, array: np.ndarray, splits: Sequence[int] | None) -> list[int]:
         if array.ndim == 0:
             raise ValueError(
@@ -647,29 +516,20 @@ class Engine(ABC):
             )
         return splits
 
-    def _parts(self, count: int) -> list[int]:
-        """Divides a number of rows among the ranks; the first ones get one more where it does not divide."""
-        return [count // self.size + (rank < count % self.size) for rank in range(self.size)]
-
-    def _span(self, phase: str) -> AbstractContextManager[Any]:
+    def span(self, phase: str) -> AbstractContextManager[Any]:
         """Notes a phase of the operation in hand: in the heartbeat, and in the timeline while one is written."""
         timeline = self.timeline  # another thread may end it
         if timeline is None:
-            return self._waiting()
+            return self.waiting()
         whose = f" of {ranks_text(self.ranks)}" if self._members else ""
         both = contextlib.ExitStack()
         both.enter_context(timeline.span(self._doing + whose, phase))
-        both.enter_context(self._waiting())
+        both.enter_context(self.waiting())
         return both
 
-    def _waiting(self) -> AbstractContextManager[Any]:
+    def waiting(self) -> AbstractContextManager[Any]:
         """Notes for who may ask that this rank is in the operation in hand and needs the others."""
         return heartbeat.Waiting(self._where, self._among) if self.size > 1 else contextlib.nullcontext()
-
-    def _all_have_joined(self) -> bool:
-        self._where = JOIN.where
-        with self._waiting():
-            return self._compared(JOIN.digest)[0]
 
 
 @functools.lru_cache(1024)  # to put it into words takes longer than a small sum

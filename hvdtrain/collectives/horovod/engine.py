@@ -14,6 +14,7 @@ from hvdtrain.collectives.engine import Engine, Op, StandIn, World
 from hvdtrain.collectives.horovod import timeline
 from hvdtrain.collectives.horovod.library import find_horovod, for_hvdtrain, load_horovod
 from hvdtrain.collectives.mpi import engine as mpi
+from hvdtrain.collectives.reduction import averaged, reduce_and_take
 
 # Up to here Horovod copies gradients together; what is larger pays for no copy through memory.
 _FUSED_BYTES = 8 << 20
@@ -93,7 +94,7 @@ class HorovodEngine(Engine):
             lambda tensor: self.horovod.allreduce(tensor, op=self._ops[op], name="hvdtrain.allreduce"),
             self._carried(send),
         )
-        self._averaged(receive, op)
+        averaged(receive, op, self.size)
 
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         counts = self._on_cpu(
@@ -124,7 +125,7 @@ class HorovodEngine(Engine):
 
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
         # Horovod scatters sums of few types only; the whole result holds every rank's rows.
-        return self._reduce_and_take(array, rows, op)
+        return reduce_and_take(self, array, rows, op)
 
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
         # No rank knows what another one receives; it is at most what the largest sender sends to each.

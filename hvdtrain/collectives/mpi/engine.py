@@ -14,6 +14,7 @@ from hvdtrain.collectives.mpi.library import mpi_name
 from hvdtrain.collectives.mpi.ring import wait
 from hvdtrain.collectives.ops import Pair
 from hvdtrain.collectives.overlap import Beside
+from hvdtrain.collectives.reduction import averaged, reduce_and_take
 
 # What MPI's own algorithms get at once: a sum is averaged before it has left the caches.
 PIECE_BYTES = 4 << 20
@@ -91,7 +92,7 @@ class MpiEngine(Engine):
             piece = target[start : start + step]
             own = self._mpi.IN_PLACE if send is receive else source[start : start + step]
             self._all_reduce(own, piece, operation)
-            self._averaged(piece, op)
+            averaged(piece, op, self.size)
 
     def _all_reduce(self, send: Any, receive: np.ndarray, operation: Any) -> None:
         if self.beside is None:
@@ -124,7 +125,7 @@ class MpiEngine(Engine):
 
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
         if array.nbytes > MESSAGE_BYTES:
-            return self._reduce_and_take(array, rows, op)
+            return reduce_and_take(self, array, rows, op)
         width = int(np.prod(array.shape[1:], dtype=np.int64))
         mine = np.empty((rows[self.rank], *array.shape[1:]), array.dtype)
         operation = self._operation(array.dtype, op)
