@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hvdtrain.collectives import reduction
 from hvdtrain.collectives.engine import Call, MismatchError, Op
 from hvdtrain.collectives.mpi.engine import PIECE_BYTES
 

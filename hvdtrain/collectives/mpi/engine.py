@@ -79,7 +79,9 @@ class MpiEngine(Engine):
     def _reduce_all(self, pairs: Sequence[Pair], op: Op) -> None:
         if self._rings.serves(sum(send.nbytes for send, _ in pairs)):
             flat = [(send.reshape(-1), receive.reshape(-1)) for send, receive in pairs]
-            self._rings.reduce(flat, _UFUNCS[op], functools.partial(self._averaged, op=op), self._pause)
+            self._rings.reduce(
+                flat, _UFUNCS[op], functools.partial(averaged, op=op, size=self.size), self._pause
+            )
             return
         for send, receive in pairs:
             self._reduce_in_pieces(send, receive, op)
