@@ -11,7 +11,7 @@ from hvdtrain.launch.run_program import ask
 
 
 def told(source: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Gives what tells the script where its data will be: HVDTRAIN_DATA.
+    """Return what tells the script where its data will be: HVDTRAIN_DATA.
 
     Args:
         source: The folder or file to copy, which all nodes see, or None.
@@ -30,7 +30,7 @@ def told(source: str | None, environ: Mapping[str, str]) -> dict[str, str]:
 
 @contextlib.contextmanager
 def staged(source: str | None, environ: Mapping[str, str]) -> Iterator[None]:
-    """Copies `source` to every node of the Slurm allocation, and removes the copies in the end.
+    """Copy `source` to every node of the Slurm allocation, and removes the copies in the end.
 
     Raises:
         LaunchError: If a node could not copy it.
@@ -49,7 +49,7 @@ def staged(source: str | None, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def _place(source: str, environ: Mapping[str, str]) -> Path:
-    """Chooses a folder of this job's own, on the disk that the site gives to jobs."""
+    """Choose a folder of this job's own, on the disk that the site gives to jobs."""
     disk = environ.get("SLURM_TMPDIR") or environ.get("TMPDIR") or "/tmp"
     return Path(disk) / f"hvdtrain-{environ['SLURM_JOB_ID']}" / Path(source).resolve().name
 

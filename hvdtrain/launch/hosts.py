@@ -25,7 +25,7 @@ class Host:
 
 
 def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None) -> tuple[Host, ...]:
-    """Reads the hosts that were asked for, and makes sure that they exist and suffice.
+    """Read the hosts that were asked for, and makes sure that they exist and suffice.
 
     Args:
         named: The value of `-H`, as in "a:4,b:4".
@@ -67,12 +67,12 @@ def check_hosts(hosts: Sequence[Host], source: str, ranks: int) -> None:
 
 
 def all_local(hosts: Sequence[Host]) -> bool:
-    """Says whether every host is this one; so it is when none was named."""
+    """Return whether every host is this one; so it is when none was named."""
     return all(_is_local(host.name) for host in hosts)
 
 
 def addresses_towards(hosts: Sequence[str]) -> list[str]:
-    """Lists the addresses under which those hosts are likely to reach this one, the likeliest first."""
+    """List the addresses under which those hosts are likely to reach this one, the likeliest first."""
     found = dict.fromkeys(address for host in hosts if (address := _source_address(host)))
     found[socket.gethostname()] = None
     return list(found)
@@ -118,7 +118,7 @@ def _resolve(name: str, source: str) -> list[tuple]:
 
 
 def _is_local(name: str) -> bool:
-    """Says whether a host is this machine: only here can a socket be bound to its address."""
+    """Return whether a host is this machine: only here can a socket be bound to its address."""
     family, kind, protocol, _, address = _resolve(name, "The launch")[0]
     try:
         with socket.socket(family, kind, protocol) as sock:
@@ -129,7 +129,7 @@ def _is_local(name: str) -> bool:
 
 
 def _source_address(host: str) -> str | None:
-    """Asks the routing table which address we have towards a host; nothing is sent."""
+    """Ask the routing table which address we have towards a host; nothing is sent."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((host, 9))

@@ -28,7 +28,7 @@ __all__ = ["RunOptions", "run"]
 
 
 def run(options: RunOptions, foreign: Iterable[tuple[Foreign, Sequence[Any]]] = ()) -> int:
-    """Runs a script on several ranks: one screen, one exit code, and the first failure's traceback last.
+    """Run a script on several ranks: one screen, one exit code, and the first failure's traceback last.
 
     Args:
         options: What was asked for.
@@ -59,7 +59,7 @@ def run(options: RunOptions, foreign: Iterable[tuple[Foreign, Sequence[Any]]] = 
 
 
 def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[int, str]:
-    """Starts the ranks, as often as need be, and gives the exit code and the last words."""
+    """Start the ranks, as often as need be, and gives the exit code and the last words."""
     os.environ.update(set_variables(options))  # the launcher reads some of them, too
     environ = clean_environ(os.environ)
     restart_policy.pause(environ, 0)
@@ -84,7 +84,7 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
 def _persevere(
     options: RunOptions, plan: Plan, environ: dict[str, str], console: Console, starts: list[Start]
 ) -> Ending:
-    """Starts the ranks until there is nothing more to be had from it."""
+    """Start the ranks until there is nothing more to be had from it."""
     asked = World(options.ranks)
     while True:
         # What the first plan has found out need not be found out again.
@@ -103,7 +103,7 @@ def _persevere(
 def _start(
     options: RunOptions, plan: Plan, environ: Mapping[str, str], ranks: int, console: Console
 ) -> Start:
-    """Starts the ranks once and stays with them to their end."""
+    """Start the ranks once and stays with them to their end."""
     begun = time.monotonic()
     job = Job(ranks, console, options.verbose, plan.addresses)
     status = job.run(plan.command, environ)
@@ -114,7 +114,7 @@ def _start(
 
 
 def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, console: Console) -> World:
-    """Lets some time pass before a restart, and finds out where it can be."""
+    """Let some time pass before a restart, and finds out where it can be."""
     seconds = restart_policy.pause(environ, restarts - 1)
     after = f"hvdtrain: start {restarts + 1} of at most {options.max_restarts + 1} follows"
     console.say(f"{after} in {seconds:g} s.")
@@ -126,7 +126,7 @@ def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, consol
 
 
 def _between_starts(number: int, seconds: float) -> tuple[int, str]:
-    """Gives the exit code and the last words for a signal that came while no ranks were up."""
+    """Return the exit code and the last words for a signal that came while no ranks were up."""
     if number == signal.SIGUSR1:
         words = "hvdtrain: asked to stop by SIGUSR1 while no ranks were up"
         return (

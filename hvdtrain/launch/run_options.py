@@ -122,7 +122,7 @@ def check_options(options: RunOptions, environ: Mapping[str, str]) -> None:
 
 
 def check_wrapping(options: RunOptions) -> None:
-    """Refuses ways of running a script that contradict each other."""
+    """Reject ways of running a script that contradict each other."""
     if options.scale_batch and not options.wrap:
         raise LaunchError("--scale-batch says how --wrap divides the work: type --wrap --scale-batch.")
     if options.wrap and options.as_horovod:

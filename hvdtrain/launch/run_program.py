@@ -9,7 +9,7 @@ from hvdtrain.launch.hosts import LaunchError
 def ask(
     command: Sequence[str], environ: Mapping[str, str], seconds: float | None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end and gives what it said and how it ended.
+    """Run a program to its end and gives what it said and how it ended.
 
     Args:
         command: The program and its arguments.

@@ -34,13 +34,13 @@ class Plan:
     note: str = ""
 
     def __str__(self) -> str:
-        """Writes the plan as a line that a shell takes."""
+        """Write the plan as a line that a shell takes."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.settings.items())]
         return " ".join([*settings, shlex.join(self.command)])
 
 
 def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Host] = ()) -> Plan:
-    """Decides how the ranks are started, by the MPI, the hosts and the allocation at hand.
+    """Decide how the ranks are started, by the MPI, the hosts and the allocation at hand.
 
     Args:
         options: What was asked for.
@@ -116,12 +116,12 @@ def find_hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, .
 
 
 def in_allocation(options: RunOptions, environ: Mapping[str, str]) -> bool:
-    """Says whether the hosts are those of a Slurm allocation; hosts that were named win over them."""
+    """Return whether the hosts are those of a Slurm allocation; hosts that were named win over them."""
     return slurm.in_allocation(environ) and not (options.hosts or options.hostfile)
 
 
 def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Takes out what tells a process its place in a job around this one: a job of its own starts here.
+    """Take out what tells a process its place in a job around this one: a job of its own starts here.
 
     Args:
         environ: The environment of this process.
@@ -147,7 +147,7 @@ def _start_by_mpirun(
     hosts: Sequence[Host],
     local: bool,
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes mpirun's part of the command, and what it needs in the environment."""
+    """Write mpirun's part of the command, and what it needs in the environment."""
     if found is None:
         raise LaunchError(
             "No mpirun or mpiexec was found beside this Python or on PATH: type "
@@ -167,7 +167,7 @@ def _start_by_mpirun(
 def _start_in_allocation(
     options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], nodes: Sequence[Host]
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
+    """Write srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
     # The MPI inside of a container may be another than that of the mpirun here.
     mpi = found.mpi if found and not options.in_container else None
     containers = [word for word in options.srun if word.startswith("--container")]
@@ -226,7 +226,7 @@ def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
 def _faster(
     options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], hosts: Sequence[Host]
 ) -> tuple[dict[str, str], str]:
-    """Chooses what makes MPI and Horovod faster here and the user has not set, and says what was found."""
+    """Choose what makes MPI and Horovod faster here and the user has not set, and says what was found."""
     if found is None or options.in_container:  # the MPI of a container may be another
         return {}, ""
     several = slurm.node_count(environ) > 1 if in_allocation(options, environ) else not all_local(hosts)
@@ -239,14 +239,14 @@ def _faster(
 
 
 def _wrapping(options: RunOptions) -> list[str]:
-    """Returns what runs a script that knows nothing of ranks."""
+    """Return what runs a script that knows nothing of ranks."""
     if not options.wrap:
         return []
     return ["-m", "hvdtrain.wrap", *(["--scale-batch"] if options.scale_batch else [])]
 
 
 def _hashing(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """Lets sets have one order on all ranks, because each of them makes the vocabulary of such a script."""
+    """Let sets have one order on all ranks, because each of them makes the vocabulary of such a script."""
     return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
 
 

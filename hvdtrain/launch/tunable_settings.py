@@ -31,7 +31,7 @@ class Knob:
     always: bool = False
 
     def fits(self, mpi: str, hosts: str) -> bool:
-        """Tells whether it means something to an MPI on one host or several.
+        """Return whether it means something to an MPI on one host or several.
 
         Args:
             mpi: The MPI's name in `mpirun.KNOWN`.
@@ -106,7 +106,7 @@ KNOBS = (
 
 
 def unasked(mpi: str, hosts: str) -> dict[str, str]:
-    """Returns what is set without being tried.
+    """Return what is set without being tried.
 
     Args:
         mpi: The MPI's name in `mpirun.KNOWN`.

@@ -51,7 +51,7 @@ def config_folder(environ: Mapping[str, str]) -> Path:
 
 
 def file_of(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Says where it is kept: what HVDTRAIN_TUNED names, else tuned.json among this user's settings; None if off."""
+    """Say where it is kept: what HVDTRAIN_TUNED names, else tuned.json among this user's settings; None if off."""
     named = environ.get(VARIABLE, "")
     if named.lower() == OFF:
         return None
@@ -59,7 +59,7 @@ def file_of(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def read(path: Path) -> list[Tuned]:
-    """Reads all that was found; nothing where there is no file.
+    """Read all that was found; nothing where there is no file.
 
     Raises:
         LaunchError: If the file cannot be understood.
@@ -78,7 +78,7 @@ def read(path: Path) -> list[Tuned]:
 
 
 def write(path: Path, tuned: Tuned) -> None:
-    """Adds what was found, in place of what was found for the same place before; nothing to set removes that.
+    """Add what was found, in place of what was found for the same place before; nothing to set removes that.
 
     Raises:
         LaunchError: If the file cannot be written, or what is there cannot be understood.
@@ -95,7 +95,7 @@ def write(path: Path, tuned: Tuned) -> None:
 
 
 def for_place(place: Place, environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """Returns what was found for a place and the user has not set otherwise, and a line that says so.
+    """Return what was found for a place and the user has not set otherwise, and a line that says so.
 
     Raises:
         LaunchError: If the file is there and cannot be understood, or was named and is not there.

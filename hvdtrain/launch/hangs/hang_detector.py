@@ -89,7 +89,7 @@ class Stall:
         return {number: rank.beat for number, rank in self._standing.ranks.items()}
 
     def hear(self, rank: int, kind: bytes, payload: bytes, now: float) -> None:
-        """Takes a guard's frame."""
+        """Take a guard's frame."""
         self._standing.hear(rank, kind, payload, now)
 
     def turn(self, now: float) -> Blame | None:
@@ -135,7 +135,7 @@ class Stall:
         return Hope.WELL if compiling else Hope.SLOW
 
     def _hopeless(self, longest: float, late: list[int], now: float) -> bool:
-        """Tells whether the second limit has passed since anything was last done, or so was said."""
+        """Return whether the second limit has passed since anything was last done, or so was said."""
         if not self._limits.abort or not self._told:
             return False
         quiet = min([longest, *(now - self._standing.last_sign(number, now) for number in late)])
@@ -188,7 +188,7 @@ class Stall:
         return Blame(next(iter([*idle, *late, *waiting])), text)
 
     def _write(self, now: float) -> str:
-        """Writes the stacks of all ranks to the file; returns what there is to say of it."""
+        """Write the stacks of all ranks to the file; returns what there is to say of it."""
         try:
             with self._file.open("a") as file:
                 file.write(all_stacks(self._standing, now))

@@ -10,7 +10,7 @@ _SHOWN = 3  # kinds of late ranks of which one stack is shown
 
 
 def sentence(standing: Standing, now: float) -> str:
-    """Says who waits where and since when, and where those are and what they do that are waited for.
+    """Say who waits where and since when, and where those are and what they do that are waited for.
 
     Args:
         standing: What is known of all ranks.
@@ -29,7 +29,7 @@ def sentence(standing: Standing, now: float) -> str:
 
 
 def all_stacks(standing: Standing, now: float) -> str:
-    """Writes down all that is known of all ranks."""
+    """Write down all that is known of all ranks."""
     lines = [sentence(standing, now), ""]
     for number, known in enumerate(standing.verdict.ranks):
         rank = standing.ranks.get(number)
@@ -40,7 +40,7 @@ def all_stacks(standing: Standing, now: float) -> str:
 
 
 def _late(standing: Standing, late: Sequence[int], now: float) -> str:
-    """Describes the ranks that are waited for, those alike together, with the stack of one of each kind."""
+    """Describe the ranks that are waited for, those alike together, with the stack of one of each kind."""
     kinds = _alike(late, lambda number: _standing(standing, number, now))
     told = []
     for kind, ranks in list(kinds.items())[:_SHOWN]:
@@ -52,7 +52,7 @@ def _late(standing: Standing, late: Sequence[int], now: float) -> str:
 
 
 def _standing(standing: Standing, number: int, now: float) -> str:
-    """Says where a rank is and what it does, to stand after its name."""
+    """Say where a rank is and what it does, to stand after its name."""
     rank, known = standing.ranks.get(number), standing.verdict.ranks[number]
     if known.gone:
         return "has ended"
@@ -84,7 +84,7 @@ def _place(beat: Beat) -> str:
 
 
 def _alike(ranks: Iterable[int], words: Callable[[int], str]) -> dict[str, list[int]]:
-    """Puts together the ranks of which the same is to be said."""
+    """Put together the ranks of which the same is to be said."""
     groups: dict[str, list[int]] = {}
     for number in ranks:
         groups.setdefault(words(number), []).append(number)
@@ -92,7 +92,7 @@ def _alike(ranks: Iterable[int], words: Callable[[int], str]) -> dict[str, list[
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Writes "rank 3", or "ranks 0,1,3-6"."""
+    """Write "rank 3", or "ranks 0,1,3-6"."""
     runs = [(each, each) for each in ranks[:1]]
     for each in ranks[1:]:
         first, last = runs[-1]

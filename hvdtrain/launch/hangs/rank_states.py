@@ -63,7 +63,7 @@ class Standing:
         self._doubt = doubt
 
     def hear(self, number: int, kind: bytes, payload: bytes, now: float) -> None:
-        """Takes a guard's frame."""
+        """Take a guard's frame."""
         if kind == protocol.BEAT:
             self._note(number, Beat(**json.loads(payload)), now)
         elif kind == protocol.STACK:
@@ -72,7 +72,7 @@ class Standing:
             self.answers[number] = Answer(told["stacks"], told["waits_in"], told["beat"]["waits"])
 
     def waiting(self, now: float) -> dict[int, float]:
-        """Returns for how many seconds each rank has waited that waits for others and could itself go on."""
+        """Return for how many seconds each rank has waited that waits for others and could itself go on."""
         return {
             number: now - rank.since
             for number, rank in sorted(self.ranks.items())
@@ -80,52 +80,52 @@ class Standing:
         }
 
     def late(self, waiting: Mapping[int, float]) -> list[int]:
-        """Returns the ranks for which those wait."""
+        """Return the ranks for which those wait."""
         size = len(self.verdict.ranks)
         awaited = {each for number in waiting for each in _members(self.ranks[number].beat.among, size)}
         return sorted(awaited - set(waiting))
 
     def works(self, number: int, now: float) -> bool:
-        """Tells whether a rank computes, reads or writes."""
+        """Return whether a rank computes, reads or writes."""
         rank = self.ranks.get(number)
         if rank is None or self.gone(number) or rank.beat.state in STOPPED or self.silent(number):
             return False
         return rank.beat.busy or now - rank.alive < self._doubt
 
     def last_sign(self, number: int, now: float) -> float:
-        """Returns when a rank was last seen to do anything."""
+        """Return when a rank was last seen to do anything."""
         rank = self.ranks.get(number)
         if rank is None:
             return 0.0
         return now if rank.beat.busy and self.works(number, now) else rank.alive
 
     def still_waits(self, number: int, waits: int) -> bool:
-        """Tells whether a rank is in the same wait as it was."""
+        """Return whether a rank is in the same wait as it was."""
         beat = self.ranks[number].beat
         return beat.waiting is not None and beat.waits == waits
 
     def ask(self) -> None:
-        """Forgets what was answered before."""
+        """Forget what was answered before."""
         self.answers, self._unheard = {}, set(self.ranks)
 
     def close(self) -> None:
-        """Ends the time for answers: of whom nothing was heard, but of others, is silent."""
+        """End the time for answers: of whom nothing was heard, but of others, is silent."""
         self._silent = set(self._unheard) if self.answers else set()
 
     def all_answered(self) -> bool:
-        """Tells whether nothing more is to be expected."""
+        """Return whether nothing more is to be expected."""
         return {number for number in self.ranks if not self.gone(number)} <= set(self.answers)
 
     def silent(self, number: int) -> bool:
-        """Tells whether a rank's guard did not answer when others did, nor since."""
+        """Return whether a rank's guard did not answer when others did, nor since."""
         return number in self._silent
 
     def gone(self, number: int) -> bool:
-        """Tells whether a rank has ended."""
+        """Return whether a rank has ended."""
         return self.verdict.ranks[number].gone
 
     def first_step(self) -> bool:
-        """Tells whether no rank is known to have come beyond its first step, which may take long to compile."""
+        """Return whether no rank is known to have come beyond its first step, which may take long to compile."""
         return all((rank.beat.step or 0) <= 1 for rank in self.ranks.values())
 
     def _note(self, number: int, beat: Beat, now: float) -> None:
@@ -147,7 +147,7 @@ class Standing:
 
 
 def _members(among: str, size: int) -> set[int]:
-    """Reads the ranks of a process set from its words; all ranks where there are none."""
+    """Read the ranks of a process set from its words; all ranks where there are none."""
     runs = re.findall(r"(\d+)(?:-(\d+))?", among)
     return {each for a, b in runs for each in range(int(a), int(b or a) + 1) if each < size} or set(
         range(size)

@@ -9,7 +9,7 @@ _ENDS = 8  # lines kept of the inner and of the outer end of a long stack
 
 
 def telling(text: str) -> str:
-    """Returns the stack of the main thread and of one other that is at work, innermost calls first.
+    """Return the stack of the main thread and of one other that is at work, innermost calls first.
 
     Args:
         text: What faulthandler wrote for all threads.
@@ -25,7 +25,7 @@ def telling(text: str) -> str:
 
 
 def innermost(text: str) -> str:
-    """Returns the file in which the main thread is; empty if that is not known."""
+    """Return the file in which the main thread is; empty if that is not known."""
     threads = _threads(text)
     return _file(_main(threads)) if threads else ""
 

@@ -17,7 +17,7 @@ Core = tuple[int, ...]
 
 
 def cores() -> list[Core]:
-    """Lists the physical cores open to this process, each as its hardware threads, neighbours together."""
+    """List the physical cores open to this process, each as its hardware threads, neighbours together."""
     found: dict[tuple[int, Core], set[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
         found.setdefault(_home(cpu), set()).add(cpu)
@@ -25,7 +25,7 @@ def cores() -> list[Core]:
 
 
 def share(all_cores: Sequence[Core], rank: int, ranks: int, bind: str) -> set[int] | None:
-    """Says which hardware threads belong to one of several ranks on a host.
+    """Return which hardware threads belong to one of several ranks on a host.
 
     Args:
         all_cores: What `cores()` lists.
@@ -45,12 +45,12 @@ def share(all_cores: Sequence[Core], rank: int, ranks: int, bind: str) -> set[in
 
 
 def should_yield(threads: int, ranks: int) -> bool:
-    """Says whether waiting inside MPI must give up the core, because a rank has less than two."""
+    """Return whether waiting inside MPI must give up the core, because a rank has less than two."""
     return threads < 2 * ranks
 
 
 def _home(cpu: int) -> tuple[int, Core]:
-    """Finds a CPU's socket and sibling threads; one that the kernel does not describe stands alone."""
+    """Find a CPU's socket and sibling threads; one that the kernel does not describe stands alone."""
     topology = CPUS / f"cpu{cpu}" / "topology"
     try:
         socket = int((topology / "physical_package_id").read_text())
@@ -60,6 +60,6 @@ def _home(cpu: int) -> tuple[int, Core]:
 
 
 def _numbers(text: str) -> Core:
-    """Reads the kernel's '0-1,64' form."""
+    """Read the kernel's '0-1,64' form."""
     ends = [part.split("-") for part in text.strip().split(",")]
     return tuple(number for pair in ends for number in range(int(pair[0]), int(pair[-1]) + 1))

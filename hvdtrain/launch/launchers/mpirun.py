@@ -112,13 +112,13 @@ class Launcher:
     mpi: Mpi
 
     def settings(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Chooses what the launcher itself needs: leave to run as root, its own folder on PATH."""
+        """Choose what the launcher itself needs: leave to run as root, its own folder on PATH."""
         settings = dict(self.mpi.as_root) if os.geteuid() == 0 else {}
         path = path_for(self.program, environ)
         return settings if path == environ.get("PATH") else settings | {"PATH": path}
 
     def command(self, ranks: int, hosts: Sequence[Host], forwarded: Iterable[str]) -> list[str]:
-        """Writes the launcher's part of the command line.
+        """Write the launcher's part of the command line.
 
         Args:
             ranks: How many ranks to start.
@@ -145,7 +145,7 @@ class Launcher:
         ]
 
     def _places(self, hosts: Sequence[Host]) -> list[str]:
-        """Writes the hosts in the one form or the other."""
+        """Write the hosts in the one form or the other."""
         if not hosts:
             return []
         if not self.mpi.slots_each:
@@ -160,7 +160,7 @@ class Launcher:
 
 
 def find(environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Finds an MPI launcher: the one beside this Python first, so that a venv need not be activated.
+    """Find an MPI launcher: the one beside this Python first, so that a venv need not be activated.
 
     Args:
         environ: Where PATH is read.
@@ -181,13 +181,13 @@ def find(environ: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def path_for(program: str, environ: Mapping[str, str]) -> str:
-    """Puts the launcher's own folder on PATH, where Intel's mpirun looks for its other half."""
+    """Put the launcher's own folder on PATH, where Intel's mpirun looks for its other half."""
     folder, path = str(Path(program).parent), environ.get("PATH", "")
     return path if folder in path.split(os.pathsep) else os.pathsep.join((folder, path))
 
 
 def forwarded_names(environ: Iterable[str]) -> list[str]:
-    """Chooses the variables that mean the same on every host."""
+    """Choose the variables that mean the same on every host."""
     return sorted(name for name in environ if name.isidentifier() and not _LOCAL_NAMES.fullmatch(name))
 
 

@@ -105,14 +105,14 @@ def _host_and_slots_in_turn(text: str) -> Slots:
 
 
 def _columns(text: str) -> Slots:
-    """Reads lines of host, slots, queue and processors; a host has one line for each of its queues."""
+    """Read lines of host, slots, queue and processors; a host has one line for each of its queues."""
     for line in filter(str.strip, text.splitlines()):
         name, number = line.split()[:2]
         yield name, int(number)
 
 
 def _resource_set(text: str) -> Slots:
-    """Reads Flux's RFC 20: sets of ranks with the cores of each, and the hosts in the order of their ranks."""
+    """Read Flux's RFC 20: sets of ranks with the cores of each, and the hosts in the order of their ranks."""
     execution = json.loads(text)["execution"]
     cores = {
         rank: len(list(_numbers(group["children"]["core"])))
@@ -125,14 +125,14 @@ def _resource_set(text: str) -> Slots:
 
 
 def _numbers(text: str) -> Iterator[int]:
-    """Lists the numbers of a set such as "0-2,7"."""
+    """List the numbers of a set such as "0-2,7"."""
     for part in text.split(","):
         first, _, last = part.partition("-")
         yield from range(int(first), int(last or first) + 1)
 
 
 def _expand(text: str) -> Iterator[str]:
-    """Lists the hosts of "a[01-03,7],b"."""
+    """List the hosts of "a[01-03,7],b"."""
     for start, numbers in re.findall(r"([^,\[]+)(?:\[([^\]]+)\])?", text):
         if not numbers:
             yield start

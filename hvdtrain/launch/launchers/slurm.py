@@ -20,19 +20,19 @@ _MEET = safe_path.code("from mpi4py import MPI; print('met', MPI.COMM_WORLD.Get_
 
 
 def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
-    """Says whether this process runs inside a Slurm allocation and can use `srun`."""
+    """Return whether this process runs inside a Slurm allocation and can use `srun`."""
     return "SLURM_JOB_ID" in environ and shutil.which("srun", path=environ.get("PATH")) is not None
 
 
 def node_count(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns on how many nodes this process' allocation is; 1 outside of any."""
+    """Return on how many nodes this process' allocation is; 1 outside of any."""
     return int(environ.get("SLURM_JOB_NUM_NODES", 1)) if in_allocation(environ) else 1
 
 
 def settle(
     ranks: int, mpi: Mpi | None, environ: Mapping[str, str], python: Sequence[str] = (sys.executable,)
 ) -> dict[str, str]:
-    """Finds out once, by starting ranks, how srun and this MPI meet.
+    """Find out once, by starting ranks, how srun and this MPI meet.
 
     Args:
         ranks: How many ranks there will be.
@@ -53,7 +53,7 @@ def settle(
 def srun_command(
     ranks: int, bind: str, environ: Mapping[str, str], nodes: Sequence[str] = ()
 ) -> list[str] | None:
-    """Writes the `srun` part of the command line.
+    """Write the `srun` part of the command line.
 
     Args:
         ranks: How many ranks to start.
@@ -100,7 +100,7 @@ def _fitting_pmi(
 
 
 def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[str]) -> str | None:
-    """Starts a world of two and returns what went wrong, or None if they met."""
+    """Start a world of two and returns what went wrong, or None if they met."""
     command = ["srun", f"--ntasks={ranks}", f"--mpi={pmi}", "--kill-on-bad-exit=1", *overlap(environ)]
     try:
         done = ask([*command, *python, *_MEET], environ, 120)
@@ -113,18 +113,18 @@ def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[
 
 
 def overlap(environ: Mapping[str, str]) -> list[str]:
-    """Gives the option without which no step starts inside another, an interactive shell for one."""
+    """Return the option without which no step starts inside another, an interactive shell for one."""
     return ["--overlap"] if "SLURM_STEP_ID" in environ else []
 
 
 def first_hosts(environ: Mapping[str, str]) -> Sequence[str]:
-    """Names the first host of the allocation, towards which this host's address can be looked up."""
+    """Return the first host of the allocation, towards which this host's address can be looked up."""
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", environ.get("SLURM_JOB_NODELIST", ""))
     return ["".join(part or "" for part in match.groups())] if match else []
 
 
 def pmi_types(environ: Mapping[str, str]) -> set[str]:
-    """Asks `srun` which PMI types it speaks."""
+    """Ask `srun` which PMI types it speaks."""
     try:
         done = ask(["srun", "--mpi=list"], environ, 60)
     except LaunchError:
@@ -133,7 +133,7 @@ def pmi_types(environ: Mapping[str, str]) -> set[str]:
 
 
 def nodes(environ: Mapping[str, str]) -> tuple[Host, ...]:
-    """Lists the nodes of the allocation, with the tasks that each of them takes.
+    """List the nodes of the allocation, with the tasks that each of them takes.
 
     Raises:
         LaunchError: If Slurm cannot say.

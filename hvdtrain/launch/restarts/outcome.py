@@ -48,7 +48,7 @@ class Ending:
 
 
 def conclude(job: Job, status: int, seconds: float) -> Ending:
-    """Judges a job that has ended.
+    """Judge a job that has ended.
 
     Args:
         job: The job.
@@ -72,7 +72,7 @@ def conclude(job: Job, status: int, seconds: float) -> Ending:
 
 
 def interrupted(number: int, seconds: float, step: int | None = None) -> Ending:
-    """Says that a signal has ended it all."""
+    """Say that a signal has ended it all."""
     name = signal.Signals(number).name
     words = f"hvdtrain: ended by {name} after {seconds:.0f} s."
     return Ending(128 + number, words, f"ended by {name}", step=step, interrupted=True)
@@ -106,13 +106,13 @@ def _last_step(job: Job) -> int | None:
 
 
 def _explanation(job: Job) -> str:
-    """Adds what the MPI launcher said about a rank that could not say anything itself."""
+    """Add what the MPI launcher said about a rank that could not say anything itself."""
     words = "" if job.verdict.explained else _first_words(job.said)
     return f"hvdtrain: the MPI launcher said: {words}\n" if words else ""
 
 
 def _never_up(job: Job, status: int) -> str:
-    """Says what the MPI launcher said when ranks never came to life."""
+    """Say what the MPI launcher said when ranks never came to life."""
     missing, size = job.verdict.missing, len(job.verdict.ranks)
     named = f"rank(s) {', '.join(map(str, missing))} of {size} never"
     who = f"none of the {size} ranks" if len(missing) == size else named
@@ -122,7 +122,7 @@ def _never_up(job: Job, status: int) -> str:
 
 
 def _first_words(said: str) -> str:
-    """Takes the beginning of an MPI launcher's message, without its rules and tags, as one line."""
+    """Take the beginning of an MPI launcher's message, without its rules and tags, as one line."""
     lines = [re.sub(r"^\[[^\]]*\] ", "", line).strip(" -=|#*") for line in said.splitlines()]
     paragraphs = [" ".join(lines) for told, lines in itertools.groupby(lines, bool) if told]
     told = [words for words in paragraphs if not _ROUTINE.search(words)]

@@ -29,7 +29,7 @@ class World:
 
 
 def world(options: RunOptions, environ: Mapping[str, str]) -> World:
-    """Asks every host to start something, as the ranks will be started, and counts on those that do.
+    """Ask every host to start something, as the ranks will be started, and counts on those that do.
 
     A host that is back takes part again. Where those that are left take fewer ranks than `--min-np` allows, all are
     tried, since one that is starting up may be back by then.
@@ -59,7 +59,7 @@ def _hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, ...]:
 
 
 def _answers(host: Host, options: RunOptions, environ: Mapping[str, str]) -> bool:
-    """Says whether a host can start a program."""
+    """Return whether a host can start a program."""
     try:
         return ask([*_starter(host, options, environ), "true"], environ, PATIENCE).returncode == 0
     except LaunchError:

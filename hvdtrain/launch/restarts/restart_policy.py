@@ -41,7 +41,7 @@ class Start:
 
 
 def pause(environ: Mapping[str, str], restarts: int) -> float:
-    """Gives the seconds to wait before a restart: 1, 2, 4, … and 60 at most.
+    """Return the seconds to wait before a restart: 1, 2, 4, … and 60 at most.
 
     Args:
         environ: Where HVDTRAIN_BACKOFF may name other seconds for the first.
@@ -60,7 +60,7 @@ def pause(environ: Mapping[str, str], restarts: int) -> float:
 
 
 def objection(starts: Sequence[Start], max_restarts: int) -> str | None:
-    """Says why the ranks are not started again.
+    """Say why the ranks are not started again.
 
     Args:
         starts: All starts so far.
@@ -81,7 +81,7 @@ def objection(starts: Sequence[Start], max_restarts: int) -> str | None:
 
 
 def _repeated(endings: Sequence[Ending]) -> str:
-    """Finds what another start will not mend."""
+    """Find what another start will not mend."""
     last = endings[-1]
     if len(endings) == 1 and not last.up:
         return "no rank came to life at the first start, so what was typed or installed is wrong."
@@ -108,7 +108,7 @@ def _same_step(two: Sequence[Ending]) -> str:
 
 
 def report(starts: Sequence[Start]) -> str:
-    """Tells what happened in each start, as a table."""
+    """Return what happened in each start, as a table."""
     from rich.console import Console
     from rich.table import Table
 

@@ -23,7 +23,7 @@ _YEAR = 365 * 86400  # what Slurm takes a job without a limit to last
 
 
 def told(walltime: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Gives what tells the ranks when their time is up: HVDTRAIN_DEADLINE.
+    """Return what tells the ranks when their time is up: HVDTRAIN_DEADLINE.
 
     Args:
         walltime: What was typed after --walltime, if anything.
@@ -42,7 +42,7 @@ def told(walltime: str | None, environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def seconds(walltime: str) -> float:
-    """Reads a time as Slurm writes it: seconds, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+    """Read a time as Slurm writes it: seconds, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     Slurm takes a single number for minutes; here, where no clock is drawn, it is seconds.
 
@@ -61,7 +61,7 @@ def seconds(walltime: str) -> float:
 
 
 def slurm_end(environ: Mapping[str, str] = os.environ) -> float | None:
-    """Tells when Slurm will end this job, in seconds since 1970; None outside of one, or if it has no limit."""
+    """Return when Slurm will end this job, in seconds since 1970; None outside of one, or if it has no limit."""
     if not slurm.in_allocation(environ):
         return None
     end = environ.get("SLURM_JOB_END_TIME", "")
@@ -70,7 +70,7 @@ def slurm_end(environ: Mapping[str, str] = os.environ) -> float | None:
 
 
 def _ask_squeue(environ: Mapping[str, str]) -> float | None:
-    """Asks for what a newer Slurm says in SLURM_JOB_END_TIME."""
+    """Ask for what a newer Slurm says in SLURM_JOB_END_TIME."""
     try:
         done = ask(["squeue", "-h", "-j", environ["SLURM_JOB_ID"], "-o", "%e"], environ, 60)
         return datetime.fromisoformat(done.stdout.strip()).timestamp()

@@ -56,7 +56,7 @@ class Console:
         self._mid_error = False
 
     def write(self, rank: int, stream: bytes, data: bytes) -> None:
-        """Takes what a rank has written to one of its streams."""
+        """Take what a rank has written to one of its streams."""
         if rank != 0:
             self._follow(rank, stream, data)
         elif stream == STDERR and not self._verbose:
@@ -65,7 +65,7 @@ class Console:
             self._lead(stream, data)
 
     def tick(self) -> None:
-        """Shows what has waited long enough; to be called a few times a second."""
+        """Show what has waited long enough; to be called a few times a second."""
         now = time.monotonic()
         if self._rests.get((0, STDERR)) and now > self._rest_since + WAIT:
             self._release_error()
@@ -73,7 +73,7 @@ class Console:
             self._start_line()
 
     def finish(self) -> None:
-        """Shows whatever is left, unfinished lines too."""
+        """Show whatever is left, unfinished lines too."""
         self._release_error()
         for rank, stream in list(self._rests):
             if rank and self._rests[rank, stream]:
@@ -82,7 +82,7 @@ class Console:
             self._start_line()
 
     def say(self, text: str) -> None:
-        """Shows the launcher's own words, on lines of their own."""
+        """Show the launcher's own words, on lines of their own."""
         self._start_line()
         self._put(STDERR, text.encode(errors="replace") + b"\n")
 
@@ -133,7 +133,7 @@ class Console:
             self._release_held()
 
     def _keep(self, stream: bytes, line: bytes) -> bytes | None:
-        """Decides what of another rank's line is shown; None for nothing of it."""
+        """Decide what of another rank's line is shown; None for nothing of it."""
         if not self._verbose and stream == STDERR and NOISE.match(line):
             return None
         if EPOCH.fullmatch(line):

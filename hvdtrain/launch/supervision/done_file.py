@@ -32,7 +32,7 @@ class DoneFile:
             raise LaunchError(f"--done-file {path} cannot be written: {error.strerror}.") from error
 
     def write(self, hosts: Sequence[str]) -> None:
-        """Writes who has done the work and how long it took, at once or not at all."""
+        """Write who has done the work and how long it took, at once or not at all."""
         facts = {
             "ranks": len(hosts),
             "hosts": sorted(set(hosts)),

@@ -55,13 +55,13 @@ class Server:
         return any(peer.rank is not None for peer in self._peers)
 
     def order(self, number: int) -> None:
-        """Gives every guard an order: a signal for its rank, or one of those in `wire`."""
+        """Return every guard an order: a signal for its rank, or one of those in `wire`."""
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.send(bytes([number]), socket.MSG_DONTWAIT)
 
     def end(self) -> None:
-        """Tells every guard to end its rank; what they still have to say is still heard."""
+        """Return every guard to end its rank; what they still have to say is still heard."""
         self.order(protocol.END)
         for peer in self._peers:
             with contextlib.suppress(OSError):

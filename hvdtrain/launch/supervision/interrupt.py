@@ -22,7 +22,7 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def hearing() -> Iterator[None]:
-    """Turns a signal into `Interrupted` as long as the block lasts; while ranks are up, their job hears it.
+    """Turn a signal into `Interrupted` as long as the block lasts; while ranks are up, their job hears it.
 
     Raises:
         Interrupted: In whatever the main thread is doing.

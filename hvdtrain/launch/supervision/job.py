@@ -58,7 +58,7 @@ class Job:
         self._relays_stdout = False
 
     def run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Starts the command and stays with it until nothing of it is left.
+        """Start the command and stays with it until nothing of it is left.
 
         Args:
             command: The MPI launcher with its options and the command of a rank.
@@ -136,7 +136,7 @@ class Job:
             self._agenda.pop(0)[1]()
 
     def _end_hang(self, now: float) -> None:
-        """Ends the job in the name of the rank that the others wait for, where that has become hopeless."""
+        """End the job in the name of the rank that the others wait for, where that has become hopeless."""
         blame = self._stall.turn(now) if self.verdict.first is None and not self._agenda else None
         if blame is not None:
             self._hung = True
@@ -146,7 +146,7 @@ class Job:
         self._server.order(number)
 
     def _show(self, rank: int, kind: bytes, payload: bytes, reported: bool) -> None:
-        """Shows output, but not what dying ranks say on standard error after the first failure."""
+        """Show output, but not what dying ranks say on standard error after the first failure."""
         if kind not in (protocol.STDOUT, protocol.STDERR):
             return
         first = self.verdict.first
@@ -155,7 +155,7 @@ class Job:
             self._console.write(rank, kind, payload)
 
     def _end_in(self, seconds: float) -> None:
-        """Plans the end: ask, insist, leave. The first plan stands."""
+        """Plan the end: ask, insist, leave. The first plan stands."""
         if not self._agenda and not self._given_up:
             now = time.monotonic()
             self._agenda = [
@@ -165,7 +165,7 @@ class Job:
             ]
 
     def _end_patiently(self) -> None:
-        """Plans the end for when the ranks have had the time to end by themselves that they ask for, even late."""
+        """Plan the end for when the ranks have had the time to end by themselves that they ask for, even late."""
         begun = time.monotonic()
 
         def look() -> None:
@@ -237,7 +237,7 @@ class Job:
         return []
 
     def _hear_stdout(self, data: bytes) -> list[Event]:
-        """Tells the MPI launcher's chatter from the lines and records of guards that could not call."""
+        """Return the MPI launcher's chatter from the lines and records of guards that could not call."""
         *lines, self._stdout_rest = (self._stdout_rest + (data or b"\n")).split(b"\n")
         events = []
         for line in lines:

@@ -33,7 +33,7 @@ _HEADER = struct.Struct("!cI")
 
 
 def pack(kind: bytes, payload: bytes) -> bytes:
-    """Puts a payload into the frame that `Frames` takes apart."""
+    """Put a payload into the frame that `Frames` takes apart."""
     return _HEADER.pack(kind, len(payload)) + payload
 
 
@@ -44,7 +44,7 @@ class Frames:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        """Takes what has arrived.
+        """Take what has arrived.
 
         Args:
             data: The next bytes of the stream.
@@ -65,14 +65,14 @@ class Frames:
 
 
 def pack_words(words: Sequence[str]) -> list[str]:
-    """Hides a lone ":" from MPI launchers, which take it for the start of another command."""
+    """Hide a lone ":" from MPI launchers, which take it for the start of another command."""
     if ":" not in words:
         return [*words]
     return [_PACKED, base64.b64encode(json.dumps(words).encode()).decode()]
 
 
 def unpack_words(words: Sequence[str]) -> list[str]:
-    """Gives back what `pack_words` was given."""
+    """Return back what `pack_words` was given."""
     if len(words) == 2 and words[0] == _PACKED:
         return list(json.loads(base64.b64decode(words[1])))
     return [*words]

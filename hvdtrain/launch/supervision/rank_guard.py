@@ -52,10 +52,10 @@ class Link(Protocol):
     """Where a guard sends its frames."""
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Sends one frame."""
+        """Send one frame."""
 
     def receiver(self) -> socket.socket | None:
-        """Gives the socket through which the launcher answers, if there is one."""
+        """Return the socket through which the launcher answers, if there is one."""
 
 
 class Connection:
@@ -65,12 +65,12 @@ class Connection:
         self._socket = sock
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Sends one frame; a launcher that is gone shows in `receiver()`, not here."""
+        """Send one frame; a launcher that is gone shows in `receiver()`, not here."""
         with contextlib.suppress(OSError):
             self._socket.sendall(protocol.pack(kind, payload))
 
     def receiver(self) -> socket.socket | None:
-        """Gives the socket through which the launcher answers."""
+        """Return the socket through which the launcher answers."""
         return self._socket
 
 
@@ -88,7 +88,7 @@ class Terminal:
         self._rest = {protocol.STDOUT: b"", protocol.STDERR: b""}
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Writes a stream's lines, or a report as a record or as a sentence."""
+        """Write a stream's lines, or a report as a record or as a sentence."""
         if kind in self._rest:
             self._write_lines(kind, payload)
         elif self._records:
@@ -101,7 +101,7 @@ class Terminal:
             self._say(json.loads(payload))
 
     def receiver(self) -> socket.socket | None:
-        """Says that nobody answers."""
+        """Say that nobody answers."""
         return None
 
     def _finish(self) -> None:
@@ -157,7 +157,7 @@ class Guard:
         self._listen()
 
     def watch(self) -> int:
-        """Relays until the rank has ended.
+        """Relay until the rank has ended.
 
         Returns:
             Its exit code, or minus the number of the signal that ended it.
@@ -287,7 +287,7 @@ class Guard:
 
 
 def connect() -> socket.socket | None:
-    """Calls the launcher that the environment names.
+    """Call the launcher that the environment names.
 
     Returns:
         The connection, or None where there is no launcher or none can be reached.
@@ -304,7 +304,7 @@ def connect() -> socket.socket | None:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Lets a connection to a host that was lost end within half a minute."""
+    """Let a connection to a host that was lost end within half a minute."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     # With something on its way nothing is asked; then the last of these tells.
     lost = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(LOST * 1000)}

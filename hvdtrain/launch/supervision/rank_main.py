@@ -37,7 +37,7 @@ SUCCESS: dict[str, Any] = {"done": True, "code": 0, "text": "", "traceback": ""}
 
 
 def main() -> None:
-    """Runs the script named on the command line as one rank, and ends as the script ends."""
+    """Run the script named on the command line as one rank, and ends as the script ends."""
     if len(sys.argv) < 2:
         sys.exit("Expected a script: python -m hvdtrain.launch.supervision.rank_main script.py [args]")
     words = protocol.unpack_words(sys.argv[1:])
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def _link(place: topology.Place | None) -> Link:
-    """Connects to the launcher; without one the guard's own output has to do."""
+    """Connect to the launcher; without one the guard's own output has to do."""
     rank = place.rank if place else 0
     sock = connect()
     size = place.size if place else 1
@@ -86,7 +86,7 @@ def _link(place: topology.Place | None) -> Link:
 
 
 def _leave(status: int) -> None:
-    """Ends the guard as its rank ended, so that the MPI launcher sees the same."""
+    """End the guard as its rank ended, so that the MPI launcher sees the same."""
     if status < 0:
         import resource
 
@@ -98,7 +98,7 @@ def _leave(status: int) -> None:
 
 
 def _redirect(stdout: int, stderr: int, crash: int, stacks: int) -> None:
-    """Turns the forked child into the rank: its output goes to the guard, and it ends when the guard does."""
+    """Turn the forked child into the rank: its output goes to the guard, and it ends when the guard does."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(stdout, 1)
@@ -118,7 +118,7 @@ def _close(descriptor: int) -> None:
 
 
 def _take_cores(place: topology.Place | None, bind: str) -> None:
-    """Binds this rank to its share of the host's cores, and lets MPI yield where that is less than two."""
+    """Bind this rank to its share of the host's cores, and lets MPI yield where that is less than two."""
     if not place or place.local_rank is None or not place.local_size:
         return
     if binding.should_yield(len(os.sched_getaffinity(0)), place.local_size):
@@ -131,7 +131,7 @@ def _take_cores(place: topology.Place | None, bind: str) -> None:
 
 
 def _run(words: Sequence[str]) -> dict[str, Any]:
-    """Runs the script and reports how it ended."""
+    """Run the script and reports how it ended."""
     # A batch script may ask before the script has come to where it listens.
     signal.signal(signal.SIGUSR1, stop_request.note)
     with contextlib.suppress(OSError):  # a script that needs MPI will be told
@@ -169,7 +169,7 @@ def _finished() -> dict[str, Any]:
 
 
 def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
-    """Hands the report to the guard; a failure's must be on its way before MPI may kill the guard too."""
+    """Hand the report to the guard; a failure's must be on its way before MPI may kill the guard too."""
     _flush()
     with contextlib.suppress(OSError):
         os.write(reports, json.dumps(report).encode() + b"\n")
@@ -184,7 +184,7 @@ def _flush() -> None:
 
 
 def _stopped(stop: SystemExit) -> dict:
-    """Reports a `sys.exit()`, which means success without a code and a sentence with a text."""
+    """Report a `sys.exit()`, which means success without a code and a sentence with a text."""
     if isinstance(stop, stock_horovod.StockHorovodExit):
         return _failure(1, str(stop.code), "")
     if isinstance(stop, stop_request.Preempted):
@@ -197,7 +197,7 @@ def _stopped(stop: SystemExit) -> dict:
 
 
 def _failed(error: BaseException) -> dict:
-    """Reports an exception with the part of its traceback that is the user's."""
+    """Report an exception with the part of its traceback that is the user's."""
     lines = traceback.format_exception(type(error), error, script.users_part(error))
     words = traceback.format_exception_only(type(error), error)
     code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
@@ -230,7 +230,7 @@ def _failure(code: int, text: str, trace: str) -> dict:
 
 
 def _end_job(code: int) -> None:
-    """Ends every rank: through MPI where it is up, else through the exit code that the MPI launcher sees."""
+    """End every rank: through MPI where it is up, else through the exit code that the MPI launcher sees."""
     mpi = sys.modules.get("mpi4py.MPI")
     with contextlib.suppress(Exception):
         if mpi and mpi.Is_initialized() and not mpi.Is_finalized():

@@ -51,7 +51,7 @@ class Pulse:
         return heartbeat.read(self._page).patience
 
     def turn(self) -> None:
-        """Looks at the rank every few seconds; to be called a few times a second."""
+        """Look at the rank every few seconds; to be called a few times a second."""
         now = time.monotonic()
         if now >= self._due or self.patience != self._beat.patience:
             self._due = now + self._interval
@@ -62,7 +62,7 @@ class Pulse:
             self._answer()
 
     def look(self) -> None:
-        """Asks the rank for its stacks and, when they are there, tells the launcher all that is known."""
+        """Ask the rank for its stacks and, when they are there, tells the launcher all that is known."""
         if self._asked is None:
             self._text, self._asked, self._heard = b"", time.monotonic(), time.monotonic()
             if self._can_answer():
@@ -71,7 +71,7 @@ class Pulse:
                 self._asked -= _ANSWER
 
     def hear(self) -> bool:
-        """Reads what the rank's faulthandler has written; False when it will write no more."""
+        """Read what the rank's faulthandler has written; False when it will write no more."""
         try:
             data = os.read(self._stacks, _MOST)
         except BlockingIOError:
@@ -80,14 +80,14 @@ class Pulse:
         return bool(data)
 
     def tell(self) -> None:
-        """Sends where the rank is, if that has changed."""
+        """Send where the rank is, if that has changed."""
         if self._same(self._sent, self._beat):
             return
         self._sent = self._beat
         self._send(protocol.BEAT, json.dumps(asdict(self._beat)).encode())
 
     def last(self) -> None:
-        """Sends where the rank was when it ended."""
+        """Send where the rank was when it ended."""
         self._see(heartbeat.read(self._page), True)
         self.tell()
 

@@ -40,7 +40,7 @@ def _refusing(words: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[.
 
 
 def _averages_nothing() -> bool:
-    """Tell whether the script uses Horovod for TensorFlow with Keras 3, and not as the engine of hvdtrain."""
+    """Return whether the script uses Horovod for TensorFlow with Keras 3, and not as the engine of hvdtrain."""
     library = sys.modules.get("hvdtrain.collectives.horovod.library")
     if library is not None and library.serves_hvdtrain:
         return False

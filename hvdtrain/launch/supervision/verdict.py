@@ -56,7 +56,7 @@ class Verdict:
         self.first: int | None = None
 
     def note(self, rank: int, kind: bytes, payload: bytes) -> None:
-        """Takes one event; the first failure among them is remembered as the cause of all others."""
+        """Take one event; the first failure among them is remembered as the cause of all others."""
         if not 0 <= rank < len(self.ranks):
             return
         one = self.ranks[rank]
@@ -108,7 +108,7 @@ class Verdict:
         return [number for number, rank in enumerate(self.ranks) if not rank.up]
 
     def code(self) -> int:
-        """Gives the exit code of the rank that failed first, as a shell writes it."""
+        """Return the exit code of the rank that failed first, as a shell writes it."""
         if self.first is None:
             return 0 if self.succeeded else 1
         rank = self.ranks[self.first]
@@ -119,14 +119,14 @@ class Verdict:
         return rank.status if rank.status > 0 else 128 - rank.status
 
     def sentence(self) -> str:
-        """Says which rank failed first and how, ending in its traceback where there is one."""
+        """Return which rank failed first and how, ending in its traceback where there is one."""
         assert self.first is not None
         rank = self.ranks[self.first]
         name = f"hvdtrain: rank {self.first} of {len(self.ranks)} (host {rank.host})"
         return self._chorus() + name + _ending(rank)
 
     def summary(self) -> str:
-        """Says in a few words how that rank ended."""
+        """Say in a few words how that rank ended."""
         assert self.first is not None
         rank = self.ranks[self.first]
         if rank.report and not rank.done:
@@ -134,12 +134,12 @@ class Verdict:
         return re.split(r"[.:,] |[.:]$", _ending(rank).strip(), maxsplit=1)[0]
 
     def _blame(self, rank: int, failed: bool, telling: bool = True) -> None:
-        """Remembers the first failure; one that tells nothing makes way for a later one that does."""
+        """Record the first failure; one that tells nothing makes way for a later one that does."""
         if failed and (self.first is None or (telling and self.ranks[self.first].vanished)):
             self.first = rank
 
     def _chorus(self) -> str:
-        """Names the other ranks that failed with the same words."""
+        """Return the other ranks that failed with the same words."""
         assert self.first is not None
         words = self.ranks[self.first].report.get("text")
         others = [
@@ -186,7 +186,7 @@ def _killed(number: int, when: str, crash: str) -> str:
 
 
 def _stack(crash: str) -> str:
-    """Cuts faulthandler's text down to the user's part."""
+    """Cut faulthandler's text down to the user's part."""
     kept = []
     for line in crash.splitlines():
         if "hvdtrain/script.py" in line or line.startswith("Extension modules"):
