@@ -262,7 +262,7 @@ def test_a_crash_while_python_shuts_down_is_a_failure(jobs):
 def test_what_mpi_says_when_no_rank_comes_to_life(jobs):
     done = jobs.run("", options=["--mpi-args", "--no-such-option"])
     assert done.returncode not in (0, 2)
-    assert "none of the 2 ranks came to life" in done.stderr
+    assert "none of the 2 ranks started" in done.stderr
     assert 'unknown option "--no-such-option"' in done.stderr
     assert done.stderr.count("\n") == 1
 

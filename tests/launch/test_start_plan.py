@@ -161,7 +161,7 @@ def test_options_of_srun_reach_srun_and_are_told_where_mpirun_starts_the_ranks(m
     machine.sets(HVDTRAIN_LAUNCHER="mpirun")
     options = RunOptions(2, "train.py", srun=("--cpu-bind=cores",))
     made = start_plan.make_plan(options, dict(os.environ))
-    assert "--cpu-bind=cores is for srun, and mpirun starts the ranks here" in made.note
+    assert "--cpu-bind=cores is an option of srun, but mpirun starts the ranks here" in made.note
     assert "--cpu-bind=cores" not in made.command
 
 
@@ -339,8 +339,8 @@ def test_another_python_runs_the_ranks_and_tries_srun(machine, capsys):
 
 
 BAD = {
-    "no rank": ({"num_proc": 0}, "-np 0 asks for no rank"),
-    "fewer than no rank": ({"num_proc": -2}, "-np -2 asks for no rank"),
+    "no rank": ({"num_proc": 0}, "-np 0: the number of ranks must be 1"),
+    "fewer than no rank": ({"num_proc": -2}, "-np -2: the number of ranks must be 1"),
     "no script": ({"script": "gone.py"}, "The script gone.py is not there"),
     "a folder": ({"script": "bin"}, "bin is a folder"),
     "scaling nothing": ({"scale_batch": True}, "type --wrap --scale-batch"),
@@ -373,7 +373,7 @@ BAD = {
         "--min-np 5 must be from 1 to the 4 ranks",
     ),
     "no time": ({"walltime": "8h"}, "--walltime 8h is no length of time"),
-    "an open quotation for Python": ({"python": "x 'y"}, '--python="x \'y" cannot be taken apart'),
+    "an open quotation for Python": ({"python": "x 'y"}, '--python="x \'y" cannot be split into words'),
     "an open quotation": ({"mpi_args": "--mca 'x"}, "No closing quotation"),
     "more cores than there are": ({"bind": "core", "num_proc": 5000}, "--bind none"),
 }

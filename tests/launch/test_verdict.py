@@ -103,14 +103,14 @@ ROUTINE = "Primary job  terminated normally, but 1 process returned\na non-zero 
 
 
 def conclude(told, said, status=1):
-    ending = conclude_job(SimpleNamespace(verdict=told, said=said, interrupted=None, beats={}), status, 1.0)
-    return ending.code, ending.words
+    ending = conclude_job(SimpleNamespace(verdict=told, launcher_output=said, interrupted=None, beats={}), status, 1.0)
+    return ending.code, ending.message
 
 
 def test_what_mpi_said_comes_before_a_rank_that_could_say_nothing():
     told = Told(2).hello(0, 1).ends(1, 1)
     assert conclude(told, SAID)[1].startswith(
-        "hvdtrain: the MPI launcher said: It looks like MPI_INIT failed for some reason; your parallel process is "
+        "hvdtrain: message of the MPI launcher: It looks like MPI_INIT failed for some reason; your parallel process is "
         "likely to abort.\nhvdtrain: rank 1 of 2"
     )
     assert conclude(told, ROUTINE)[1].startswith("hvdtrain: rank 1 of 2")
@@ -120,7 +120,7 @@ def test_what_mpi_said_comes_before_a_rank_that_could_say_nothing():
 def test_a_launcher_that_ends_well_without_its_ranks_is_no_success():
     code, words = conclude(Told(2).hello(0), "", status=0)
     assert code == 1
-    assert "rank(s) 1 of 2 never came to life" in words
+    assert "rank(s) 1 of 2 never started" in words
 
 
 def test_a_launcher_that_was_killed_is_named():
