@@ -29,10 +29,16 @@ _NUM_PROC = click.option(
 )
 _HOSTS = click.option("-H", "--hosts", help="Hosts and their numbers of slots: a:4,b:4.")
 _ENGINES = click.option(
-    "--engines", default="mpi,horovod", show_default=True, callback=_names, help="The engines of hvdtrain to measure."
+    "--engines",
+    default="mpi,horovod",
+    show_default=True,
+    callback=_names,
+    help="Engines to measure.",
 )
 _JSON = click.option("--json", "as_json", is_flag=True, help="Print the report as JSON.")
-_SAVE = click.option("--save", type=click.Path(), help="Write the report to FILE.json and a plot to FILE.png.")
+_SAVE = click.option(
+    "--save", type=click.Path(), help="Write the report to FILE.json and a plot to FILE.png."
+)
 
 
 class _Run(click.Command):
@@ -83,20 +89,32 @@ def _foreign_options() -> tuple[click.Option, ...]:
 @click.option("--mpi-args", default="", help="More options for the MPI launcher, as one quoted string.")
 @click.option("--as-horovod", is_flag=True, help="Make `import horovod` in SCRIPT import hvdtrain.")
 @click.option("--wrap", is_flag=True, help="Distribute a SCRIPT written for a single process over the ranks.")
-@click.option("--scale-batch", is_flag=True, help="With --wrap: each rank keeps the full batch size of SCRIPT.")
 @click.option(
-    "--stage", type=click.Path(), help="Data to copy to a local disk of each Slurm node; its path is in HVDTRAIN_DATA."
+    "--scale-batch", is_flag=True, help="With --wrap: each rank keeps the full batch size of SCRIPT."
+)
+@click.option(
+    "--stage",
+    type=click.Path(),
+    help="Data to copy to each node of a Slurm job; the copy is HVDTRAIN_DATA.",
 )
 @click.option(
     "--done-file", type=click.Path(), help="A file to write once every rank has finished successfully."
 )
-@click.option("--python", default="", help="Command that runs Python for a rank: 'apptainer exec image.sif python3'.")
+@click.option("--python", default="", help="Command to run Python: 'apptainer exec image.sif python3'.")
 @click.option("--max-restarts", type=int, default=0, help="How often to restart a failed job [0].")
 @click.option(
     "--min-np", type=int, help="With --max-restarts: the smallest number of ranks if hosts are lost [-np]."
 )
-@click.option("--walltime", help="Write a checkpoint and stop before this time has passed: 8:00:00 [end of the Slurm job].")
-@click.option("-m", "--module", is_flag=True, help="SCRIPT is the name of a module, which is run as `python -m` runs it.")
+@click.option(
+    "--walltime",
+    help="Stop with a checkpoint within this time: 8:00:00 [end of the Slurm job].",
+)
+@click.option(
+    "-m",
+    "--module",
+    is_flag=True,
+    help="SCRIPT is a module, to be run like `python -m`.",
+)
 @click.option("--dry-run", is_flag=True, help="Print the command without running it.")
 @click.option("-v", "--verbose", is_flag=True, help="Also show the messages of TensorFlow and MPI.")
 @click.argument("script")
@@ -128,17 +146,24 @@ def run(**options) -> None:
 @click.option(
     "--template", help="cpu, gpu, preemptible, container, array_sweep, smoke, or the path of your own file."
 )
-@click.option("--preemptible", is_flag=True, help="Requeue the job when it is preempted; it continues from its checkpoint.")
+@click.option(
+    "--preemptible",
+    is_flag=True,
+    help="Requeue a preempted job; it continues from its checkpoint.",
+)
 @click.option("--image", help="Container image.")
 @click.option("--cpu-bind", help="How srun binds ranks to CPUs: cores, none.")
 @click.option("--gpu-bind", help="Which GPUs srun shows to a rank: closest, none.")
 @click.option("--sbatch", default="", help="More options for sbatch, as one quoted string.")
 @click.option(
-    "--cluster", help="Cluster profile: NAME is ~/.config/hvdtrain/NAME.toml [HVDTRAIN_CLUSTER, else cluster]."
+    "--cluster",
+    help="Cluster profile: NAME is ~/.config/hvdtrain/NAME.toml [HVDTRAIN_CLUSTER, else cluster].",
 )
 @click.option("--as-horovod", is_flag=True, help="Make `import horovod` in SCRIPT import hvdtrain.")
 @click.option("--wrap", is_flag=True, help="Distribute a SCRIPT written for a single process over the ranks.")
-@click.option("--scale-batch", is_flag=True, help="With --wrap: each rank keeps the full batch size of SCRIPT.")
+@click.option(
+    "--scale-batch", is_flag=True, help="With --wrap: each rank keeps the full batch size of SCRIPT."
+)
 @click.option("--dry-run", is_flag=True, help="Print the checks and the sbatch command without submitting.")
 @click.option(
     "--follow", is_flag=True, help="Show the log until the job has ended; Ctrl-C leaves it running."
@@ -239,7 +264,12 @@ def bench() -> None:
 @bench.command("allreduce")
 @_NUM_PROC
 @_HOSTS
-@click.option("--sizes", default="4K:256M", show_default=True, help="Sizes in bytes: a range with factor 4 (4K:256M), or a list (64K,16M).")
+@click.option(
+    "--sizes",
+    default="4K:256M",
+    show_default=True,
+    help="A range with factor 4, or a list 64K,16M.",
+)
 @click.option(
     "--dtype",
     type=click.Choice(["float32", "float64", "float16", "bfloat16", "int32", "int64", "int8", "uint8"]),
@@ -248,7 +278,9 @@ def bench() -> None:
 )
 @click.option("--rounds", default=5, show_default=True, help="How often each contender is measured.")
 @_ENGINES
-@click.option("--peers/--no-peers", default=True, help="Also measure stock Horovod and torch.distributed [yes].")
+@click.option(
+    "--peers/--no-peers", default=True, help="Also measure stock Horovod and torch.distributed [yes]."
+)
 @_JSON
 @_SAVE
 def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
@@ -272,8 +304,12 @@ def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
 @click.option("--steps", type=int, help="Steps per round [as many as take about one second].")
 @_ENGINES
 @click.option("--peers/--no-peers", default=True, help="Also measure torch and tf_keras [yes].")
-@click.option("--xla", is_flag=True, help="Also measure hvdtrain and single-process Keras with jit_compile=True.")
-@click.option("--fit", type=int, metavar="STEPS", help="Time whole epochs of `fit` with this many steps each.")
+@click.option(
+    "--xla", is_flag=True, help="Also measure hvdtrain and single-process Keras with jit_compile=True."
+)
+@click.option(
+    "--fit", type=int, metavar="STEPS", help="Time whole epochs of `fit` with this many steps each."
+)
 @_JSON
 @_SAVE
 def bench_step(as_json: bool, save: str | None, **options) -> None:

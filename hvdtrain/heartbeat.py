@@ -15,8 +15,8 @@ from types import TracebackType
 
 SIZE = 4096
 
-# The current wait: its start on this host's monotonic clock (0.0: no wait), the number of waits so far, whether only
-# Horovod's core knows when it ends, its description, and the participating ranks (empty: all).
+# The current wait: its start on this host's monotonic clock (0.0: no wait), the number of waits so far, whether
+# only Horovod's core knows when it ends, its description, and the participating ranks (empty: all).
 _WAIT = struct.Struct("=dq?240s80s")
 _SINCE = struct.Struct("=d")
 _PLACE = struct.Struct("=qq48s")  # epoch + 1, step + 1 (0: unknown), description

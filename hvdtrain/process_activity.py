@@ -38,7 +38,7 @@ class Life:
 
 
 def state(pid: int) -> str:
-    """Return the kernel's letter for the state of a process: R runs, S sleeps, D waits for a device, T is stopped."""
+    """Return the kernel's letter for the state of a process: R running, S sleeping, D device wait, T stopped."""
     fields = _fields(Path(f"/proc/{pid}/stat"))
     return fields[0] if fields else ""
 

@@ -96,7 +96,7 @@ def _spec(name: str) -> ModuleSpec | None:
 
 
 def _search_first(folder: str) -> None:
-    """Put the script's folder first into `sys.path`, as Python does (hvdtrain has removed its own: safe_path.py)."""
+    """Put the script's folder first into `sys.path`, as Python does (safe_path.py has removed the first entry)."""
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, folder)
 

@@ -122,7 +122,7 @@ def launcher_variables() -> frozenset[str]:
 
 
 def _number(environ: Mapping[str, str], name: str | None) -> int | None:
-    """Read a count; Slurm writes tasks per node as '2(x3),1', which is one number only if all nodes have the same."""
+    """Read a count. Slurm writes tasks per node as '2(x3),1'; None if that differs between nodes."""
     text = environ.get(name, "") if name else ""
     uniform = re.fullmatch(r"(\d+)(\(x\d+\))?", text)
     return int(uniform.group(1)) if uniform else None

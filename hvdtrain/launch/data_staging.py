@@ -15,7 +15,7 @@ def data_variable(source: str | None, environ: Mapping[str, str]) -> dict[str, s
 
     Args:
         source: The folder or file to copy, visible on all nodes, or None.
-        environ: The environment. Outside a Slurm allocation nothing is copied, and the script reads `source` itself.
+        environ: The environment. Outside a Slurm allocation nothing is copied: the script reads `source` itself.
 
     Raises:
         LaunchError: If `source` does not exist.

@@ -1,7 +1,7 @@
 """Translate options of other launchers typed after `hvdtrain run`: horovodrun, mpirun, mpiexec, torchrun.
 
-An option with an equivalent is accepted. For any other, an error message shows the command to type instead, with all
-other options kept.
+An option with an equivalent is accepted. For any other, an error message shows the command to type instead, with
+all other options kept.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -12,7 +12,7 @@ from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers.mpirun import INTERFACE
 from hvdtrain.launch.run_options import RunOptions, command_line
 
-# A function that takes the options of `hvdtrain run` and the values of a foreign option, and returns the new options.
+# Takes the options of `hvdtrain run` and the values of a foreign option, and returns the new options.
 Meaning = Callable[..., RunOptions]
 
 
@@ -34,7 +34,9 @@ class ForeignOption:
     instead: str = ""
 
 
-def apply_foreign_options(options: RunOptions, typed: Iterable[tuple[ForeignOption, Sequence[Any]]]) -> RunOptions:
+def apply_foreign_options(
+    options: RunOptions, typed: Iterable[tuple[ForeignOption, Sequence[Any]]]
+) -> RunOptions:
     """Apply the options of other launchers to the options of `hvdtrain run`.
 
     Args:
@@ -166,8 +168,12 @@ FOREIGN = (
         for no, value in (("", 1), ("no-", 0))
     ),
     ForeignOption(("--no-stall-check",), 0, _variables("HVDTRAIN_STALL_SECONDS=0")),
-    ForeignOption(("--log-with-timestamp", "--no-log-hide-timestamp"), 0, _variables("HOROVOD_LOG_HIDE_TIME=0")),
-    ForeignOption(("--log-without-timestamp", "--log-hide-timestamp"), 0, _variables("HOROVOD_LOG_HIDE_TIME=1")),
+    ForeignOption(
+        ("--log-with-timestamp", "--no-log-hide-timestamp"), 0, _variables("HOROVOD_LOG_HIDE_TIME=0")
+    ),
+    ForeignOption(
+        ("--log-without-timestamp", "--log-hide-timestamp"), 0, _variables("HOROVOD_LOG_HIDE_TIME=1")
+    ),
     ForeignOption(("--fusion-threshold-mb",), 1, _megabytes("HOROVOD_FUSION_THRESHOLD")),
     # Then neither NCCL nor Open MPI uses InfiniBand.
     ForeignOption(
@@ -176,18 +182,29 @@ FOREIGN = (
     ForeignOption(("--network-interface", "--network-interfaces", "-iface"), 1, _interface),
     ForeignOption(("-x",), 1, _with),
     ForeignOption(("-genv", "-env"), 2, lambda options, name, value: _with(options, f"{name}={value}")),
-    *(ForeignOption(_both_spellings(name), count, _to_mpirun(f"--{name}")) for name, count in _PLACEMENT.items()),
+    *(
+        ForeignOption(_both_spellings(name), count, _to_mpirun(f"--{name}"))
+        for name, count in _PLACEMENT.items()
+    ),
     ForeignOption(_both_spellings("bind-to"), 1, _bind),
     *(ForeignOption((f"--{name}",), 1, _to_srun(f"--{name}")) for name in _SRUN),
-    ForeignOption(("--gloo",), instead="ranks are started by MPI and communicate with MPI; there is no Gloo here"),
+    ForeignOption(
+        ("--gloo",), instead="ranks are started by MPI and communicate with MPI; there is no Gloo here"
+    ),
     ForeignOption(("--gloo-timeout-seconds",), 1, instead="there is no Gloo here"),
     ForeignOption(
         ("--jsrun",),
         instead="mpirun starts the ranks here; docs/schedulers.md describes how jsrun starts them",
     ),
     ForeignOption(("--start-timeout",), 1, instead="ranks have as much time to start as they need"),
-    ForeignOption(("--output-filename",), 1, instead="the output of all ranks is printed here; redirect it with > run.log 2>&1"),
-    ForeignOption(_both_spellings("tag-output"), instead="lines of all ranks but rank 0 already begin with the rank"),
+    ForeignOption(
+        ("--output-filename",),
+        1,
+        instead="all output is printed here; redirect it with > run.log 2>&1",
+    ),
+    ForeignOption(
+        _both_spellings("tag-output"), instead="lines of ranks other than 0 already begin with the rank"
+    ),
     ForeignOption(
         ("-prefix-timestamp", "--prefix-output-with-timestamp", *_both_spellings("timestamp-output")),
         instead="lines are printed without timestamps",
@@ -196,7 +213,10 @@ FOREIGN = (
     ForeignOption(("-p", "--ssh-port"), 1, instead=f"{_SSH} Port 2222"),
     ForeignOption(("-i", "--ssh-identity-file"), 1, instead=f"{_SSH} IdentityFile ~/.ssh/key"),
     ForeignOption(("--binding-args",), 1, instead="--bind auto, core or none binds ranks to cores"),
-    ForeignOption(("-cb", "--check-build"), instead="hvdtrain doctor prints what is built and whether it matches this environment"),
+    ForeignOption(
+        ("-cb", "--check-build"),
+        instead="type hvdtrain doctor",
+    ),
     ForeignOption(("--max-np", "--max-num-proc"), 1, _restarts, _FIXED),
     ForeignOption(("--slots-per-host", "--slots"), 1, _restarts, _FIXED),
     ForeignOption(("--host-discovery-script",), 1, _restarts, _FIXED),

@@ -1,4 +1,4 @@
-"""Start a script on several ranks with the MPI installed on this machine, and report the result (`hvdtrain run`)."""
+"""Start a script on several ranks with the MPI of this machine, and report the result (`hvdtrain run`)."""
 
 import os
 import signal
@@ -64,7 +64,9 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     environ = clean_environ(os.environ)
     restart_policy.pause(environ, 0)  # raises now if HVDTRAIN_BACKOFF is invalid
     options = with_ranks(options, environ)
-    environ |= data_staging.data_variable(options.stage, environ) | walltime.deadline_variable(options.walltime, environ)
+    environ |= data_staging.data_variable(options.stage, environ) | walltime.deadline_variable(
+        options.walltime, environ
+    )
     environ[restart_policy.RESTART] = "0"
     environ[protocol.TYPED] = command_line(replace(options, as_horovod=False, wrap=False, scale_batch=False))
     plan = make_plan(options, environ)

@@ -125,8 +125,8 @@ def check_wrapping(options: RunOptions) -> None:
         raise LaunchError("--scale-batch says how --wrap divides the work: type --wrap --scale-batch.")
     if options.wrap and options.as_horovod:
         raise LaunchError(
-            "--as-horovod is for a script that is written for several ranks, --wrap for a script that is written for "
-            "a single process: type only one of them."
+            "--as-horovod is for a script written for several ranks, --wrap for a script written for a single "
+            "process: type only one of them."
         )
 
 
@@ -139,7 +139,9 @@ def _check_numbers(options: RunOptions) -> None:
     if fewest is None:
         return
     if not options.max_restarts:
-        raise LaunchError("--min-np is the smallest number of ranks for a restart: type it with --max-restarts 3.")
+        raise LaunchError(
+            "--min-np is the smallest number of ranks for a restart: type it with --max-restarts 3."
+        )
     if not 1 <= fewest <= ranks:
         raise LaunchError(f"--min-np {fewest} must be from 1 to the {ranks} ranks of -np.")
 

@@ -1,4 +1,4 @@
-"""Turn the options of `hvdtrain run` into the command to start, and reject invalid options before anything starts."""
+"""Turn the options of `hvdtrain run` into the command to start, and reject invalid options."""
 
 import os
 import shlex

@@ -44,7 +44,7 @@ def _open_mpi() -> Iterator[Knob]:
     # The shared-memory transport has different names in Open MPI 4 and 5.
     for mpi, memory in (("Open MPI 4", "vader"), ("Open MPI 5", "sm")):
         limit = f"OMPI_MCA_btl_{memory}_eager_limit"
-        # Above its default limit of 4 KiB Open MPI does a handshake before it sends, so 64 KiB take as long as 128 KiB.
+        # Above its default limit of 4 KiB Open MPI does a handshake first, so 64 KiB take as long as 128 KiB.
         yield Knob(
             "up to 128 KiB at once",
             "messages in memory",

@@ -184,7 +184,11 @@ def test_nohup_lets_a_job_outlive_its_terminal(jobs):
     [
         (signal.SIGINT, 130, "ended by SIGINT after"),
         (signal.SIGTERM, 143, "ended by SIGTERM after"),
-        (signal.SIGUSR1, 75, "asked to stop by SIGUSR1 while no ranks were running; the same command continues"),
+        (
+            signal.SIGUSR1,
+            75,
+            "asked to stop by SIGUSR1 while no ranks were running; the same command continues",
+        ),
     ],
 )
 def test_a_signal_between_two_starts(jobs, number, code, words):
@@ -304,7 +308,9 @@ def test_the_ranks_are_told_when_their_time_is_up(monkeypatch):
     none = {"PATH": ""}
     assert walltime.deadline_variable(None, none) == {}
     assert walltime.deadline_variable("1:00", none) == {"HVDTRAIN_DEADLINE": "1060.000"}
-    assert walltime.deadline_variable("1:00", {**none, "HVDTRAIN_DEADLINE": "1030"}) == {"HVDTRAIN_DEADLINE": "1030.000"}
+    assert walltime.deadline_variable("1:00", {**none, "HVDTRAIN_DEADLINE": "1030"}) == {
+        "HVDTRAIN_DEADLINE": "1030.000"
+    }
     with pytest.raises(LaunchError, match="expected seconds since 1970"):
         walltime.deadline_variable(None, {**none, "HVDTRAIN_DEADLINE": "soon"})
 

@@ -93,7 +93,7 @@ def test_the_command_of_each_mpi(machine, capsys, mpi):
 def test_intel_mpi_wants_as_many_slots_on_every_host(machine, capsys):
     machine.has("mpirun", VERSIONS["Intel MPI"])
     assert run(RunOptions(3, "train.py", hosts="localhost:1,localhost:2")) == 2
-    assert "the same number of slots each" in capsys.readouterr().err
+    assert "the same number of slots on each host" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale_batch", [False, True])
@@ -279,7 +279,7 @@ def test_mpirun_where_ranks_that_srun_starts_do_not_meet(machine, capsys, said):
     assert run(RunOptions(4, "train.py", dry_run=True)) == 0
     printed = capsys.readouterr()
     assert str(machine.bin / "mpirun") in printed.out
-    assert "srun --mpi=pmix does not bring ranks together" in printed.err
+    assert "srun --mpi=pmix does not connect the ranks" in printed.err
 
 
 def test_a_sites_own_words_for_launcher_and_pmi(machine, capsys):

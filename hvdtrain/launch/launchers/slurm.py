@@ -14,8 +14,8 @@ from hvdtrain.launch.run_program import ask
 # The PMI types to try if there is no mpirun that shows which MPI the ranks will load.
 ANY_PMI = ("pmix", "pmi2")
 
-# srun may fail to load a PMI that it lists, or load a version that the MPI does not support; then each rank has size 1
-# or fails. So two ranks are started as a test, which must see each other.
+# srun may fail to load a PMI that it lists, or load a version that the MPI does not support; then each rank has
+# size 1 or fails. So two ranks are started as a test, which must see each other.
 _MEET = safe_path.code("from mpi4py import MPI; print('met', MPI.COMM_WORLD.Get_size())")
 
 

@@ -31,8 +31,8 @@ class RemainingHosts:
 def find_remaining(options: RunOptions, environ: Mapping[str, str]) -> RemainingHosts:
     """Start a trivial program on every host, in the way the ranks are started, and return the hosts that can.
 
-    A lost host that answers again is used again. If the remaining hosts take fewer ranks than `--min-np`, all hosts are
-    returned, because a lost host may be rebooting and answer by the time the ranks start.
+    A lost host that answers again is used again. If the remaining hosts take fewer ranks than `--min-np`, all hosts
+    are returned, because a lost host may be rebooting and answer by the time the ranks start.
     """
     all_hosts = RemainingHosts(options.ranks)
     hosts = _hosts(options, environ)

@@ -19,7 +19,8 @@ _WRONG = re.compile(
     r"failed: (it called sys\.exit\(2\)|(Syntax|Indentation|Tab|ModuleNotFound|Import)Error\b)"
 )
 
-# If no step is known, the job is not restarted after this many identical tracebacks. A network or disk may fail twice.
+# If no step is known, the number of identical tracebacks after which the job is not restarted. A network or disk may
+# fail twice.
 _SAME_TRACES = 3
 
 
@@ -108,7 +109,7 @@ def _same_step(last_two: Sequence[Ending]) -> str:
         failures = f"rank {last.rank} has failed twice"
     else:
         failures = f"ranks {before.rank} and {last.rank} have failed one after the other"
-    return f"{failures} at step {last.step} ({how}): the same data or the same bug would probably make it fail again."
+    return f"{failures} at step {last.step} ({how}): the same data or the same bug would make it fail again."
 
 
 def report(starts: Sequence[Start]) -> str:
