@@ -96,17 +96,17 @@ class Waiting:
     """Record that this rank waits for others inside a `with` block.
 
     Args:
-        words: Description of the wait: "in allreduce of dense/kernel".
+        description: Description of the wait: "in allreduce of dense/kernel".
         among: The participating ranks, as text; empty for all ranks.
     """
 
-    __slots__ = ("_among", "_words")
+    __slots__ = ("_among", "_description")
 
-    def __init__(self, words: bytes, among: bytes = b"") -> None:
-        self._words, self._among = words, among
+    def __init__(self, description: bytes, among: bytes = b"") -> None:
+        self._description, self._among = description, among
 
     def __enter__(self) -> None:
-        _begin(self._words, self._among, False)
+        _begin(self._description, self._among, False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -114,9 +114,9 @@ class Waiting:
         _SINCE.pack_into(_page, 0, 0.0)
 
 
-def left_to_core(words: bytes, among: bytes = b"") -> None:
+def left_to_core(description: bytes, among: bytes = b"") -> None:
     """Record a wait whose end only Horovod's core knows; the next record of any kind ends it."""
-    _begin(words, among, True)
+    _begin(description, among, True)
 
 
 def at(epoch: int | None, step: int | None, doing: str = "") -> None:
@@ -186,13 +186,13 @@ def read(page: mmap.mmap | bytearray | None = None) -> Note:
     raw = page[:SIZE]
     while (again := page[:SIZE]) != raw:  # it was changed while it was read
         raw = again
-    since, waits, loose, words, among = _WAIT.unpack_from(raw)
+    since, waits, loose, description, among = _WAIT.unpack_from(raw)
     epoch, step, doing = _PLACE.unpack_from(raw, _PLACE_AT)
     (patience,) = _PATIENCE.unpack_from(raw, _PATIENCE_AT)
     return Note(
         epoch=epoch - 1 if epoch else None,
         step=step - 1 if step else None,
-        doing=_decode(words if since else doing),
+        doing=_decode(description if since else doing),
         since=since or None,
         loose=loose,
         among=_decode(among if since else b""),
@@ -203,10 +203,10 @@ def read(page: mmap.mmap | bytearray | None = None) -> Note:
     )
 
 
-def _begin(words: bytes, among: bytes, loose: bool) -> None:
+def _begin(description: bytes, among: bytes, loose: bool) -> None:
     global _waits
     _waits += 1
-    _WAIT.pack_into(_page, 0, time.monotonic(), _waits, loose, words, among)
+    _WAIT.pack_into(_page, 0, time.monotonic(), _waits, loose, description, among)
 
 
 def _decode(raw: bytes) -> str:

@@ -15,16 +15,16 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 
 
-def run(words: Sequence[str]) -> None:
-    """Do what `python words...` does: the script becomes `__main__`, with its own `sys.argv` and `sys.path`.
+def run(command: Sequence[str]) -> None:
+    """Do what `python command...` does: the script becomes `__main__`, with its own `sys.argv` and `sys.path`.
 
     Args:
-        words: `script.py args...`, or `-m module args...`.
+        command: The words after `python`: `script.py args...`, or `-m module args...`.
     """
-    if words[0] == "-m":
-        _run_module(words[1], words[2:])
+    if command[0] == "-m":
+        _run_module(command[1], command[2:])
     else:
-        _run_file(words[0], words[1:])
+        _run_file(command[0], command[1:])
 
 
 def users_part(error: BaseException) -> TracebackType | None:

@@ -59,5 +59,5 @@ def _on_each_node(command: str, environ: Mapping[str, str], seconds: float | Non
     step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", *slurm.overlap(environ)]
     done = ask([*step, "sh", "-c", command], environ, seconds)
     if done.returncode:
-        said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-        raise LaunchError(f"--stage: not every node could copy the data ({command}): {said}")
+        reason = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        raise LaunchError(f"--stage: not every node could copy the data ({command}): {reason}")

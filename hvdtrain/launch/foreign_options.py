@@ -30,7 +30,7 @@ class ForeignOption:
 
     names: tuple[str, ...]
     values: int = 0
-    meaning: Meaning = lambda options, *words: options
+    meaning: Meaning = lambda options, *values: options
     instead: str = ""
 
 
@@ -79,8 +79,8 @@ def _variable(name: str) -> Meaning:
     return lambda options, value: _with(options, f"{name}={value}")
 
 
-def _variables(*words: str) -> Meaning:
-    return lambda options: _with(options, *words)
+def _variables(*values: str) -> Meaning:
+    return lambda options: _with(options, *values)
 
 
 def _megabytes(name: str) -> Meaning:
@@ -92,7 +92,7 @@ def _interface(options: RunOptions, names: str) -> RunOptions:
 
 
 def _to_mpirun(name: str) -> Meaning:
-    return lambda options, *words: replace(options, mpirun=(*options.mpirun, name, *words))
+    return lambda options, *values: replace(options, mpirun=(*options.mpirun, name, *values))
 
 
 def _to_srun(name: str) -> Meaning:
@@ -105,7 +105,7 @@ def _bind(options: RunOptions, to: str) -> RunOptions:
     return _to_mpirun("--bind-to")(replace(options, bind="none"), to)
 
 
-def _restarts(options: RunOptions, *words: str) -> RunOptions:
+def _restarts(options: RunOptions, *values: str) -> RunOptions:
     return replace(options, max_restarts=options.max_restarts or 3)
 
 
@@ -215,7 +215,7 @@ FOREIGN = (
     ForeignOption(("--binding-args",), 1, instead="--bind auto, core or none binds ranks to cores"),
     ForeignOption(
         ("-cb", "--check-build"),
-        instead="type hvdtrain doctor",
+        instead="hvdtrain doctor prints what is built and whether it fits this environment",
     ),
     ForeignOption(("--max-np", "--max-num-proc"), 1, _restarts, _FIXED),
     ForeignOption(("--slots-per-host", "--slots"), 1, _restarts, _FIXED),

@@ -1,11 +1,14 @@
 """Start a script on several ranks with the MPI of this machine, and report the result (`hvdtrain run`)."""
 
+import contextlib
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hvdtrain.launch import data_staging
@@ -19,7 +22,6 @@ from hvdtrain.launch.run_options import RunOptions, command_line, set_variables
 from hvdtrain.launch.start_plan import Plan, clean_environ, make_plan, with_ranks
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.console import Console
-from hvdtrain.launch.supervision.done_file import DoneFile
 from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
 from hvdtrain.launch.supervision.job import Job
 from hvdtrain.stop_request import RESUMABLE
@@ -56,6 +58,52 @@ def run(options: RunOptions, foreign: Iterable[tuple[ForeignOption, Sequence[Any
     if message:
         console.say(message)
     return code
+
+
+class DoneFile:
+    """A file that is written only if every rank has succeeded; batch scripts check it.
+
+    Exit codes of MPI launchers are not reliable enough for that.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        LaunchError: If the file cannot be written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._started = time.time()
+        try:
+            self._path.unlink(missing_ok=True)
+            self._temporary.write_text("")
+            self._temporary.unlink()
+        except OSError as error:
+            raise LaunchError(f"--done-file {path} cannot be written: {error.strerror}.") from error
+
+    def write(self, hosts: Sequence[str]) -> None:
+        """Write the ranks, hosts and duration of the job; the file appears with its full content or not at all."""
+        facts = {
+            "ranks": len(hosts),
+            "hosts": sorted(set(hosts)),
+            "started": round(self._started, 3),
+            "seconds": round(time.time() - self._started, 3),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        }
+        try:
+            with self._temporary.open("w") as file:
+                file.write(json.dumps(facts) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._temporary.replace(self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            raise LaunchError(
+                f"every rank has done its work, but --done-file {self._path} cannot be written: {error.strerror}."
+            ) from error
 
 
 def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[int, str]:

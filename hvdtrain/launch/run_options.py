@@ -126,7 +126,7 @@ def check_wrapping(options: RunOptions) -> None:
     if options.wrap and options.as_horovod:
         raise LaunchError(
             "--as-horovod is for a script written for several ranks, --wrap for a script written for a single "
-            "process: type only one of them."
+            "process: type one of them."
         )
 
 

@@ -68,14 +68,14 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     own_options, binding_note = _own_options(options, found, start)
     mode = [protocol.AS_HOROVOD] if options.as_horovod else []
     script = ["-m", options.script] if options.module else [options.script]
-    words = protocol.pack_words([*mode, *_wrapping(options), *script, *options.args])
+    rank_command = protocol.pack_command([*mode, *_wrapping(options), *script, *options.args])
     command = [
         *start,
         *own_options,
         *extra,
         *_python(options),
         *safe_path.main_of("hvdtrain.launch.supervision.rank_main"),
-        *words,
+        *rank_command,
     ]
     return Plan(command, settings | variables, addresses, "\n".join(filter(None, (note, binding_note))))
 
@@ -241,14 +241,14 @@ def _performance_settings(
 
 
 def _wrapping(options: RunOptions) -> list[str]:
-    """Return the words before a script that is run with --wrap."""
+    """Return the part of the command before a script that is run with --wrap."""
     if not options.wrap:
         return []
     return ["-m", "hvdtrain.wrap", *(["--scale-batch"] if options.scale_batch else [])]
 
 
 def _hash_seed(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return a fixed hash seed for --wrap: each rank may build a vocabulary from a set, which needs the same order."""
+    """Return a fixed hash seed for --wrap, so that a vocabulary built from a set has the same order everywhere."""
     return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
 
 
@@ -266,8 +266,8 @@ def _python(options: RunOptions) -> list[str]:
     return _split("--python", options.python) or [inside]
 
 
-def _split(option: str, words: str) -> list[str]:
+def _split(option: str, value: str) -> list[str]:
     try:
-        return shlex.split(words)
+        return shlex.split(value)
     except ValueError as error:
-        raise LaunchError(f"{option}={words!r} cannot be split into words: {error}.") from error
+        raise LaunchError(f"{option}={value!r} cannot be split into words: {error}.") from error

@@ -125,8 +125,8 @@ def _shorten(output: str) -> str:
     """Return the first paragraph of an MPI launcher's output that is not routine, without rulers and tags."""
     lines = [re.sub(r"^\[[^\]]*\] ", "", line).strip(" -=|#*") for line in output.splitlines()]
     paragraphs = [" ".join(group) for filled, group in itertools.groupby(lines, bool) if filled]
-    telling = [paragraph for paragraph in paragraphs if not _ROUTINE_MESSAGES.search(paragraph)]
+    informative = [paragraph for paragraph in paragraphs if not _ROUTINE_MESSAGES.search(paragraph)]
     # A short first paragraph may be the heading of the next.
-    count = 1 if not telling or len(telling[0]) > 80 else 2
-    message = " ".join(telling[:count])
+    count = 1 if not informative or len(informative[0]) > 80 else 2
+    message = " ".join(informative[:count])
     return message if len(message) < 600 else message[:600].rpartition(" ")[0] + " ..."

@@ -19,8 +19,8 @@ _WRONG = re.compile(
     r"failed: (it called sys\.exit\(2\)|(Syntax|Indentation|Tab|ModuleNotFound|Import)Error\b)"
 )
 
-# If no step is known, the number of identical tracebacks after which the job is not restarted. A network or disk may
-# fail twice.
+# If no step is known, the number of identical tracebacks after which the job is not restarted. A network or disk
+# may fail twice.
 _SAME_TRACES = 3
 
 

@@ -65,15 +65,15 @@ class Frames:
         return frames
 
 
-def pack_words(words: Sequence[str]) -> list[str]:
-    """Encode words that contain ":", which MPI launchers would interpret as the start of another command."""
-    if ":" not in words:
-        return [*words]
-    return [_PACKED, base64.b64encode(json.dumps(words).encode()).decode()]
+def pack_command(command: Sequence[str]) -> list[str]:
+    """Encode a command that contains the word ":", which MPI launchers take for the start of another command."""
+    if ":" not in command:
+        return [*command]
+    return [_PACKED, base64.b64encode(json.dumps(command).encode()).decode()]
 
 
-def unpack_words(words: Sequence[str]) -> list[str]:
-    """Decode the result of `pack_words`."""
-    if len(words) == 2 and words[0] == _PACKED:
-        return list(json.loads(base64.b64decode(words[1])))
-    return [*words]
+def unpack_command(command: Sequence[str]) -> list[str]:
+    """Decode the result of `pack_command`."""
+    if len(command) == 2 and command[0] == _PACKED:
+        return list(json.loads(base64.b64decode(command[1])))
+    return [*command]

@@ -3,8 +3,8 @@
     mpirun -np 4 python -m hvdtrain.launch.supervision.rank_main train.py --epochs 3
 
 Under `hvdtrain run` the guard relays output and failures to the launcher. If it is started directly, for example
-with `srun` in a batch script, it prints the lines of each rank with a `[rank]` prefix, except those of rank 0, and a
-failure of one rank still ends all ranks.
+with `srun` in a batch script, it prints the lines of each rank with a `[rank]` prefix, except those of rank 0, and
+a failure of one rank still ends all ranks.
 """
 
 from hvdtrain import safe_path
@@ -40,7 +40,7 @@ def main() -> None:
     """Run the script named on the command line as one rank, and exit with its exit code."""
     if len(sys.argv) < 2:
         sys.exit("Expected a script: python -m hvdtrain.launch.supervision.rank_main script.py [args]")
-    words = protocol.unpack_words(sys.argv[1:])
+    command = protocol.unpack_command(sys.argv[1:])
     reading, (stdout, stderr, reports, crash, stacks) = zip(*(os.pipe() for _ in range(5)), strict=True)
     awaited, receipt = os.pipe()
     place = topology.detect()
@@ -53,14 +53,14 @@ def main() -> None:
         link = _link(place)
         if link.receiver() is not None:
             heartbeat.watch(page)
-        # With --wrap only rank 0 prints, as a single process would. This includes messages of TensorFlow's C++ code.
-        quiet = bool(place and place.rank) and words[:2] == ["-m", "hvdtrain.wrap"]
+        # With --wrap only rank 0 prints, as a single process would, also messages of TensorFlow's C++ code.
+        quiet = bool(place and place.rank) and command[:2] == ["-m", "hvdtrain.wrap"]
         _leave(Guard(child, pipes, link, page, quiet).watch())
     _redirect(stdout, stderr, crash, stacks)
     heartbeat.keep_workers_away()
     os.register_at_fork(after_in_child=lambda: _close(reports))
     _take_cores(place, os.environ.pop(protocol.BIND, "none"))
-    report = _run(words)
+    report = _run(command)
     # The script has ended: a late request to stop must not turn its result into a failure.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _deliver(report, reports, awaited)
@@ -131,21 +131,21 @@ def _take_cores(place: topology.Place | None, bind: str) -> None:
             os.sched_setaffinity(0, mine)
 
 
-def _run(words: Sequence[str]) -> dict[str, Any]:
+def _run(command: Sequence[str]) -> dict[str, Any]:
     """Run the script and return a report of its result."""
     # A batch script may send SIGUSR1 before the script has installed its own handler.
     signal.signal(signal.SIGUSR1, stop_request.note)
     with contextlib.suppress(OSError):  # a script that needs MPI gets its own error
         mpi_wheel.prepare()  # mpi4py may be imported before TensorFlow
     try:
-        if words[0] == protocol.AS_HOROVOD:
+        if command[0] == protocol.AS_HOROVOD:
             from hvdtrain import as_horovod
 
             as_horovod.install()
-            words = words[1:]
-        elif words[:2] != ["-m", "hvdtrain.wrap"]:
-            stock_horovod.watch(words)
-        script.run(words)
+            command = command[1:]
+        elif command[:2] != ["-m", "hvdtrain.wrap"]:
+            stock_horovod.watch(command)
+        script.run(command)
     except SystemExit as stop:
         _await_cause(stop)
         return _stopped(stop)

@@ -14,24 +14,24 @@ class StockHorovodExit(SystemExit):
     """Raised if the script initializes stock Horovod with Keras 3: each rank would train a separate model."""
 
 
-def watch(words: Sequence[str]) -> None:
+def watch(command: Sequence[str]) -> None:
     """Stop the script at Horovod's `init`, because only then it is known which Keras it has imported.
 
     Args:
-        words: The script and its arguments.
+        command: The script and its arguments.
     """
-    sys.meta_path.insert(0, AfterImport("horovod.common.basics", lambda: _replace_init(words)))
+    sys.meta_path.insert(0, AfterImport("horovod.common.basics", lambda: _replace_init(command)))
 
 
-def _replace_init(words: Sequence[str]) -> None:
-    replace(sys.modules["horovod.common.basics"].HorovodBasics, "init", _make_init(words))
+def _replace_init(command: Sequence[str]) -> None:
+    replace(sys.modules["horovod.common.basics"].HorovodBasics, "init", _make_init(command))
 
 
-def _make_init(words: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+def _make_init(command: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     def make(init: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             if _averages_nothing():
-                raise StockHorovodExit(_message(words))
+                raise StockHorovodExit(_message(command))
             return init(self, *args, **kwargs)
 
         return run
@@ -50,8 +50,8 @@ def _averages_nothing() -> bool:
     return keras3 and "horovod.tensorflow" in sys.modules and "tf_keras" not in sys.modules
 
 
-def _message(words: Sequence[str]) -> str:
-    typed = os.environ.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *words])
+def _message(command: Sequence[str]) -> str:
+    typed = os.environ.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *command])
     version = sys.modules["keras"].__version__
     return (
         f"stock Horovod averages no gradients under Keras {version}, so each rank would train a separate model; "

@@ -69,9 +69,9 @@ class Verdict:
         elif kind == protocol.EXIT:
             ending = json.loads(payload)
             result.status, result.crash, result.gone = ending["status"], ending["crash"], True
-            self._blame(rank, not result.succeeded, telling=result.status not in _TEARING_DOWN)
+            self._blame(rank, not result.succeeded, informative=result.status not in _TEARING_DOWN)
         elif kind == CLOSED:
-            self._blame(rank, not result.gone, telling=False)
+            self._blame(rank, not result.gone, informative=False)
             result.gone = True
 
     @property
@@ -133,9 +133,9 @@ class Verdict:
             return f"failed: {rank.report['text']}"
         return re.split(r"[.:,] |[.:]$", _ending(rank).strip(), maxsplit=1)[0]
 
-    def _blame(self, rank: int, failed: bool, telling: bool = True) -> None:
+    def _blame(self, rank: int, failed: bool, informative: bool = True) -> None:
         """Record the first failure; a lost connection is replaced by a later failure that has a reason."""
-        if failed and (self.first is None or (telling and self.ranks[self.first].vanished)):
+        if failed and (self.first is None or (informative and self.ranks[self.first].vanished)):
             self.first = rank
 
     def _same_failures(self) -> str:
