@@ -1,4 +1,4 @@
-"""How many cores one rank may use: affinity, container and Slurm limits, and the ranks it shares them with."""
+"""Compute how many cores a rank may use, from CPU affinity, container and Slurm limits and its neighbours."""
 
 import os
 import platform
@@ -8,18 +8,18 @@ from pathlib import Path
 
 
 def allowed() -> frozenset[int]:
-    """Returns the cores on which the scheduler lets this process run."""
+    """Return the cores on which this process may run (its CPU affinity)."""
     return frozenset(os.sched_getaffinity(0))
 
 
 def granted(environ: Mapping[str, str] = os.environ) -> int | None:
-    """Returns how many cores Slurm gave each rank (`-c`), or None where it does not say."""
+    """Return how many cores Slurm gives each rank (`-c`), or None if that is not set."""
     text = environ.get("SLURM_CPUS_PER_TASK", "")
     return int(text) if text.isdigit() and int(text) else None
 
 
 def model() -> str:
-    """Names the processors of this host, as the kernel does."""
+    """Return the model name of this host's processors, from /proc/cpuinfo."""
     try:
         found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
     except OSError:
@@ -28,10 +28,10 @@ def model() -> str:
 
 
 def quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Returns how many cores' time the container may spend, or None if nothing limits it.
+    """Return the CPU quota of the container in cores, or None if there is no limit.
 
     Args:
-        root: Where the control groups are mounted; version 2 (cpu.max) and 1 (cpu.cfs_quota_us) are read.
+        root: Mount point of the control groups; version 2 (cpu.max) and 1 (cpu.cfs_quota_us) are read.
     """
     limits = []
     for file in (root / "cpu.max", root / "cpu" / "cpu.cfs_quota_us"):
@@ -45,19 +45,22 @@ def quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
 
 
 def share(mine: frozenset[int], neighbours: Sequence[Iterable[int]], container: float | None) -> int:
-    """Divides the cores of a host fairly among its ranks.
+    """Divide the cores of a host among its ranks.
 
     Args:
         mine: The cores on which this rank may run.
-        neighbours: The cores of each rank on this host, this one included. Ranks bound to cores of their
-            own share nothing; ranks that may all run anywhere get equal parts.
-        container: How many cores' time all ranks of this host may spend together, if limited.
+        neighbours: The cores of each rank on this host, including this rank. Ranks bound to different cores
+            share nothing; ranks that may all run anywhere get equal parts.
+        container: CPU quota of all ranks of this host together, in cores; None if there is no limit.
 
     Returns:
-        How many threads this rank should compute with; at least 1.
+        The number of threads with which this rank should compute; at least 1.
     """
-    sets = [frozenset(each) for each in neighbours]
-    fair = sum(1 / sum(core in each for each in sets) for core in mine)
+    core_sets = [frozenset(cores) for cores in neighbours]
+    fair = 0.0
+    for core in mine:
+        users = sum(core in cores for cores in core_sets)
+        fair += 1 / users
     if container is not None:
-        fair = min(fair, container / len(sets))
-    return max(1, int(fair + 1e-9))
+        fair = min(fair, container / len(core_sets))
+    return max(1, int(fair + 1e-9))  # 1/3 + 1/3 + 1/3 may be just below 1

@@ -1,7 +1,7 @@
-"""Where this rank is, noted in a page of memory that its guard can read while the rank itself can do nothing.
+"""Record the progress of this rank in a page of memory shared with its guard process.
 
-Writing a note costs less than a microsecond: a few numbers and words in a page that both processes share. Nobody is
-told anything by it; who wants to know reads the page.
+The guard can read the page even while the rank is blocked in native code. Writing to it costs less than a
+microsecond and sends no message.
 """
 
 import mmap
@@ -15,38 +15,38 @@ from types import TracebackType
 
 SIZE = 4096
 
-# A wait: since when on this host's monotonic clock (0.0: none), how many there were, whether only Horovod's core
-# would know its end, its words, and the ranks it is among (empty: all).
+# The current wait: its start on this host's monotonic clock (0.0: no wait), the number of waits so far, whether
+# only Horovod's core knows when it ends, its description, and the participating ranks (empty: all).
 _WAIT = struct.Struct("=dq?240s80s")
 _SINCE = struct.Struct("=d")
-_PLACE = struct.Struct("=qq48s")  # epoch, step, what the rank does when it does not wait
+_PLACE = struct.Struct("=qq48s")  # epoch + 1, step + 1 (0: unknown), description
 _PATIENCE = struct.Struct("=d")
-_ASIDE = struct.Struct("=32i")  # threads whose work proves nothing
-_LISTENER = struct.Struct("=i")  # the thread that takes the request for stacks
+_ASIDE = struct.Struct("=32i")  # threads whose CPU time is no sign of progress
+_LISTENER = struct.Struct("=i")  # the thread that receives the signal which requests stacks
 _PLACE_AT, _PATIENCE_AT, _ASIDE_AT, _WATCHED_AT, _LISTENER_AT = 512, 768, 1024, 2048, 2052
 _NOWHERE = -1
 
-# A rank forked before anything is imported shares its page with its guard; any other process keeps its own.
+# A rank is forked from its guard after `share()`, so both have the same page. Any other process has a private page.
 _page: mmap.mmap | bytearray = bytearray(SIZE)
 _waits = 0
 
 
 @dataclass(frozen=True)
 class Note:
-    """What a page says.
+    """The content of a page.
 
     Args:
         epoch: The epoch, counted from 0 as Keras does; None outside of `fit`.
-        step: The training step that the rank is in or has just finished, counted from 1 over the whole training,
-            what was resumed included; None where nobody counts.
-        doing: The collective that it waits in, or what else it does; may be empty.
-        since: When it began to wait, on this host's monotonic clock in seconds; None when it does not.
-        loose: True if it may have gone on: Horovod's core does not tell.
-        among: The ranks that take part, as text; empty for all.
-        waits: How many waits there were.
-        patience: How many seconds it wants for ending by itself.
-        aside: Its threads whose work is no sign of life.
-        listener: The thread that a request for stacks disturbs least; 0 if there is none.
+        step: The training step that the rank is in or has just finished, counted from 1 over the whole training
+            including the steps before a resume; None if steps are not counted.
+        doing: The collective in which the rank waits, or a description of its other work; may be empty.
+        since: When the wait began, in seconds on this host's monotonic clock; None if the rank does not wait.
+        loose: True if the wait may already be over, because Horovod's core does not report its end.
+        among: The participating ranks, as text; empty for all ranks.
+        waits: The number of waits so far.
+        patience: How many seconds the rank needs to end by itself.
+        aside: The threads whose CPU time is no sign of progress.
+        listener: The thread that receives the signal which requests stacks; 0 if there is none.
     """
 
     epoch: int | None = None
@@ -63,20 +63,20 @@ class Note:
 
 @dataclass(frozen=True)
 class Beat:
-    """Where a rank is and how its process fares, as its guard tells the launcher.
+    """The progress of a rank and the state of its process, as its guard reports them to the launcher.
 
     Args:
         epoch: As in `Note`.
         step: As in `Note`.
         doing: As in `Note`.
-        waiting: For how many seconds it has waited in `doing`; None when it does not.
+        waiting: For how many seconds the rank has waited in `doing`; None if it does not wait.
         loose: As in `Note`.
         among: As in `Note`.
         waits: As in `Note`.
         patience: As in `Note`.
-        pid: Its process.
-        state: The kernel's letter for what it does: R, S, D, T …
-        busy: Whether it makes steps, computes, reads or writes.
+        pid: Process id of the rank.
+        state: The kernel's letter for the state of the process: R, S, D, T …
+        busy: Whether the rank makes steps, computes, reads or writes.
     """
 
     epoch: int | None = None
@@ -93,20 +93,20 @@ class Beat:
 
 
 class Waiting:
-    """Notes that this rank waits for others, from the beginning to the end of a `with` block.
+    """Record that this rank waits for others inside a `with` block.
 
     Args:
-        words: In what: "in allreduce of dense/kernel".
-        among: The ranks that take part, as text; empty for all.
+        description: Description of the wait: "in allreduce of dense/kernel".
+        among: The participating ranks, as text; empty for all ranks.
     """
 
-    __slots__ = ("_among", "_words")
+    __slots__ = ("_among", "_description")
 
-    def __init__(self, words: bytes, among: bytes = b"") -> None:
-        self._words, self._among = words, among
+    def __init__(self, description: bytes, among: bytes = b"") -> None:
+        self._description, self._among = description, among
 
     def __enter__(self) -> None:
-        _begin(self._words, self._among, False)
+        _begin(self._description, self._among, False)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -114,18 +114,18 @@ class Waiting:
         _SINCE.pack_into(_page, 0, 0.0)
 
 
-def left_to_core(words: bytes, among: bytes = b"") -> None:
-    """Notes a wait whose end only Horovod's core sees; the next note of any kind ends it."""
-    _begin(words, among, True)
+def left_to_core(description: bytes, among: bytes = b"") -> None:
+    """Record a wait whose end only Horovod's core knows; the next record of any kind ends it."""
+    _begin(description, among, True)
 
 
 def at(epoch: int | None, step: int | None, doing: str = "") -> None:
-    """Notes the place in the training.
+    """Record the position in the training.
 
     Args:
         epoch: The epoch, counted from 0.
         step: The step, counted from 1 over the whole training.
-        doing: What the rank does there, where its stack would not say it.
+        doing: Description of the current work, if its stack does not show it.
     """
     _SINCE.pack_into(_page, 0, 0.0)
     place = (_NOWHERE if epoch is None else epoch, _NOWHERE if step is None else step)
@@ -133,36 +133,39 @@ def at(epoch: int | None, step: int | None, doing: str = "") -> None:
 
 
 def ask_patience(seconds: float) -> None:
-    """Lets this rank end by itself after a TERM, because it has something to write first.
+    """Request time for this rank to end by itself after SIGTERM, because it must write something first.
 
-    The launcher and the guards then wait this long, the most that any rank has asked for, before they end ranks.
+    The launcher and the guards wait for the longest time that any rank has requested before they kill ranks.
 
     Args:
-        seconds: How long it may take; 0 takes the request back.
+        seconds: The requested time; 0 cancels the request.
     """
     _PATIENCE.pack_into(_page, _PATIENCE_AT, seconds)
 
 
 def set_aside(threads: Iterable[int]) -> None:
-    """Names threads that turn while they wait, such as those of Horovod's core: their work is no sign of life."""
+    """Record threads that poll while they wait, such as those of Horovod's core: their CPU time is no progress."""
     known = [*threads][:32]
     _ASIDE.pack_into(_page, _ASIDE_AT, *known, *[0] * (32 - len(known)))
 
 
 def share() -> mmap.mmap:
-    """Puts the page where a process that is forked from now on writes to the same one."""
+    """Replace the page by one that processes forked from now on share with this process, and return it."""
     global _page
     _page = mmap.mmap(-1, SIZE)
     return _page
 
 
 def watch(page: mmap.mmap) -> None:
-    """Notes that a launcher hears of what is in the page, so that its rank need not watch itself."""
+    """Mark the page as read by a launcher, so that the rank need not watch itself."""
     page[_WATCHED_AT] = 1
 
 
 def listen() -> None:
-    """Starts a thread that only sleeps, so that a request for stacks interrupts no system call of any other."""
+    """Start a thread that only sleeps and receives the signal which requests stacks.
+
+    Without it that signal could interrupt a system call of another thread.
+    """
 
     def sleep() -> None:
         _LISTENER.pack_into(_page, _LISTENER_AT, threading.get_native_id())
@@ -173,26 +176,26 @@ def listen() -> None:
 
 
 def is_watched() -> bool:
-    """Tells whether a launcher hears of what this rank notes."""
+    """Return whether a launcher receives the records of this rank."""
     return bool(_page[_WATCHED_AT])
 
 
 def read(page: mmap.mmap | bytearray | None = None) -> Note:
-    """Reads a page, this process's own by default."""
+    """Read a page; the page of this process by default."""
     page = _page if page is None else page
     raw = page[:SIZE]
-    while (again := page[:SIZE]) != raw:  # it was being written
+    while (again := page[:SIZE]) != raw:  # it was changed while it was read
         raw = again
-    since, waits, loose, words, among = _WAIT.unpack_from(raw)
+    since, waits, loose, description, among = _WAIT.unpack_from(raw)
     epoch, step, doing = _PLACE.unpack_from(raw, _PLACE_AT)
     (patience,) = _PATIENCE.unpack_from(raw, _PATIENCE_AT)
     return Note(
         epoch=epoch - 1 if epoch else None,
         step=step - 1 if step else None,
-        doing=_text(words if since else doing),
+        doing=_decode(description if since else doing),
         since=since or None,
         loose=loose,
-        among=_text(among if since else b""),
+        among=_decode(among if since else b""),
         waits=waits,
         patience=patience,
         aside=tuple(thread for thread in _ASIDE.unpack_from(raw, _ASIDE_AT) if thread),
@@ -200,22 +203,22 @@ def read(page: mmap.mmap | bytearray | None = None) -> Note:
     )
 
 
-def _begin(words: bytes, among: bytes, loose: bool) -> None:
+def _begin(description: bytes, among: bytes, loose: bool) -> None:
     global _waits
     _waits += 1
-    _WAIT.pack_into(_page, 0, time.monotonic(), _waits, loose, words, among)
+    _WAIT.pack_into(_page, 0, time.monotonic(), _waits, loose, description, among)
 
 
-def _text(raw: bytes) -> str:
+def _decode(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode(errors="ignore")
 
 
-def _keep_own_page() -> None:
-    """What a rank forks, a data loader's worker say, must not write where the rank does."""
+def _use_private_page() -> None:
+    """Give this process a private page, so that a data loader's worker does not write to the page of its rank."""
     global _page
     _page = bytearray(SIZE)
 
 
 def keep_workers_away() -> None:
-    """Gives every process that is forked from now on a page of its own."""
-    os.register_at_fork(after_in_child=_keep_own_page)
+    """Give every process that is forked from now on a private page."""
+    os.register_at_fork(after_in_child=_use_private_page)

@@ -1,4 +1,4 @@
-"""How a function of Keras, TensorFlow or Python is changed while a script runs, and which class to change."""
+"""Replace functions of Keras, TensorFlow or Python while a script runs."""
 
 import functools
 import importlib.util
@@ -11,17 +11,17 @@ from typing import Any
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
 
-# By the function in its place: what translates arguments, and the function that gets them.
+# Outermost replacement -> the function that makes it, and the function it replaces.
 _translated: dict[Any, tuple[Make, Callable[..., Any]]] = {}
 
 
 def replace(owner: Any, name: str, make: Make) -> None:
-    """Puts `make(original)` in the place of a function, with the original's name and documentation.
+    """Replace a function by `make(original)`, with the original's name and documentation.
 
     Args:
         owner: A class or module.
         name: Name of the function in it.
-        make: Takes the function and returns the one in its place.
+        make: Takes the original function and returns its replacement.
     """
     original = getattr(owner, name)
     if original in _translated:
@@ -33,14 +33,14 @@ def replace(owner: Any, name: str, make: Make) -> None:
 
 
 def replace_outermost(owner: Any, name: str, make: Make) -> None:
-    """Put `make(original)` in the place of a function, and keep it outside of what `replace` puts there later.
+    """Replace a function by `make(original)`, and keep it outside of later replacements by `replace`.
 
-    So that what binds the arguments of a call never sees those that only this replacement understands.
+    Later replacements bind the arguments of a call. They must not see arguments that only this one understands.
 
     Args:
         owner: A class or module.
         name: Name of the function in it; it has at most one outermost replacement.
-        make: Takes the function and returns the one in its place.
+        make: Takes the original function and returns its replacement.
     """
     original = getattr(owner, name)
     translated = functools.wraps(original)(make(original))
@@ -49,27 +49,27 @@ def replace_outermost(owner: Any, name: str, make: Make) -> None:
 
 
 def replace_where_defined(kind: type, name: str, make: Make) -> None:
-    """Changes a method in the class that defines it, by which Keras tells whether a script overrides it.
+    """Replace a method in the class that defines it, because Keras checks by that whether a script overrides it.
 
     Args:
-        kind: A class that has the method, perhaps by inheritance.
+        kind: A class that has or inherits the method.
         name: Name of the method.
-        make: Takes the method and returns the one in its place.
+        make: Takes the original method and returns its replacement.
     """
     replace(definer(kind, name), name, make)
 
 
 def definer(kind: type, name: str) -> Any:
-    """Returns the class among a class and its bases that defines a name."""
-    return next(each for each in kind.__mro__ if name in vars(each))
+    """Return the class that defines a name: the given class or one of its bases."""
+    return next(base for base in kind.__mro__ if name in vars(base))
 
 
 class AfterImport(MetaPathFinder):
-    """Do something once, after the first import of a module.
+    """Call a function once, after the first import of a module.
 
     Args:
-        name: The module.
-        action: What to do when it is there.
+        name: Name of the module.
+        action: The function to call.
     """
 
     def __init__(self, name: str, action: Callable[[], Any]) -> None:
@@ -80,7 +80,7 @@ class AfterImport(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Answer for that module as the other finders do."""
+        """Return the spec that the other finders return, with a loader that also calls the function."""
         if fullname != self._name or self._searching:
             return None
         self._searching = True
@@ -89,7 +89,7 @@ class AfterImport(MetaPathFinder):
         finally:
             self._searching = False
         if spec and spec.loader:
-            # Whoever only asks whether the package is there never comes to this.
+            # Not called by code that only checks with find_spec() whether the package is installed.
             spec.loader.exec_module = self._loading(spec.loader.exec_module)  # type: ignore[method-assign, assignment]
         return spec
 

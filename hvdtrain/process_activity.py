@@ -1,4 +1,4 @@
-"""What the kernel says about a process: whether it runs, sleeps or was stopped, and whether it gets anywhere."""
+"""Read from /proc whether a process runs, sleeps or is stopped, and whether it makes progress."""
 
 import contextlib
 import ctypes
@@ -8,17 +8,17 @@ from collections.abc import Collection
 from pathlib import Path
 
 _TICKS = os.sysconf("SC_CLK_TCK")
-# Less than this part of one core is what an idle process spends on waking up.
+# An idle process uses less than this part of one core.
 _IDLE = 0.05
-# Less than this many bytes a second is what a process writes that does nothing but say so.
+# A process that only prints status messages writes less than this many bytes per second.
 _STILL = 16384
 
 
 class Life:
-    """Tells whether a process, with those it has started, has done anything since it was last asked.
+    """Measure whether a process or its child processes have done any work since the last call.
 
     Args:
-        pid: The process.
+        pid: Process id.
     """
 
     def __init__(self, pid: int) -> None:
@@ -26,10 +26,10 @@ class Life:
         self._work: tuple[float, float, float] = (time.monotonic(), *_work(pid, ()))
 
     def busy(self, aside: Collection[int] = ()) -> bool:
-        """Compares with the last call.
+        """Return whether the process has computed, read or written since the last call.
 
         Args:
-            aside: Threads that do not count.
+            aside: Threads that are not counted.
         """
         (then, seconds_then, bytes_then) = self._work
         (now, seconds, moved) = self._work = (time.monotonic(), *_work(self._pid, aside))
@@ -38,13 +38,13 @@ class Life:
 
 
 def state(pid: int) -> str:
-    """Returns the kernel's letter for a process: R runs, S sleeps, D waits for a device, T is stopped."""
+    """Return the kernel's letter for the state of a process: R running, S sleeping, D device wait, T stopped."""
     fields = _fields(Path(f"/proc/{pid}/stat"))
     return fields[0] if fields else ""
 
 
 def waits_in(pid: int) -> str:
-    """Returns where in the kernel a process sleeps, such as nfs_wait; empty where that is not told."""
+    """Return the kernel function in which a process sleeps, such as nfs_wait; empty if unknown."""
     with contextlib.suppress(OSError):
         where = Path(f"/proc/{pid}/wchan").read_text().strip()
         return "" if where == "0" else where
@@ -52,7 +52,7 @@ def waits_in(pid: int) -> str:
 
 
 def catches(pid: int, number: int) -> bool:
-    """Tells whether a process has a handler for a signal, which would otherwise end it."""
+    """Return whether a process has a handler for a signal that would otherwise end it."""
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("SigCgt:"):
@@ -61,7 +61,7 @@ def catches(pid: int, number: int) -> bool:
 
 
 def signal_thread(pid: int, thread: int, number: int) -> None:
-    """Signals one thread of a process, so that no other is interrupted; the process where there is none such."""
+    """Send a signal to one thread, so that no other is interrupted; to the process if that fails."""
     tgkill = getattr(ctypes.CDLL(None), "tgkill", None)
     if not thread or tgkill is None or tgkill(pid, thread, number):
         with contextlib.suppress(ProcessLookupError):
@@ -69,20 +69,27 @@ def signal_thread(pid: int, thread: int, number: int) -> None:
 
 
 def threads(pid: int | str = "self") -> set[int]:
-    """Lists a process's threads."""
+    """Return the thread ids of a process."""
     with contextlib.suppress(OSError):
-        return {int(each.name) for each in Path(f"/proc/{pid}/task").iterdir()}
+        return {int(path.name) for path in Path(f"/proc/{pid}/task").iterdir()}
     return set()
 
 
 def _work(pid: int, aside: Collection[int]) -> tuple[float, float]:
-    """Sums up seconds of computing and bytes read and written, by a process and all that it has started."""
-    here = Path(f"/proc/{pid}")
-    apart = [here / "task" / str(thread) for thread in aside]
-    ticks = sum(map(int, _fields(here / "stat")[11:15])) - sum(_ticks(thread) for thread in apart)
-    moved = _moved(here / "io") - sum(_moved(thread / "io") for thread in apart)
-    below = [_work(child, ()) for thread in threads(pid) for child in _children(here / "task" / str(thread))]
-    return ticks / _TICKS + sum(each[0] for each in below), moved + sum(each[1] for each in below)
+    """Return CPU seconds and bytes read and written by a process and its child processes, without some threads."""
+    folder = Path(f"/proc/{pid}")
+    ticks = sum(map(int, _fields(folder / "stat")[11:15]))
+    moved = _moved_bytes(folder / "io")
+    for thread in aside:
+        ticks -= _ticks(folder / "task" / str(thread))
+        moved -= _moved_bytes(folder / "task" / str(thread) / "io")
+    seconds, total = ticks / _TICKS, float(moved)
+    for thread in threads(pid):
+        for child in _children(folder / "task" / str(thread)):
+            child_seconds, child_moved = _work(child, ())
+            seconds += child_seconds
+            total += child_moved
+    return seconds, total
 
 
 def _ticks(folder: Path) -> int:
@@ -90,14 +97,14 @@ def _ticks(folder: Path) -> int:
 
 
 def _fields(stat: Path) -> list[str]:
-    """Reads the fields after the name, which may hold anything."""
+    """Read the fields after the program name, which may contain spaces and parentheses."""
     try:
         return stat.read_text(errors="replace").rpartition(")")[2].split()
     except OSError:
         return []
 
 
-def _moved(io: Path) -> int:
+def _moved_bytes(io: Path) -> int:
     with contextlib.suppress(OSError, ValueError, IndexError):
         return sum(int(line.split()[1]) for line in io.read_text().splitlines()[:2])
     return 0

@@ -8,22 +8,22 @@ import sys
 from itertools import pairwise
 from pathlib import Path
 
-# Only `sys` is certain to be Python's own here: it is compiled into the interpreter. `-c` has put "" into the path.
-_LEAVE = "import sys; sys.path[:] = filter(None, sys.path); "
+# `-c` puts "" into the path. Only `sys` can be imported safely before it is removed: it is compiled into Python.
+_CLEAN_PATH = "import sys; sys.path[:] = filter(None, sys.path); "
 
 
 def code(text: str) -> list[str]:
-    """Return the options with which Python runs `text`, like `-c`."""
-    return ["-c", _LEAVE + text]
+    """Return the options with which Python runs `text`, as `-c` does."""
+    return ["-c", _CLEAN_PATH + text]
 
 
 def main_of(module: str) -> list[str]:
-    """Return the options with which Python calls `main()` of a module and ends with what it returns."""
+    """Return the options with which Python calls `main()` of a module and exits with its return value."""
     return code(f"from {module} import main; sys.exit(main())")
 
 
 def leave_working_directory() -> None:
-    """Remove what `python -m hvdtrain.…`, typed by a user, has put first into `sys.path`."""
+    """Remove the working directory that `python -m hvdtrain.…` has put first into `sys.path`."""
     words = sys.orig_argv
     ours = any(word == "-m" and name.startswith("hvdtrain.") for word, name in pairwise(words))
     if ours and sys.path[:1] == [str(Path.cwd())]:

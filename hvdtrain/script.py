@@ -1,4 +1,4 @@
-"""A Python script or module, run as `python` would run it, inside a process that was started otherwise."""
+"""Run a Python script or module inside this process, as `python` would run it."""
 
 import importlib.util
 import itertools
@@ -15,30 +15,30 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 _PYTHON = sysconfig.get_path("stdlib") + os.sep
 
 
-def run(words: Sequence[str]) -> None:
-    """Does what `python words...` does: the script is `__main__`, and `sys.argv` and `sys.path` are its own.
+def run(command: Sequence[str]) -> None:
+    """Do what `python command...` does: the script becomes `__main__`, with its own `sys.argv` and `sys.path`.
 
     Args:
-        words: `script.py args...`, or `-m module args...`.
+        command: The words after `python`: `script.py args...`, or `-m module args...`.
     """
-    if words[0] == "-m":
-        _run_module(words[1], words[2:])
+    if command[0] == "-m":
+        _run_module(command[1], command[2:])
     else:
-        _run_file(words[0], words[1:])
+        _run_file(command[0], command[1:])
 
 
 def users_part(error: BaseException) -> TracebackType | None:
-    """Return an error's traceback from the user's script on, without hvdtrain's frames between those of others.
+    """Return an error's traceback, starting at the user's script, without frames of hvdtrain in between.
 
-    Frames stay where hvdtrain itself has raised the error.
+    Frames of hvdtrain are kept at the end, if hvdtrain itself has raised the error.
 
     Args:
-        error: What came out of `run`.
+        error: The exception that `run` has raised.
     """
-    traces = _each(error.__traceback__)
+    traces = _frames(error.__traceback__)
     begun = [*itertools.dropwhile(lambda trace: _in(trace, _PACKAGE, "<frozen "), traces)]
     if not begun:
-        # A syntax error carries its place itself; any other error of these frames alone is one of ours.
+        # A syntax error contains its location. Any other error without user frames is an error of hvdtrain.
         return None if isinstance(error, SyntaxError) else error.__traceback__
     foreign = [number for number, trace in enumerate(begun) if not _in(trace, _PACKAGE, _PYTHON)]
     last = foreign[-1] if foreign else 0
@@ -49,14 +49,14 @@ def users_part(error: BaseException) -> TracebackType | None:
     return result
 
 
-def _each(trace: TracebackType | None) -> Iterator[TracebackType]:
+def _frames(trace: TracebackType | None) -> Iterator[TracebackType]:
     while trace:
         yield trace
         trace = trace.tb_next
 
 
 def _in(trace: TracebackType, *places: str) -> bool:
-    """Tell whether a frame belongs to code in one of these places; what is installed belongs to no Python."""
+    """Return whether a frame belongs to one of these folders; installed packages are not part of Python itself."""
     path = trace.tb_frame.f_code.co_filename
     return path.startswith(places) and ("site-packages" not in path or path.startswith(_PACKAGE))
 
@@ -71,7 +71,7 @@ def _run_file(path: str, args: Sequence[str]) -> None:
 
 def _run_module(name: str, args: Sequence[str]) -> None:
     sys.argv = ["-m", *args]
-    if not name.startswith("hvdtrain."):  # ours need nothing of the working directory
+    if not name.startswith("hvdtrain."):  # modules of hvdtrain need nothing from the working directory
         _search_first(str(Path.cwd()))
     spec = _spec(name)
     loader: Any = spec.loader if spec else None
@@ -83,7 +83,7 @@ def _run_module(name: str, args: Sequence[str]) -> None:
 
 
 def _spec(name: str) -> ModuleSpec | None:
-    """Finds what `-m name` runs: a module, or the `__main__` of a package."""
+    """Find the module that `-m name` runs: the module itself, or the `__main__` of a package."""
     try:
         spec = importlib.util.find_spec(name)
         if spec and spec.submodule_search_locations is not None:
@@ -96,7 +96,7 @@ def _spec(name: str) -> ModuleSpec | None:
 
 
 def _search_first(folder: str) -> None:
-    """Give the script's folder the place that Python gives it; ours has no folder there (see safe_path.py)."""
+    """Put the script's folder first into `sys.path`, as Python does (safe_path.py has removed the first entry)."""
     if not getattr(sys.flags, "safe_path", False):
         sys.path.insert(0, folder)
 

@@ -1,4 +1,4 @@
-"""How a training is asked to stop, and how it says that it can go on later: known to ranks and launcher."""
+"""Record a request to stop the training, and define how a rank ends that can be resumed later."""
 
 import contextlib
 import signal
@@ -6,19 +6,19 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-# EX_TEMPFAIL of sysexits.h: nothing is wrong, do the same again later.
+# EX_TEMPFAIL of sysexits.h: no error, run the same command again later.
 RESUMABLE = 75
 
 _asked: list[str] = []
 
 
 class Preempted(SystemExit):
-    """Ends a rank whose training has stopped in time: a checkpoint is there, and the same command goes on from it.
+    """Raised to end a rank after its training has written a checkpoint from which the same command continues.
 
-    Python takes it for `sys.exit(75)`, so that batch scripts can tell it from a failure.
+    Python treats it like `sys.exit(75)`, so that batch scripts can distinguish it from a failure.
 
     Args:
-        sentence: Why it stopped, at which step, and where the checkpoint is.
+        sentence: A message: why the training stopped, at which step, and where the checkpoint is.
     """
 
     def __init__(self, sentence: str) -> None:
@@ -30,26 +30,28 @@ class Preempted(SystemExit):
 
 
 def asked() -> str | None:
-    """Returns the name of the signal by which this process was asked to stop, or None."""
+    """Return the name of the signal that requested this process to stop, or None."""
     return _asked[0] if _asked else None
 
 
 def note(number: int, frame: FrameType | None = None) -> None:
-    """Remembers that this process was asked to stop; a handler for `signal.signal`."""
+    """Record a request to stop; a handler for `signal.signal`."""
     _asked.append(signal.Signals(number).name)
 
 
 @contextlib.contextmanager
 def hearing(*numbers: int) -> Iterator[bool]:
-    """Takes these signals for a wish to stop, and not for the end; one that a script handles reaches that too.
+    """Record these signals as requests to stop instead of ending the process.
+
+    If the script has set a handler for a signal, that handler is called too.
 
     Yields:
-        Whether they are heard: Python lets only a process's main thread listen.
+        Whether the signals are recorded: Python allows signal handlers only in the main thread.
     """
     before = {}
     try:
         for number in numbers:
-            before[number] = signal.signal(number, _also(signal.getsignal(number)))
+            before[number] = signal.signal(number, _record_and_call(signal.getsignal(number)))
     except ValueError:
         pass
     try:
@@ -59,10 +61,10 @@ def hearing(*numbers: int) -> Iterator[bool]:
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
-def _also(handler: Any) -> Callable[[int, FrameType | None], None]:
-    def hear(number: int, frame: FrameType | None) -> None:
+def _record_and_call(handler: Any) -> Callable[[int, FrameType | None], None]:
+    def handle(number: int, frame: FrameType | None) -> None:
         note(number)
         if callable(handler) and handler is not note and handler is not signal.default_int_handler:
             handler(number, frame)
 
-    return hear
+    return handle

@@ -1,4 +1,4 @@
-"""How long ranks may wait for one another before something is said and done, and where that is written down."""
+"""Read the time limits after which waiting ranks are reported and the job is ended."""
 
 import os
 from collections.abc import Mapping
@@ -8,11 +8,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Limits:
-    """How long ranks may wait for one another.
+    """Time limits for ranks that wait for one another.
 
     Args:
-        report: After how many seconds it is said who waits for whom; 0 is never.
-        abort: After how many the job is ended; 0 is never.
+        report: Seconds after which a message says which rank waits for which; 0 is never.
+        abort: Seconds after which the job is ended; 0 is never.
     """
 
     report: float = 60.0
@@ -20,10 +20,10 @@ class Limits:
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> "Limits":
-        """Reads HVDTRAIN_STALL_SECONDS and HVDTRAIN_STALL_ABORT_SECONDS.
+        """Read HVDTRAIN_STALL_SECONDS and HVDTRAIN_STALL_ABORT_SECONDS.
 
         Raises:
-            ValueError: If one of them is no number of seconds.
+            ValueError: If one of them is not a number of seconds.
         """
         report = _seconds(environ, "HVDTRAIN_STALL_SECONDS", cls.report)
         abort = _seconds(environ, "HVDTRAIN_STALL_ABORT_SECONDS", cls.abort)
@@ -31,15 +31,15 @@ class Limits:
 
     @property
     def interval(self) -> float:
-        """How often a guard looks at its rank, in seconds."""
+        """The interval in seconds at which a guard checks its rank."""
         return min(max(self.report / 4, 0.2), 5.0) if self.report else 5.0
 
 
 def stack_file(whose: str = "") -> Path:
-    """Returns where the stacks of a job that hangs go: into HVDTRAIN_STALL_DIR, or the working directory.
+    """Return the file for the stacks of a job that hangs, in HVDTRAIN_STALL_DIR or the working directory.
 
     Args:
-        whose: What tells the files of several ranks apart.
+        whose: Part of the file name that distinguishes ranks.
     """
     folder = Path(os.environ.get("HVDTRAIN_STALL_DIR") or ".")
     return folder.absolute() / f"hvdtrain-stall-{os.environ.get('SLURM_JOB_ID') or os.getpid()}{whose}.txt"

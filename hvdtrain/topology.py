@@ -1,6 +1,6 @@
-"""Who am I: what the environment says about this process's place among those started with it.
+"""Read rank, size and local rank of this process from the environment that its launcher has set.
 
-Only the environment is read here. Whether MPI agrees is asked in `runtime.init()`.
+Only the environment is read here. `runtime.init()` checks that MPI agrees.
 """
 
 import os
@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Launcher:
-    """One launcher and the environment variables through which it tells a process its place.
+    """A launcher and the environment variables in which it passes rank and size to a process.
 
-    `only_if` names a variable without which the others mean nothing: Slurm sets SLURM_PROCID in a
-    batch script too, but SLURM_STEP_ID only in what `srun` started.
+    `only_if` names a variable that must be set too: Slurm also sets SLURM_PROCID in a batch script, but
+    SLURM_STEP_ID only in processes that `srun` has started.
     """
 
     name: str
@@ -63,7 +63,7 @@ LAUNCHERS = (
 
 @dataclass(frozen=True)
 class Place:
-    """What a launcher told this process; `size` and the local numbers are None where it does not say."""
+    """Rank and size of this process; `size` and the local numbers are None if the launcher does not set them."""
 
     launcher: str
     rank: int
@@ -73,14 +73,14 @@ class Place:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """Tells whether this process was started as one of several, and which one.
+    """Return the rank and size of this process, if a launcher has started it as one of several.
 
     Args:
-        environ: The environment to read; the process's own by default.
+        environ: The environment to read; that of this process by default.
 
     Returns:
-        The place that the first matching row of `LAUNCHERS` names, or None when no launcher left a
-        trace, as after a plain `python script.py`.
+        The place according to the first matching row of `LAUNCHERS`, or None if no row matches, as after a
+        plain `python script.py`.
     """
     for launcher in LAUNCHERS:
         needed = (launcher.rank, launcher.size, launcher.only_if)
@@ -96,13 +96,13 @@ def detect(environ: Mapping[str, str] = os.environ) -> Place | None:
 
 
 def slurm_tasks(environ: Mapping[str, str] = os.environ) -> int:
-    """Return how many tasks the Slurm job around this process has, whatever started the process.
+    """Return the number of tasks of the Slurm job in which this process runs, whatever started the process.
 
     Args:
-        environ: The environment to read; the process's own by default.
+        environ: The environment to read; that of this process by default.
 
     Returns:
-        The number of tasks that were asked for, or at least one a node; 0 outside of a Slurm job.
+        The number of tasks that were requested, or one per node; 0 outside of a Slurm job.
     """
     if "SLURM_JOB_ID" not in environ:
         return 0
@@ -112,7 +112,7 @@ def slurm_tasks(environ: Mapping[str, str] = os.environ) -> int:
 
 
 def launcher_variables() -> frozenset[str]:
-    """Names every variable of `LAUNCHERS`: what a process started afresh must not inherit."""
+    """Return the names of all variables of `LAUNCHERS`, which a new job must not inherit."""
     return frozenset(
         name
         for row in LAUNCHERS
@@ -122,7 +122,7 @@ def launcher_variables() -> frozenset[str]:
 
 
 def _number(environ: Mapping[str, str], name: str | None) -> int | None:
-    """Reads a count; Slurm writes tasks a node as '2(x3),1', which is one number only where it is uniform."""
+    """Read a count. Slurm writes tasks per node as '2(x3),1'; None if that differs between nodes."""
     text = environ.get(name, "") if name else ""
     uniform = re.fullmatch(r"(\d+)(\(x\d+\))?", text)
     return int(uniform.group(1)) if uniform else None

@@ -1,1 +1,1 @@
-"""How ranks come to life, on a workstation and on a cluster; imports neither TensorFlow nor MPI."""
+"""Start ranks on a workstation or a cluster; imports neither TensorFlow nor MPI."""

@@ -1,4 +1,4 @@
-"""Data on a disk of each node's own: copied there once, before the ranks start, and removed after them."""
+"""Copy data to a local disk of each node before the ranks start, and remove it when they have ended."""
 
 import contextlib
 import shlex
@@ -10,46 +10,46 @@ from hvdtrain.launch.launchers import slurm
 from hvdtrain.launch.run_program import ask
 
 
-def told(source: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Gives what tells the script where its data will be: HVDTRAIN_DATA.
+def data_variable(source: str | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return HVDTRAIN_DATA, the variable that tells the script where its data will be.
 
     Args:
-        source: The folder or file to copy, which all nodes see, or None.
-        environ: The environment. Outside a Slurm allocation nothing is copied: the one node has the data.
+        source: The folder or file to copy, visible on all nodes, or None.
+        environ: The environment. Outside a Slurm allocation nothing is copied: the script reads `source` itself.
 
     Raises:
-        LaunchError: If it is not there.
+        LaunchError: If `source` does not exist.
     """
     if source is None:
         return {}
     if not Path(source).exists():
-        raise LaunchError(f"--stage {source} is not there (looked from {Path.cwd()}).")
+        raise LaunchError(f"--stage {source} is not there (looked for from {Path.cwd()}).")
     copied = slurm.in_allocation(environ)
-    return {"HVDTRAIN_DATA": str(_place(source, environ) if copied else Path(source).absolute())}
+    return {"HVDTRAIN_DATA": str(_target(source, environ) if copied else Path(source).absolute())}
 
 
 @contextlib.contextmanager
 def staged(source: str | None, environ: Mapping[str, str]) -> Iterator[None]:
-    """Copies `source` to every node of the Slurm allocation, and removes the copies in the end.
+    """Copy `source` to every node of the Slurm allocation, and remove the copies at the end of the block.
 
     Raises:
-        LaunchError: If a node could not copy it.
+        LaunchError: If a node cannot copy it.
     """
     if source is None or not slurm.in_allocation(environ):
         yield
         return
-    place = _place(source, environ)
-    folder, what, where = (shlex.quote(str(each)) for each in (place.parent, source, place))
+    target = _target(source, environ)
+    folder, original, copy = (shlex.quote(str(path)) for path in (target.parent, source, target))
     try:
-        _on_each_node(f"mkdir -p {folder} && cp -RL {what} {where}", environ)
+        _on_each_node(f"mkdir -p {folder} && cp -RL {original} {copy}", environ)
         yield
     finally:
         with contextlib.suppress(LaunchError):
             _on_each_node(f"rm -rf {folder}", environ, 60)
 
 
-def _place(source: str, environ: Mapping[str, str]) -> Path:
-    """Chooses a folder of this job's own, on the disk that the site gives to jobs."""
+def _target(source: str, environ: Mapping[str, str]) -> Path:
+    """Return the path of the copy, in a folder of this job on the local disk that the site provides for jobs."""
     disk = environ.get("SLURM_TMPDIR") or environ.get("TMPDIR") or "/tmp"
     return Path(disk) / f"hvdtrain-{environ['SLURM_JOB_ID']}" / Path(source).resolve().name
 
@@ -59,5 +59,5 @@ def _on_each_node(command: str, environ: Mapping[str, str], seconds: float | Non
     step = ["srun", f"--ntasks={nodes}", "--ntasks-per-node=1", *slurm.overlap(environ)]
     done = ask([*step, "sh", "-c", command], environ, seconds)
     if done.returncode:
-        said = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
-        raise LaunchError(f"--stage: not every node could copy the data ({command}): {said}")
+        reason = next(iter(done.stderr.strip().splitlines()), f"exit code {done.returncode}")
+        raise LaunchError(f"--stage: not every node could copy the data ({command}): {reason}")

@@ -1,4 +1,4 @@
-"""Which hosts, and how many ranks on each: read from `-H` or a file, and checked before anything starts."""
+"""Read hosts and their slots from `-H` or a hostfile, and check them before anything starts."""
 
 import re
 import socket
@@ -6,37 +6,37 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# One host a line, as Open MPI writes it (`a slots=4`) or as Hydra does (`a:4`).
+# One host per line, in the format of Open MPI (`a slots=4`) or of Hydra (`a:4`).
 _LINE = re.compile(
     r"(?P<name>[^\s:=]+)(?::(?P<colon>\d+)|\s+slots\s*=\s*(?P<slots>\d+)(\s+max[-_]slots\s*=\s*\d+)?)?"
 )
 
 
 class LaunchError(Exception):
-    """What was typed, or what is installed here, cannot start a job; the message says what to change."""
+    """Raised if the command line or the installation cannot start a job; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Host:
-    """A host and how many ranks it takes."""
+    """A host and the number of ranks it can take."""
 
     name: str
     slots: int
 
 
 def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None) -> tuple[Host, ...]:
-    """Reads the hosts that were asked for, and makes sure that they exist and suffice.
+    """Read the requested hosts, and check that they exist and have enough slots.
 
     Args:
-        named: The value of `-H`, as in "a:4,b:4".
-        hostfile: A file with one host a line.
-        ranks: How many ranks are to be started; as many as there are slots if None.
+        named: The value of `-H`, such as "a:4,b:4".
+        hostfile: A file with one host per line.
+        ranks: The number of ranks to start; if None, as many as there are slots.
 
     Returns:
-        The hosts in the order given; none at all where neither was given.
+        The hosts in the given order; empty if neither was given.
 
     Raises:
-        LaunchError: Where they contradict each other, cannot be read, do not resolve or do not suffice.
+        LaunchError: If both are given, or the hosts cannot be read, cannot be resolved or have too few slots.
     """
     if named and hostfile:
         raise LaunchError("Give the hosts with -H or with --hostfile, not with both.")
@@ -49,30 +49,30 @@ def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None
 
 
 def check_hosts(hosts: Sequence[Host], source: str, ranks: int) -> None:
-    """Raise a LaunchError where hosts have too few slots for ranks, or cannot be found.
+    """Raise a LaunchError if hosts have too few slots or cannot be resolved.
 
     Args:
         hosts: The hosts.
-        source: What named them, for the message.
-        ranks: How many ranks are to be started.
+        source: Where the hosts were named, for the message.
+        ranks: The number of ranks to start.
     """
     slots = sum(host.slots for host in hosts)
     if slots < ranks:
         raise LaunchError(
             f"{source} names {slots} slot(s) on {len(hosts)} host(s), fewer than the {ranks} ranks of -np; a "
-            f"host without a number counts as one slot, so write {_suggestion(hosts, ranks)} for example."
+            f"host without a number has one slot, so write {_suggestion(hosts, ranks)} for example."
         )
     for host in hosts:
         _resolve(host.name, source)
 
 
 def all_local(hosts: Sequence[Host]) -> bool:
-    """Says whether every host is this one; so it is when none was named."""
+    """Return whether every host is this machine; true if there are no hosts."""
     return all(_is_local(host.name) for host in hosts)
 
 
 def addresses_towards(hosts: Sequence[str]) -> list[str]:
-    """Lists the addresses under which those hosts are likely to reach this one, the likeliest first."""
+    """Return addresses under which the hosts are likely to reach this machine, the most likely first."""
     found = dict.fromkeys(address for host in hosts if (address := _source_address(host)))
     found[socket.gethostname()] = None
     return list(found)
@@ -103,8 +103,8 @@ def _parse(entry: str, source: str) -> Host:
 
 
 def _suggestion(hosts: Sequence[Host], ranks: int) -> str:
-    each = -(-ranks // len(hosts)) if hosts else ranks
-    return "-H " + ",".join(f"{host.name}:{each}" for host in hosts or [Host("localhost", 1)])
+    per_host = -(-ranks // len(hosts)) if hosts else ranks
+    return "-H " + ",".join(f"{host.name}:{per_host}" for host in hosts or [Host("localhost", 1)])
 
 
 def _resolve(name: str, source: str) -> list[tuple]:
@@ -118,7 +118,7 @@ def _resolve(name: str, source: str) -> list[tuple]:
 
 
 def _is_local(name: str) -> bool:
-    """Says whether a host is this machine: only here can a socket be bound to its address."""
+    """Return whether a host is this machine, by binding a socket to its address, which fails for other machines."""
     family, kind, protocol, _, address = _resolve(name, "The launch")[0]
     try:
         with socket.socket(family, kind, protocol) as sock:
@@ -129,7 +129,7 @@ def _is_local(name: str) -> bool:
 
 
 def _source_address(host: str) -> str | None:
-    """Asks the routing table which address we have towards a host; nothing is sent."""
+    """Return the address of this machine on the route to a host. Connecting a UDP socket sends nothing."""
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
             sock.connect((host, 9))

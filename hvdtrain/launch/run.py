@@ -1,25 +1,27 @@
-"""`hvdtrain run`: starts a script on several ranks with the MPI found here, and says what became of it."""
+"""Start a script on several ranks with the MPI of this machine, and report the result (`hvdtrain run`)."""
 
+import contextlib
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from hvdtrain.launch import data_staging
-from hvdtrain.launch.foreign_options import Foreign, understand
+from hvdtrain.launch.foreign_options import ForeignOption, apply_foreign_options
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.restarts import restart_policy, walltime
 from hvdtrain.launch.restarts.outcome import Ending, conclude, interrupted
-from hvdtrain.launch.restarts.remaining_hosts import World, world
+from hvdtrain.launch.restarts.remaining_hosts import RemainingHosts, find_remaining
 from hvdtrain.launch.restarts.restart_policy import Start
 from hvdtrain.launch.run_options import RunOptions, command_line, set_variables
 from hvdtrain.launch.start_plan import Plan, clean_environ, make_plan, with_ranks
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.console import Console
-from hvdtrain.launch.supervision.done_file import DoneFile
 from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
 from hvdtrain.launch.supervision.job import Job
 from hvdtrain.stop_request import RESUMABLE
@@ -27,44 +29,92 @@ from hvdtrain.stop_request import RESUMABLE
 __all__ = ["RunOptions", "run"]
 
 
-def run(options: RunOptions, foreign: Iterable[tuple[Foreign, Sequence[Any]]] = ()) -> int:
-    """Runs a script on several ranks: one screen, one exit code, and the first failure's traceback last.
+def run(options: RunOptions, foreign: Iterable[tuple[ForeignOption, Sequence[Any]]] = ()) -> int:
+    """Run a script on several ranks and print the output of all; the first failure's traceback comes last.
 
     Args:
-        options: What was asked for.
-        foreign: What was asked for besides in the words of other launchers (see foreign.py).
+        options: The options of `hvdtrain run`.
+        foreign: Options of other launchers and their values (see foreign_options.py).
 
     Returns:
-        0 when every rank has shown that its script came to its end; 75 when the training was asked to stop and
-        the same command goes on from there; else the exit code of the rank that failed first, 128 plus the
-        number of a signal, or 2 when nothing could be started.
+        0 if the scripts of all ranks have ended successfully; 75 if the training has stopped on request and
+        the same command continues it; else the exit code of the rank that failed first, 128 plus the number
+        of a signal, or 2 if nothing could be started.
     """
     console, starts, begun = Console(options.verbose), list[Start](), time.monotonic()
     try:
         with hearing():
-            code, words = _run(understand(options, foreign), console, starts)
+            code, message = _run(apply_foreign_options(options, foreign), console, starts)
     except LaunchError as error:
-        code, words = 2, f"hvdtrain: {error}"
+        code, message = 2, f"hvdtrain: {error}"
     except Interrupted as stop:
-        code, words = _between_starts(stop.number, time.monotonic() - begun)
+        code, message = _interrupted_between_starts(stop.number, time.monotonic() - begun)
     except BrokenPipeError:
-        # Nobody reads what the ranks print. Python must not try once more when it ends.
+        # The reader of our output is gone. Python must not flush to it again at exit, which would print an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if len(starts) > 1:
         console.say(restart_policy.report(starts))
-    if words:
-        console.say(words)
+    if message:
+        console.say(message)
     return code
 
 
+class DoneFile:
+    """A file that is written only if every rank has succeeded; batch scripts check it.
+
+    Exit codes of MPI launchers are not reliable enough for that.
+
+    Args:
+        path: Path of the file.
+
+    Raises:
+        LaunchError: If the file cannot be written.
+    """
+
+    def __init__(self, path: str) -> None:
+        self._path = Path(path)
+        self._temporary = self._path.with_name(f".{self._path.name}.{os.getpid()}")
+        self._started = time.time()
+        try:
+            self._path.unlink(missing_ok=True)
+            self._temporary.write_text("")
+            self._temporary.unlink()
+        except OSError as error:
+            raise LaunchError(f"--done-file {path} cannot be written: {error.strerror}.") from error
+
+    def write(self, hosts: Sequence[str]) -> None:
+        """Write the ranks, hosts and duration of the job; the file appears with its full content or not at all."""
+        facts = {
+            "ranks": len(hosts),
+            "hosts": sorted(set(hosts)),
+            "started": round(self._started, 3),
+            "seconds": round(time.time() - self._started, 3),
+            "slurm_job_id": os.environ.get("SLURM_JOB_ID"),
+        }
+        try:
+            with self._temporary.open("w") as file:
+                file.write(json.dumps(facts) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._temporary.replace(self._path)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._temporary.unlink()
+            raise LaunchError(
+                f"every rank has done its work, but --done-file {self._path} cannot be written: {error.strerror}."
+            ) from error
+
+
 def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[int, str]:
-    """Starts the ranks, as often as need be, and gives the exit code and the last words."""
-    os.environ.update(set_variables(options))  # the launcher reads some of them, too
+    """Start the job, restart it if needed, and return the exit code and the last message."""
+    os.environ.update(set_variables(options))  # this process reads some of them too
     environ = clean_environ(os.environ)
-    restart_policy.pause(environ, 0)
+    restart_policy.pause(environ, 0)  # raises now if HVDTRAIN_BACKOFF is invalid
     options = with_ranks(options, environ)
-    environ |= data_staging.told(options.stage, environ) | walltime.told(options.walltime, environ)
+    environ |= data_staging.data_variable(options.stage, environ) | walltime.deadline_variable(
+        options.walltime, environ
+    )
     environ[restart_policy.RESTART] = "0"
     environ[protocol.TYPED] = command_line(replace(options, as_horovod=False, wrap=False, scale_batch=False))
     plan = make_plan(options, environ)
@@ -75,35 +125,35 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
         console.say(plan.note)
     done = DoneFile(options.done_file) if options.done_file else None
     with data_staging.staged(options.stage, environ):
-        ending = _persevere(options, plan, environ, console, starts)
+        ending = _run_with_restarts(options, plan, environ, console, starts)
         if done and ending.code == 0:
             done.write(starts[-1].hosts)
-    return ending.code, ending.words
+    return ending.code, ending.message
 
 
-def _persevere(
+def _run_with_restarts(
     options: RunOptions, plan: Plan, environ: dict[str, str], console: Console, starts: list[Start]
 ) -> Ending:
-    """Starts the ranks until there is nothing more to be had from it."""
-    asked = World(options.ranks)
+    """Restart the job until it succeeds or must not be restarted."""
+    hosts = RemainingHosts(options.ranks)
     while True:
-        # What the first plan has found out need not be found out again.
+        # The settings of the first plan contain the result of slow checks, which later plans need not repeat.
         environ = {**environ, **plan.settings}
-        starts.append(_start(options, plan, environ, asked.ranks, console))
+        starts.append(_start(options, plan, environ, hosts.ranks, console))
         last = starts[-1].ending
-        reason = restart_policy.objection(starts, options.max_restarts)
-        if reason is not None:
-            return replace(last, words="\n".join(filter(None, (reason, last.words))))
-        console.say(last.words)
-        asked = _wait(options, environ, len(starts), console)
+        objection = restart_policy.objection(starts, options.max_restarts)
+        if objection is not None:
+            return replace(last, message="\n".join(filter(None, (objection, last.message))))
+        console.say(last.message)
+        hosts = _wait(options, environ, len(starts), console)
         environ[restart_policy.RESTART] = str(len(starts))
-        plan = make_plan(replace(options, num_proc=asked.ranks), environ, asked.left)
+        plan = make_plan(replace(options, num_proc=hosts.ranks), environ, hosts.left)
 
 
 def _start(
     options: RunOptions, plan: Plan, environ: Mapping[str, str], ranks: int, console: Console
 ) -> Start:
-    """Starts the ranks once and stays with them to their end."""
+    """Start the ranks once and wait until they have ended."""
     begun = time.monotonic()
     job = Job(ranks, console, options.verbose, plan.addresses)
     status = job.run(plan.command, environ)
@@ -113,25 +163,24 @@ def _start(
     return Start(ranks, hosts, seconds, conclude(job, status, seconds))
 
 
-def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, console: Console) -> World:
-    """Lets some time pass before a restart, and finds out where it can be."""
+def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, console: Console) -> RemainingHosts:
+    """Wait before a restart, and return the hosts to restart on."""
     seconds = restart_policy.pause(environ, restarts - 1)
-    after = f"hvdtrain: start {restarts + 1} of at most {options.max_restarts + 1} follows"
-    console.say(f"{after} in {seconds:g} s.")
+    number = f"start {restarts + 1} of at most {options.max_restarts + 1}"
+    console.say(f"hvdtrain: {number} follows in {seconds:g} s.")
     time.sleep(seconds)
-    found = world(options, environ)
+    found = find_remaining(options, environ)
     if found.note:
         console.say(f"hvdtrain: {found.note}.")
     return found
 
 
-def _between_starts(number: int, seconds: float) -> tuple[int, str]:
-    """Gives the exit code and the last words for a signal that came while no ranks were up."""
+def _interrupted_between_starts(number: int, seconds: float) -> tuple[int, str]:
+    """Return the exit code and the message for a signal that came while no ranks were running."""
     if number == signal.SIGUSR1:
-        words = "hvdtrain: asked to stop by SIGUSR1 while no ranks were up"
-        return (
-            RESUMABLE,
-            f"{words}; the same command goes on from the last checkpoint (exit code {RESUMABLE}).",
+        request = "hvdtrain: asked to stop by SIGUSR1 while no ranks were running"
+        return RESUMABLE, (
+            f"{request}; the same command continues from the last checkpoint (exit code {RESUMABLE})."
         )
     ending = interrupted(number, seconds)
-    return ending.code, ending.words
+    return ending.code, ending.message

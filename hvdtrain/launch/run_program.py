@@ -1,4 +1,4 @@
-"""Another program, asked for what it prints: `mpirun --version`, a step of Slurm's."""
+"""Run another program and return its output, for example `mpirun --version` or an srun step."""
 
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -9,18 +9,18 @@ from hvdtrain.launch.hosts import LaunchError
 def ask(
     command: Sequence[str], environ: Mapping[str, str], seconds: float | None
 ) -> subprocess.CompletedProcess[str]:
-    """Runs a program to its end and gives what it said and how it ended.
+    """Run a program and return its output and exit code.
 
     Args:
         command: The program and its arguments.
-        environ: The environment it sees.
-        seconds: How long it may take; None where that depends on the size of somebody's data.
+        environ: Its environment.
+        seconds: Time limit; None for no limit, for example while copying data.
 
     Returns:
-        Its exit code and its two streams, as text.
+        Its exit code, standard output and standard error, as text.
 
     Raises:
-        LaunchError: If it cannot be started, or has not ended in time.
+        LaunchError: If it cannot be started or does not end in time.
     """
     try:
         return subprocess.run(

@@ -1,4 +1,4 @@
-"""From what was asked to what will be started; whatever is wrong with the asking is said before."""
+"""Turn the options of `hvdtrain run` into the command to start, and reject invalid options."""
 
 import os
 import shlex
@@ -13,19 +13,19 @@ from hvdtrain.launch.launchers import binding, mpirun, schedulers, slurm
 from hvdtrain.launch.run_options import RunOptions, check_options, set_variables
 from hvdtrain.launch.supervision import protocol
 
-# What an MPI launcher leaves in the environment of its ranks, beside the variables in topology.py.
+# Prefixes of other variables, beside those in topology.py, that an MPI launcher sets for its ranks.
 _INHERITED = ("OMPI_", "OPAL_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MPI_LOCAL")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be started.
+    """The command to start and its environment.
 
     Args:
         command: The MPI launcher, its options, and the command of a rank.
-        settings: What is added to the environment.
-        addresses: Names under which ranks on other hosts reach this one; empty when all ranks are here.
-        note: A line about what was decided, for a person; or nothing.
+        settings: Variables to add to the environment.
+        addresses: Addresses under which ranks on other hosts reach this host; empty if all ranks are on this host.
+        note: A message to print before the start; may be empty.
     """
 
     command: list[str]
@@ -34,70 +34,70 @@ class Plan:
     note: str = ""
 
     def __str__(self) -> str:
-        """Writes the plan as a line that a shell takes."""
+        """Write the plan as a shell command line."""
         settings = [f"{name}={shlex.quote(value)}" for name, value in sorted(self.settings.items())]
         return " ".join([*settings, shlex.join(self.command)])
 
 
 def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Host] = ()) -> Plan:
-    """Decides how the ranks are started, by the MPI, the hosts and the allocation at hand.
+    """Choose the start command for the installed MPI, the hosts and the Slurm allocation, if any.
 
     Args:
-        options: What was asked for.
-        environ: The environment, as `clean_environ` leaves it.
-        left: The hosts to start on, where some of those asked for are lost.
+        options: The options of `hvdtrain run`.
+        environ: The environment returned by `clean_environ`.
+        left: The hosts to start on, if some of the requested hosts are lost.
 
     Returns:
         The plan.
 
     Raises:
-        LaunchError: Where what was asked for, or what is installed, cannot start a job.
+        LaunchError: If the options or the installation cannot start a job.
     """
     check_options(options, environ)
     extra = _split("--mpi-args", options.mpi_args)
     hosts = tuple(left) or find_hosts(options, environ)
     found = mpirun.find(environ)
-    faster, note = _faster(options, found, environ, hosts)
-    told = _quiet(options, environ) | _hashing(options, environ) | faster | set_variables(options)
+    faster, note = _performance_settings(options, found, environ, hosts)
+    variables = _log_level(options, environ) | _hash_seed(options, environ) | faster | set_variables(options)
     if in_allocation(options, environ):
-        start, settings = _start_in_allocation(options, found, {**environ, **told}, hosts)
+        start, settings = _start_in_allocation(options, found, {**environ, **variables}, hosts)
         addresses = addresses_towards(slurm.first_hosts(environ))
     else:
-        start, settings = _start_by_mpirun(options, found, {**environ, **told}, hosts, all_local(hosts))
+        start, settings = _start_by_mpirun(options, found, {**environ, **variables}, hosts, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
-    own, told_so = _for_one_launcher(options, found, start)
+    own_options, binding_note = _own_options(options, found, start)
     mode = [protocol.AS_HOROVOD] if options.as_horovod else []
     script = ["-m", options.script] if options.module else [options.script]
-    words = protocol.pack_words([*mode, *_wrapping(options), *script, *options.args])
+    rank_command = protocol.pack_command([*mode, *_wrapping(options), *script, *options.args])
     command = [
         *start,
-        *own,
+        *own_options,
         *extra,
         *_python(options),
         *safe_path.main_of("hvdtrain.launch.supervision.rank_main"),
-        *words,
+        *rank_command,
     ]
-    return Plan(command, settings | told, addresses, "\n".join(filter(None, (note, told_so))))
+    return Plan(command, settings | variables, addresses, "\n".join(filter(None, (note, binding_note))))
 
 
 def with_ranks(options: RunOptions, environ: Mapping[str, str]) -> RunOptions:
-    """Fill in the number of ranks where -np was left out: all slots of the hosts, or all tasks of the job.
+    """Fill in the number of ranks if -np is missing: all slots of the hosts, or all tasks of the job.
 
     Raises:
-        LaunchError: If neither hosts nor a job are known.
+        LaunchError: If there are neither hosts nor a job.
     """
     if options.num_proc is not None:
         return options
     ranks = sum(host.slots for host in read_hosts(options.hosts, options.hostfile)) or slots_of_job(environ)
     if not ranks:
         raise LaunchError(
-            "How many ranks? Type -np 4, for example; only in a job of a scheduler and with -H may it be left out."
+            "How many ranks? Type -np 4, for example; it is optional only in a job of a scheduler and with -H."
         )
     return replace(options, num_proc=ranks)
 
 
 def slots_of_job(environ: Mapping[str, str]) -> int:
-    """Return how many ranks the job of a scheduler around this process has room for; 0 outside of any."""
+    """Return the number of slots of the scheduler's job in which this process runs; 0 outside of a job."""
     if slurm.in_allocation(environ):
         return topology.slurm_tasks(environ)
     job = schedulers.find_job(environ)
@@ -105,9 +105,9 @@ def slots_of_job(environ: Mapping[str, str]) -> int:
 
 
 def find_hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, ...]:
-    """Return the hosts that were named, else those of a scheduler's job; none where the ranks start here.
+    """Return the named hosts, else those of a scheduler's job; empty if all ranks start on this host.
 
-    In a Slurm allocation there are none either, because srun knows them.
+    In a Slurm allocation the result is empty too, because srun knows the hosts.
     """
     if options.hosts or options.hostfile:
         return read_hosts(options.hosts, options.hostfile, options.ranks)
@@ -116,18 +116,18 @@ def find_hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, .
 
 
 def in_allocation(options: RunOptions, environ: Mapping[str, str]) -> bool:
-    """Says whether the hosts are those of a Slurm allocation; hosts that were named win over them."""
+    """Return whether the ranks start on the hosts of a Slurm allocation; named hosts have priority over them."""
     return slurm.in_allocation(environ) and not (options.hosts or options.hostfile)
 
 
 def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Takes out what tells a process its place in a job around this one: a job of its own starts here.
+    """Remove the variables of a job in which this process is a rank, because a new job starts here.
 
     Args:
         environ: The environment of this process.
 
     Returns:
-        What the new job may inherit of it.
+        The environment that the new job may inherit.
     """
     place = topology.detect(environ)
     if place is None or place.launcher == "Slurm":
@@ -147,7 +147,7 @@ def _start_by_mpirun(
     hosts: Sequence[Host],
     local: bool,
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes mpirun's part of the command, and what it needs in the environment."""
+    """Return mpirun's part of the command, and the variables it needs."""
     if found is None:
         raise LaunchError(
             "No mpirun or mpiexec was found beside this Python or on PATH: type "
@@ -159,16 +159,16 @@ def _start_by_mpirun(
     if local and binding.should_yield(len(os.sched_getaffinity(0)), options.ranks):
         settings |= {name: value for name, value in binding.YIELDING.items() if name not in environ}
     names = {*environ, *settings, protocol.ADDRESS, protocol.TOKEN}
-    asked = {word.partition("=")[0] for word in options.variables}
-    forwarded = [] if local else sorted({*mpirun.forwarded_names(names), *asked})
+    requested = {word.partition("=")[0] for word in options.variables}
+    forwarded = [] if local else sorted({*mpirun.forwarded_names(names), *requested})
     return found.command(options.ranks, hosts, forwarded), settings
 
 
 def _start_in_allocation(
     options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], nodes: Sequence[Host]
 ) -> tuple[list[str], dict[str, str]]:
-    """Writes srun's part of the command, or mpirun's where srun speaks no PMI that the MPI understands."""
-    # The MPI inside of a container may be another than that of the mpirun here.
+    """Return srun's part of the command, or mpirun's if srun offers no PMI that works with the MPI."""
+    # The MPI inside a container may differ from that of the mpirun on this host.
     mpi = found.mpi if found and not options.in_container else None
     containers = [word for word in options.srun if word.startswith("--container")]
     settled = slurm.settle(options.ranks, mpi, environ, [*containers, *_python(options)])
@@ -185,16 +185,16 @@ def _start_in_allocation(
     return start, settled | settings
 
 
-def _for_one_launcher(
+def _own_options(
     options: RunOptions, found: mpirun.Launcher | None, start: Sequence[str]
 ) -> tuple[list[str], str]:
-    """Return the options that only mpirun or only srun has, for the one that starts the ranks, and a note.
+    """Return the options that only the launcher in use has (mpirun or srun), and a note about ignored options.
 
     Raises:
-        LaunchError: For an option of another launcher that changes more than the place of a rank on its host.
+        LaunchError: For an option of the other launcher, unless it only binds ranks.
     """
     if start[0] == "srun":
-        # --mca has become a variable.
+        # --mca is passed as a variable (see set_variables).
         foreign = [word for word in options.mpirun if word.startswith("--") and word != "--mca"]
         if foreign:
             raise LaunchError(
@@ -213,21 +213,23 @@ def _for_one_launcher(
             f"{containers[0]} is an option of srun with Pyxis, and mpirun starts the ranks here: type --python "
             '"apptainer exec image.sif python3" for another container, or make srun start them (docs/slurm.md).'
         )
-    ours = "and mpirun starts the ranks here: they bind themselves, as --bind says"
-    return [*options.mpirun], f"hvdtrain: {options.srun[0]} is for srun, {ours}." if options.srun else ""
+    if not options.srun:
+        return [*options.mpirun], ""
+    reason = "but mpirun starts the ranks here, and --bind sets their binding"
+    return [*options.mpirun], f"hvdtrain: {options.srun[0]} is an option of srun, {reason}."
 
 
-def _quiet(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
+def _log_level(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
     if options.verbose or "TF_CPP_MIN_LOG_LEVEL" in environ:
         return {}
     return {"TF_CPP_MIN_LOG_LEVEL": "2"}
 
 
-def _faster(
+def _performance_settings(
     options: RunOptions, found: mpirun.Launcher | None, environ: Mapping[str, str], hosts: Sequence[Host]
 ) -> tuple[dict[str, str], str]:
-    """Chooses what makes MPI and Horovod faster here and the user has not set, and says what was found."""
-    if found is None or options.in_container:  # the MPI of a container may be another
+    """Return settings that make MPI and Horovod faster, without those that the user has set, and a message."""
+    if found is None or options.in_container:  # the MPI inside a container may be another
         return {}, ""
     several = slurm.node_count(environ) > 1 if in_allocation(options, environ) else not all_local(hosts)
     where = "several" if several else "one"
@@ -239,22 +241,22 @@ def _faster(
 
 
 def _wrapping(options: RunOptions) -> list[str]:
-    """Returns what runs a script that knows nothing of ranks."""
+    """Return the part of the command before a script that is run with --wrap."""
     if not options.wrap:
         return []
     return ["-m", "hvdtrain.wrap", *(["--scale-batch"] if options.scale_batch else [])]
 
 
-def _hashing(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """Lets sets have one order on all ranks, because each of them makes the vocabulary of such a script."""
+def _hash_seed(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return a fixed hash seed for --wrap, so that a vocabulary built from a set has the same order everywhere."""
     return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
 
 
 def _check_cores(options: RunOptions) -> None:
-    have = len(binding.cores())
-    if options.bind == "core" and options.ranks > have:
+    available = len(binding.cores())
+    if options.bind == "core" and options.ranks > available:
         raise LaunchError(
-            f"--bind core wants one core for each of {options.ranks} ranks, but {have} are here: "
+            f"--bind core needs one core for each of {options.ranks} ranks, but {available} are available: "
             "type --bind none, or a smaller -np."
         )
 
@@ -264,8 +266,8 @@ def _python(options: RunOptions) -> list[str]:
     return _split("--python", options.python) or [inside]
 
 
-def _split(option: str, words: str) -> list[str]:
+def _split(option: str, value: str) -> list[str]:
     try:
-        return shlex.split(words)
+        return shlex.split(value)
     except ValueError as error:
-        raise LaunchError(f"{option}={words!r} cannot be taken apart: {error}.") from error
+        raise LaunchError(f"{option}={value!r} cannot be split into words: {error}.") from error

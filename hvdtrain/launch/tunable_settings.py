@@ -1,4 +1,4 @@
-"""What can be set in MPI, Horovod and the C library to make sums and steps faster: one table for all."""
+"""List settings of MPI, Horovod and the C library that may make allreduces and training steps faster."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -8,17 +8,17 @@ SUMS, STEPS = "sums", "steps"
 
 @dataclass(frozen=True)
 class Knob:
-    """One way of setting something that otherwise is as its makers chose.
+    """One value of a setting that differs from its default.
 
     Args:
-        name: What people call it.
-        choice: What is chosen; of several knobs of one choice one is taken at most.
+        name: Name of the value.
+        choice: Name of the setting; at most one value of a setting is used.
         environ: The variables that set it.
-        shows: What becomes faster, and so what it is judged by: sums of all sizes, or training steps.
-        mpi: How the names of the MPIs begin that know it, as in `mpirun.KNOWN`; any MPI if empty.
-        hosts: "one" or "several" where it means something only there.
-        engine: The engine that it is for, where it is for one only.
-        always: Whether it is set unasked, because it was faster wherever it was measured.
+        shows: The benchmark that judges it: "sums" (allreduces of all sizes) or "steps" (training steps).
+        mpi: Prefix of the names, as in `mpirun.KNOWN`, of the MPIs that have this setting; empty for all MPIs.
+        hosts: "one" or "several" if it has an effect only then; empty for both.
+        engine: The only engine that it applies to; empty for all engines.
+        always: Whether it is set by default, because it was faster in all measurements.
     """
 
     name: str
@@ -31,7 +31,7 @@ class Knob:
     always: bool = False
 
     def fits(self, mpi: str, hosts: str) -> bool:
-        """Tells whether it means something to an MPI on one host or several.
+        """Return whether it has an effect for an MPI on one host or several.
 
         Args:
             mpi: The MPI's name in `mpirun.KNOWN`.
@@ -41,10 +41,10 @@ class Knob:
 
 
 def _open_mpi() -> Iterator[Knob]:
-    # What goes through memory has another name in 4 and 5.
+    # The shared-memory transport has different names in Open MPI 4 and 5.
     for mpi, memory in (("Open MPI 4", "vader"), ("Open MPI 5", "sm")):
         limit = f"OMPI_MCA_btl_{memory}_eager_limit"
-        # Above its limit of 4 KiB Open MPI asks the other rank before it sends; so 64 KiB take as long as 128.
+        # Above its default limit of 4 KiB Open MPI does a handshake first, so 64 KiB take as long as 128 KiB.
         yield Knob(
             "up to 128 KiB at once",
             "messages in memory",
@@ -63,8 +63,8 @@ def _open_mpi() -> Iterator[Knob]:
         hosts="one",
     )
     for number, name in ((3, "recursive doubling"), (4, "a ring"), (6, "Rabenseifner's")):
-        told = {"use_dynamic_rules": "1", "allreduce_algorithm": str(number)}
-        environ = {f"OMPI_MCA_coll_tuned_{key}": value for key, value in told.items()}
+        settings = {"use_dynamic_rules": "1", "allreduce_algorithm": str(number)}
+        environ = {f"OMPI_MCA_coll_tuned_{key}": value for key, value in settings.items()}
         yield Knob(name, "MPI's own algorithm", environ, mpi="Open MPI")
     for kib in (16, 256):
         environ = {f"OMPI_MCA_btl_tcp_{which}eager_limit": str(kib << 10) for which in ("", "rndv_")}
@@ -106,7 +106,7 @@ KNOBS = (
 
 
 def unasked(mpi: str, hosts: str) -> dict[str, str]:
-    """Returns what is set without being tried.
+    """Return the variables that are set by default, without a measurement on this machine.
 
     Args:
         mpi: The MPI's name in `mpirun.KNOWN`.

@@ -1,4 +1,4 @@
-"""What `hvdtrain tune` has found, kept in a file where `hvdtrain run` picks it up."""
+"""Read and write the file in which `hvdtrain tune` stores the fastest settings for `hvdtrain run`."""
 
 import json
 import os
@@ -13,7 +13,7 @@ VARIABLE, OFF = "HVDTRAIN_TUNED", "off"
 
 @dataclass(frozen=True)
 class Place:
-    """For what kind of job something was measured.
+    """The kind of job for which settings were measured.
 
     Args:
         mpi: The MPI's name in `mpirun.KNOWN`.
@@ -28,14 +28,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was found for one place.
+    """The settings found for one place.
 
     Args:
-        place: Where.
+        place: The place.
         settings: The variables that made it faster.
-        gains: How much: for each thing measured the time before over the time after.
-        ranks: With how many ranks it was measured.
-        date: When.
+        gains: For each benchmark, the time without the settings divided by the time with them.
+        ranks: The number of ranks of the measurement.
+        date: The date of the measurement.
     """
 
     place: Place
@@ -46,12 +46,12 @@ class Tuned:
 
 
 def config_folder(environ: Mapping[str, str]) -> Path:
-    """Return the folder of this user's settings: hvdtrain's folder in XDG_CONFIG_HOME, else in ~/.config."""
+    """Return the folder of this user's settings: `hvdtrain` in XDG_CONFIG_HOME, else in ~/.config."""
     return Path(environ.get("XDG_CONFIG_HOME") or Path.home() / ".config") / "hvdtrain"
 
 
 def file_of(environ: Mapping[str, str] = os.environ) -> Path | None:
-    """Says where it is kept: what HVDTRAIN_TUNED names, else tuned.json among this user's settings; None if off."""
+    """Return the path of the file: HVDTRAIN_TUNED, else tuned.json in the user's settings; None if it is "off"."""
     named = environ.get(VARIABLE, "")
     if named.lower() == OFF:
         return None
@@ -59,14 +59,14 @@ def file_of(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def read(path: Path) -> list[Tuned]:
-    """Reads all that was found; nothing where there is no file.
+    """Read the file; return an empty list if it does not exist.
 
     Raises:
-        LaunchError: If the file cannot be understood.
+        LaunchError: If the file cannot be read or has another format.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        return [_checked(Tuned(place=Place(**each.pop("place")), **each)) for each in found]
+        return [_checked(Tuned(place=Place(**entry.pop("place")), **entry)) for entry in found]
     except FileNotFoundError:
         return []
     except OSError as error:
@@ -78,39 +78,41 @@ def read(path: Path) -> list[Tuned]:
 
 
 def write(path: Path, tuned: Tuned) -> None:
-    """Adds what was found, in place of what was found for the same place before; nothing to set removes that.
+    """Replace the entry of a place in the file; an entry without settings is removed.
 
     Raises:
-        LaunchError: If the file cannot be written, or what is there cannot be understood.
+        LaunchError: If the file cannot be written, or its present content has another format.
     """
-    others = [each for each in read(path) if each.place != tuned.place]
-    found = [asdict(each) for each in (*others, *([tuned] if tuned.settings else []))]
+    entries = [entry for entry in read(path) if entry.place != tuned.place]
+    if tuned.settings:
+        entries.append(tuned)
+    found = [asdict(entry) for entry in entries]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f"{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        beside.replace(path)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}")
+        temporary.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
     except OSError as error:
         raise LaunchError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def for_place(place: Place, environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """Returns what was found for a place and the user has not set otherwise, and a line that says so.
+    """Return the settings found for a place, without those that the user has set, and a message about them.
 
     Raises:
-        LaunchError: If the file is there and cannot be understood, or was named and is not there.
+        LaunchError: If the file cannot be read, or HVDTRAIN_TUNED names a file that does not exist.
     """
     path = file_of(environ)
     if path is None:
         return {}, ""
     if environ.get(VARIABLE) and not path.exists():
         raise LaunchError(f"{VARIABLE}={environ[VARIABLE]}: there is no such file. {_CHOICE}")
-    for each in read(path):
-        if each.place == place:
-            settings = {name: value for name, value in each.settings.items() if name not in environ}
-            words = " ".join(f"{name}={value}" for name, value in settings.items())
-            line = f"hvdtrain: set by `hvdtrain tune` of {each.date[:10]} ({path}): {words}"
-            return settings, line if settings else ""
+    for entry in read(path):
+        if entry.place == place:
+            settings = {name: value for name, value in entry.settings.items() if name not in environ}
+            assignments = " ".join(f"{name}={value}" for name, value in settings.items())
+            message = f"hvdtrain: set by `hvdtrain tune` of {entry.date[:10]} ({path}): {assignments}"
+            return settings, message if settings else ""
     return {}, ""
 
 
@@ -118,7 +120,7 @@ _CHOICE = f"Type `hvdtrain tune`, or set {VARIABLE}={OFF}."
 
 
 def _checked(tuned: Tuned) -> Tuned:
-    words: Sequence[object] = (tuned.date, *tuned.settings, *tuned.settings.values())
-    if not all(isinstance(each, str) for each in words):
-        raise ValueError("date and settings are texts")
+    texts: Sequence[object] = (tuned.date, *tuned.settings, *tuned.settings.values())
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("date and settings must be strings")
     return replace(tuned, settings=dict(tuned.settings), gains=dict(tuned.gains))

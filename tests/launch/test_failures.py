@@ -13,11 +13,11 @@ ENDINGS = {
     "raise ValueError('naïve trouble')": (1, "ValueError: naïve trouble\n"),
     "sys.exit(3)": (3, "ended the job: it called sys.exit(3).\n"),
     "sys.exit(256)": (1, "ended the job: it called sys.exit(256).\n"),
-    "sys.exit('no data')": (1, "it called sys.exit() with the words: no data\n"),
+    "sys.exit('no data')": (1, "it called sys.exit() with the message: no data\n"),
     "os._exit(5)": (5, "without a Python exception (os._exit, or exit() in a library).\n"),
     "os._exit(0)": (1, "nothing proves that it did its work.\n"),
     "os.kill(os.getpid(), signal.SIGKILL)": (137, "a smaller batch or fewer ranks on a host need less.\n"),
-    "os.kill(os.getpid(), signal.SIGTERM)": (143, "Something outside asked it to end.\n"),
+    "os.kill(os.getpid(), signal.SIGTERM)": (143, "Another process has asked it to end.\n"),
     "os.kill(os.getpid(), signal.SIGSEGV)": (139, ' in work\n  File "the script.py", line 18 in <module>\n'),
 }
 
@@ -256,13 +256,13 @@ def test_last_words_of_a_killed_rank_are_shown(jobs):
 def test_a_crash_while_python_shuts_down_is_a_failure(jobs):
     done = jobs.run("import atexit\nif rank == 1: atexit.register(os._exit, 9)")
     assert done.returncode == 9
-    assert "after its script had come to its end" in done.stderr
+    assert "after its script had finished" in done.stderr
 
 
 def test_what_mpi_says_when_no_rank_comes_to_life(jobs):
     done = jobs.run("", options=["--mpi-args", "--no-such-option"])
     assert done.returncode not in (0, 2)
-    assert "none of the 2 ranks came to life" in done.stderr
+    assert "none of the 2 ranks started" in done.stderr
     assert 'unknown option "--no-such-option"' in done.stderr
     assert done.stderr.count("\n") == 1
 
@@ -309,8 +309,8 @@ def test_a_launcher_whose_output_nobody_reads_ends_its_ranks(jobs):
 
 def test_without_a_launcher_that_answers_lines_and_failures_still_arrive(jobs):
     deaf = (
-        "from hvdtrain.launch import server; from hvdtrain.cli import main\n"
-        "server.Server.environ = property(lambda self: {'HVDTRAIN_RUN_ADDRESS': '127.0.0.1:9'}); main()"
+        "from hvdtrain.launch.supervision import guard_server; from hvdtrain.cli import main\n"
+        "guard_server.Server.environ = property(lambda self: {'HVDTRAIN_RUN_ADDRESS': '127.0.0.1:9'}); main()"
     )
     launch = [sys.executable, "-c", deaf, "run"]
     good = jobs.run("print('hello')", launch=launch)

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from hvdtrain.cli import cli
 from hvdtrain.launch import run as launch
-from hvdtrain.launch.foreign_options import FOREIGN, understand
+from hvdtrain.launch.foreign_options import FOREIGN, apply_foreign_options
 from hvdtrain.launch.run_options import RunOptions, command_line
 
 
@@ -19,7 +19,9 @@ def typed(monkeypatch):
 
     def parse(words: str) -> RunOptions:
         asked = []
-        monkeypatch.setattr(launch, "run", lambda *received: asked.append(understand(*received)) or 0)
+        monkeypatch.setattr(
+            launch, "run", lambda *received: asked.append(apply_foreign_options(*received)) or 0
+        )
         done = CliRunner().invoke(cli, ["run", *shlex.split(words)], catch_exceptions=False)
         assert done.exit_code == 0, done.output
         return asked[0]

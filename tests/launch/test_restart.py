@@ -44,7 +44,7 @@ def test_restarts_are_used_up_and_the_last_word_is_the_last_traceback(jobs):
     script = START + "if rank == 1: raise ValueError(f'trouble {start}')\nworld.barrier()"
     done = jobs.run(script, options=["--max-restarts", "1"], **QUICK)
     assert done.returncode == 1
-    assert "hvdtrain: not started again: --max-restarts 1 is used up." in done.stderr
+    assert "hvdtrain: not restarted: the limit of --max-restarts 1 is reached." in done.stderr
     assert done.stderr.endswith("ValueError: trouble 1\n")
     assert table(done.stderr) == [
         ("rank 1 failed: ValueError: trouble 0", ""),
@@ -65,7 +65,7 @@ def test_death_at_the_same_step_is_not_tried_a_third_time(jobs):
     done = jobs.run(STEPS.format(step=4, signal=9), options=AGAIN, **QUICK)
     assert done.returncode == 137
     assert (
-        "not started again: rank 1 has died twice at step 4 (was killed by signal 9 (SIGKILL)): the same data"
+        "not restarted: rank 1 has failed twice at step 4 (was killed by signal 9 (SIGKILL)): the same data"
         in done.stderr
     )
     assert [step for _, step in table(done.stderr)] == ["4", "4"]
@@ -80,10 +80,10 @@ def test_death_at_another_step_is(jobs):
 
 # What another start would not mend, and nothing is wrong with: the code, the words, and the number of starts.
 ONCE = {
-    "this is no Python": (1, "the script was wrong before its first step", 1),
+    "this is no Python": (1, "the script has failed before its first step", 1),
     "import argparse; argparse.ArgumentParser().parse_args(['--what'])": (
         2,
-        "the script was wrong before",
+        "the script has failed before its first step",
         1,
     ),
     "raise SystemExit(75)": (
@@ -109,7 +109,7 @@ def test_what_is_not_tried_again_or_not_for_ever(jobs, ending):
 
 def test_nothing_comes_to_life(jobs):
     done = jobs.run("", options=[*AGAIN, "--mpi-args", "--no-such-option"], **QUICK)
-    assert "not started again: no rank came to life at the first start" in done.stderr
+    assert "not restarted: no rank has started at the first attempt" in done.stderr
     assert 'unknown option "--no-such-option"' in done.stderr
 
 
@@ -184,7 +184,11 @@ def test_nohup_lets_a_job_outlive_its_terminal(jobs):
     [
         (signal.SIGINT, 130, "ended by SIGINT after"),
         (signal.SIGTERM, 143, "ended by SIGTERM after"),
-        (signal.SIGUSR1, 75, "asked to stop by SIGUSR1 while no ranks were up; the same command goes on"),
+        (
+            signal.SIGUSR1,
+            75,
+            "asked to stop by SIGUSR1 while no ranks were running; the same command continues",
+        ),
     ],
 )
 def test_a_signal_between_two_starts(jobs, number, code, words):
@@ -254,10 +258,10 @@ def walk(*failures, traces=None):
 
 def test_which_deaths_are_the_same():
     assert walk((1, 5)) is None
-    assert "rank 1 has died twice at step 5 (failed: X)" in walk((1, 5), (1, 5))
+    assert "rank 1 has failed twice at step 5 (failed: X)" in walk((1, 5), (1, 5))
     assert walk((1, 5), (1, 6)) is None
     assert walk((1, 5), (0, 5)) is None
-    assert "ranks 1 and 0 have died one after the other" in walk((1, 5), (0, 5), traces=["t", "t"])
+    assert "ranks 1 and 0 have failed one after the other" in walk((1, 5), (0, 5), traces=["t", "t"])
     assert walk((1, 5), (1, 6), (1, 5)) is None
     assert walk((1, None), (1, None)) is None
     assert walk((1, None), (1, None), (1, None)) is None
@@ -302,11 +306,13 @@ def test_what_is_no_time(written):
 def test_the_ranks_are_told_when_their_time_is_up(monkeypatch):
     monkeypatch.setattr(walltime.time, "time", lambda: 1000.0)
     none = {"PATH": ""}
-    assert walltime.told(None, none) == {}
-    assert walltime.told("1:00", none) == {"HVDTRAIN_DEADLINE": "1060.000"}
-    assert walltime.told("1:00", {**none, "HVDTRAIN_DEADLINE": "1030"}) == {"HVDTRAIN_DEADLINE": "1030.000"}
+    assert walltime.deadline_variable(None, none) == {}
+    assert walltime.deadline_variable("1:00", none) == {"HVDTRAIN_DEADLINE": "1060.000"}
+    assert walltime.deadline_variable("1:00", {**none, "HVDTRAIN_DEADLINE": "1030"}) == {
+        "HVDTRAIN_DEADLINE": "1030.000"
+    }
     with pytest.raises(LaunchError, match="expected seconds since 1970"):
-        walltime.told(None, {**none, "HVDTRAIN_DEADLINE": "soon"})
+        walltime.deadline_variable(None, {**none, "HVDTRAIN_DEADLINE": "soon"})
 
 
 @pytest.mark.parametrize(

@@ -87,10 +87,10 @@ def stopped(text):
 def test_a_stopped_rank_is_named_and_when_it_goes_on_so_does_the_job(watch):
     watched = watch("if rank == 2 and step == 4: os.kill(os.getpid(), signal.SIGSTOP)", np=4, stays=True)
     text = watched.hear("The stacks of all ranks are in")
-    assert "hvdtrain: ranks 0,1,3 wait in allreduce (float64 of shape (3,), op=sum) at step 4 since " in text
+    assert "hvdtrain: ranks 0,1,3 wait in allreduce (float64 of shape (3,), op=sum) at step 4 for " in text
     assert "; rank 2 is at step 4, stopped (SIGSTOP): `kill -CONT " in text
     os.kill(stopped(text), signal.SIGCONT)
-    watched.hear("hvdtrain: it goes on, after ")
+    watched.hear("hvdtrain: the ranks continue, after ")
     assert watched.end() == 0, watched.text
     (file,) = watched.files()
     assert file.read_text().count(" in _compared") == 3
@@ -111,13 +111,13 @@ def test_a_rank_that_hangs_is_shown_with_its_stack_in_python_and_in_native_code(
     for number, (name, (late, other, step)) in enumerate(places.items(), start=2):
         text = watched.hear("The stacks of all ranks are in")
         waits = (
-            f"hvdtrain: rank {other} waits in allreduce (float64 of shape (3,), op=sum) at step {step} since "
+            f"hvdtrain: rank {other} waits in allreduce (float64 of shape (3,), op=sum) at step {step} for "
         )
         assert waits in text
         assert f"; rank {late} is at step {step}, in:\n" in text
         assert f'  File "the script.py", line {script_lines + number} in between\n' in text, text
         os.close(os.open(watched.folder / name, os.O_WRONLY))
-        watched.hear("hvdtrain: it goes on, after ")
+        watched.hear("hvdtrain: the ranks continue, after ")
     assert watched.end() == 0, watched.text
 
 
@@ -132,8 +132,8 @@ def test_after_the_second_limit_the_job_ends_with_an_error(jobs, watch):
     last = watched.text.splitlines()[-1]
     assert last.startswith("hvdtrain: rank 1 of 2 (host ")
     assert (
-        "it was waited for longer than HVDTRAIN_STALL_ABORT_SECONDS=2 allows: rank 0 waits in allreduce"
-        in last
+        "other ranks have waited for it longer than HVDTRAIN_STALL_ABORT_SECONDS=2 allows: rank 0 waits in "
+        "allreduce" in last
     )
     assert f"rank 1 is at step 4, stopped (SIGSTOP): `kill -CONT {pids[2]}`" in last
     jobs.assert_gone(pids)
@@ -142,10 +142,10 @@ def test_after_the_second_limit_the_job_ends_with_an_error(jobs, watch):
 def test_a_rank_that_is_at_work_is_named_once_and_gently(watch):
     between = 'while (rank, step) == (1, 4) and not Path("enough").exists(): pass'
     watched = watch(between, stays=True, HVDTRAIN_STALL_ABORT_SECONDS="1")
-    text = watched.hear("Nothing is wrong as long as that goes on.\n")
+    text = watched.hear("Nothing is wrong as long as that continues.\n")
     assert "; rank 1 is at step 4, at work, in:\n" in text
     (watched.folder / "enough").touch()
-    assert "stacks of all ranks" not in watched.hear("hvdtrain: it goes on, after ")
+    assert "stacks of all ranks" not in watched.hear("hvdtrain: the ranks continue, after ")
     assert watched.end() == 0, watched.text
     assert watched.files() == []
 
@@ -223,7 +223,8 @@ def test_a_limit_that_is_no_number_of_seconds_starts_nothing(jobs, value):
 
 def test_a_rank_that_asks_for_patience_may_write_before_it_ends(jobs, watch):
     """With so little patience of the launcher's own, what takes long is possible only because a rank has asked."""
-    hasty = "from hvdtrain.launch import job; job.AFTER_SIGNAL = 1; from hvdtrain.cli import main; main()"
+    hasty = "from hvdtrain.launch.supervision import job; from hvdtrain.cli import main; "
+    hasty += "job.AFTER_SIGNAL = 1; main()"
     leave_pids = jobs.leave_pids.strip().replace("\n", "; ")
     between = f"""
     if step == 1: signal.signal(signal.SIGTERM, lambda *_: finish())
@@ -298,7 +299,7 @@ def test_in_training_the_reduction_and_the_step_are_named(jobs, engine):
     watched = Watched(process, jobs.folder)
     text = watched.hear("The stacks of all ranks are in")
     assert "hvdtrain: rank 0 waits in allreduce of sequential/first/kernel and 3 more (Distributed" in text
-    assert "at step 7 since " in text
+    assert "at step 7 for " in text
     where = "at step 7" if engine == "mpi" else "in allreduce of sequential/first/kernel and 3 more"
     assert f"; rank 1 is {where}" in text
     assert ", stopped (SIGSTOP): " in text

@@ -6,7 +6,7 @@ from dataclasses import asdict
 import pytest
 
 from hvdtrain.heartbeat import Beat
-from hvdtrain.launch.hangs.hang_detector import Stall
+from hvdtrain.launch.hangs.hang_detector import HangDetector
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.verdict import Verdict
 from hvdtrain.timeouts import Limits
@@ -31,7 +31,9 @@ class Told:
             verdict.note(rank, protocol.HELLO, json.dumps({"host": f"node{rank}"}).encode())
         self.verdict = verdict
         self.file = folder / "stacks.txt"
-        self._stall = Stall(verdict, self.orders.append, self.said.append, Limits(report, abort), self.file)
+        self._hang_detector = HangDetector(
+            verdict, self.orders.append, self.said.append, Limits(report, abort), self.file
+        )
 
     def beat(self, *ranks, **facts):
         for rank in ranks:
@@ -48,11 +50,11 @@ class Told:
         """Lets time pass, with a look every second as a job has it."""
         for _ in range(int(seconds)):
             self.now += 1
-            self.blame = self.blame or self._stall.turn(self.now)
+            self.blame = self.blame or self._hang_detector.check(self.now)
         return self
 
     def _hear(self, rank, kind, payload):
-        self._stall.hear(rank, kind, json.dumps(payload).encode(), self.now)
+        self._hang_detector.receive(rank, kind, json.dumps(payload).encode(), self.now)
 
 
 @pytest.fixture
@@ -75,7 +77,7 @@ def test_one_question_one_report_and_the_end(told):
     job.answer(2, step=310, stacks=STACK, busy=False)
     (said,) = job.after(2).said
     assert said.startswith(
-        "hvdtrain: ranks 0,1,3 wait in allreduce of w at step 311 since 64 s; rank 2 is at step 310, in:\n"
+        "hvdtrain: ranks 0,1,3 wait in allreduce of w at step 311 for 64 s; rank 2 is at step 310, in:\n"
         f'  File "train.py", line 31 in load\nThe stacks of all ranks are in {job.file}. '
     )
     assert job.file.read_text().count("line 31 in load") == 5  # of each rank, and in the sentence
@@ -98,7 +100,7 @@ def test_the_first_step_may_take_long_to_compile_on_one_rank(told):
     job = told(size=2).beat(0, step=1, **WAITS).beat(1, step=1, busy=True).after(295)
     assert (job.said, job.orders) == ([], [])
     (said,) = job.after(12).said
-    assert "rank 1 is at step 1, at work\nNothing is wrong as long as that goes on." in said
+    assert "rank 1 is at step 1, at work\nNothing is wrong as long as that continues." in said
 
 
 def test_a_rank_at_work_is_given_six_times_as_long(told):
@@ -131,10 +133,10 @@ def test_with_0_nothing_is_ever_ended_and_with_no_limit_nothing_said(told):
 def test_it_goes_on_and_may_hang_once_more(told):
     job = told(size=2).beat(0, step=5, **WAITS).beat(1, step=4, busy=False).after(100)
     job.beat(0, 1, step=5).after(2)
-    assert job.said[1:] == ["hvdtrain: it goes on, after 101 s."]
+    assert job.said[1:] == ["hvdtrain: the ranks continue, after 101 s."]
     job.beat(0, step=9, **{**WAITS, "waits": 20}).beat(1, step=8, busy=False).after(100)
     assert len(job.said) == 3
-    assert "at step 9 since" in job.said[2]
+    assert "at step 9 for" in job.said[2]
 
 
 def test_a_process_set_waits_for_its_own_members_only(told):
@@ -142,15 +144,15 @@ def test_a_process_set_waits_for_its_own_members_only(told):
     job = (
         told().beat(0, 3, step=5, **among).beat(1, step=4, busy=False).beat(2, step=4, busy=False).after(100)
     )
-    assert "ranks 0,3 wait in allreduce of w of ranks 0-1, 3 at step 5 since" in job.said[0]
+    assert "ranks 0,3 wait in allreduce of w of ranks 0-1, 3 at step 5 for" in job.said[0]
     assert "; rank 1 is at step 4\n" in job.said[0]
 
 
 def test_ranks_that_wait_in_different_places_are_all_named(told):
     other = {**WAITS, "doing": "in broadcast of v"}
     job = told(size=2).beat(0, step=5, **WAITS).beat(1, step=5, **other).after(100)
-    assert "rank 0 waits in allreduce of w at step 5 since " in job.said[0]
-    assert "rank 1 waits in broadcast of v at step 5 since " in job.said[0]
+    assert "rank 0 waits in allreduce of w at step 5 for " in job.said[0]
+    assert "rank 1 waits in broadcast of v at step 5 for " in job.said[0]
     assert "none is missing: MPI, or the network between them, may hang." in job.said[0]
 
 
@@ -170,15 +172,15 @@ def test_ranks_that_do_not_answer_or_never_came_are_told_from_others(told):
     job.verdict.ranks[4].up = False
     job.after(61).answer(0, 1, **{**WAITS, "waiting": 61.0}).after(10)
     (said,) = job.said
-    assert said.startswith("hvdtrain: ranks 0,1 wait in allreduce of w since ")
+    assert said.startswith("hvdtrain: ranks 0,1 wait in allreduce of w for ")
     assert "rank 2 does not answer: its host node2, or the link to it, may be gone" in said
-    assert "rank 4 has not come to life" in said
+    assert "rank 4 has not started" in said
 
 
 def test_many_late_ranks_are_told_in_a_few_lines(told):
     job = told(size=64).beat(*range(8), step=5, **WAITS).beat(*range(8, 64), step=4, busy=False).after(100)
     (said,) = job.said
-    assert "ranks 0-7 wait in allreduce of w at step 5 since" in said
+    assert "ranks 0-7 wait in allreduce of w at step 5 for" in said
     assert "ranks 8-63 are at step 4\n" in said
 
 
@@ -192,10 +194,10 @@ def test_horovods_core_waits_only_where_its_process_does_nothing_inside_tensorfl
     assert (job.said, job.blame) == ([], None)  # it is somewhere else, and the core has long finished
     job = told(size=2).beat(0, 1, step=5, **loose).after(61)
     job.answer(0, 1, step=5, stacks=inside, **{**loose, "waiting": 61.0}).after(2)
-    assert "ranks 0,1 wait in allreduce of w at step 5 since " in job.said[0]
+    assert "ranks 0,1 wait in allreduce of w at step 5 for " in job.said[0]
     assert "s, and none is missing" in job.said[0]
     job.beat(0, 1, step=6, **{**loose, "waits": 8}).after(100)
-    assert "at step 6 since " in job.said[2]  # what one wait was does not excuse the next
+    assert "at step 6 for " in job.said[2]  # what one wait was does not excuse the next
 
 
 def test_a_launcher_that_was_stopped_itself_ends_nothing_at_once(told):
@@ -207,7 +209,7 @@ def test_a_launcher_that_was_stopped_itself_ends_nothing_at_once(told):
 
 def test_a_file_that_cannot_be_written_is_said(tmp_path, told):
     job = told(size=2)
-    job._stall._file = tmp_path / "no such folder" / "stacks.txt"
+    job._hang_detector._file = tmp_path / "no such folder" / "stacks.txt"
     job.beat(0, **WAITS).beat(1, busy=False).after(100)
     assert "could not be written" in job.said[0]
     assert "No such file or directory" in job.said[0]

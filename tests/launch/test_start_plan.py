@@ -93,7 +93,7 @@ def test_the_command_of_each_mpi(machine, capsys, mpi):
 def test_intel_mpi_wants_as_many_slots_on_every_host(machine, capsys):
     machine.has("mpirun", VERSIONS["Intel MPI"])
     assert run(RunOptions(3, "train.py", hosts="localhost:1,localhost:2")) == 2
-    assert "the same number of slots each" in capsys.readouterr().err
+    assert "the same number of slots on each host" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("scale_batch", [False, True])
@@ -161,7 +161,7 @@ def test_options_of_srun_reach_srun_and_are_told_where_mpirun_starts_the_ranks(m
     machine.sets(HVDTRAIN_LAUNCHER="mpirun")
     options = RunOptions(2, "train.py", srun=("--cpu-bind=cores",))
     made = start_plan.make_plan(options, dict(os.environ))
-    assert "--cpu-bind=cores is for srun, and mpirun starts the ranks here" in made.note
+    assert "--cpu-bind=cores is an option of srun, but mpirun starts the ranks here" in made.note
     assert "--cpu-bind=cores" not in made.command
 
 
@@ -279,7 +279,7 @@ def test_mpirun_where_ranks_that_srun_starts_do_not_meet(machine, capsys, said):
     assert run(RunOptions(4, "train.py", dry_run=True)) == 0
     printed = capsys.readouterr()
     assert str(machine.bin / "mpirun") in printed.out
-    assert "srun --mpi=pmix does not bring ranks together" in printed.err
+    assert "srun --mpi=pmix does not connect the ranks" in printed.err
 
 
 def test_a_sites_own_words_for_launcher_and_pmi(machine, capsys):
@@ -339,8 +339,8 @@ def test_another_python_runs_the_ranks_and_tries_srun(machine, capsys):
 
 
 BAD = {
-    "no rank": ({"num_proc": 0}, "-np 0 asks for no rank"),
-    "fewer than no rank": ({"num_proc": -2}, "-np -2 asks for no rank"),
+    "no rank": ({"num_proc": 0}, "-np 0: the number of ranks must be 1"),
+    "fewer than no rank": ({"num_proc": -2}, "-np -2: the number of ranks must be 1"),
     "no script": ({"script": "gone.py"}, "The script gone.py is not there"),
     "a folder": ({"script": "bin"}, "bin is a folder"),
     "scaling nothing": ({"scale_batch": True}, "type --wrap --scale-batch"),
@@ -373,7 +373,7 @@ BAD = {
         "--min-np 5 must be from 1 to the 4 ranks",
     ),
     "no time": ({"walltime": "8h"}, "--walltime 8h is no length of time"),
-    "an open quotation for Python": ({"python": "x 'y"}, '--python="x \'y" cannot be taken apart'),
+    "an open quotation for Python": ({"python": "x 'y"}, '--python="x \'y" cannot be split into words'),
     "an open quotation": ({"mpi_args": "--mca 'x"}, "No closing quotation"),
     "more cores than there are": ({"bind": "core", "num_proc": 5000}, "--bind none"),
 }

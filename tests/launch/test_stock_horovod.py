@@ -24,7 +24,7 @@ def test_it_is_stopped_on_every_rank_with_the_command_that_was_typed(jobs):
     done = jobs.run(script, "--lr", "0.1 2", options=("--bind", "none"), opening="", np=2)
     assert done.returncode == 1 and b"trains" not in done.stdout
     others, last = done.stderr.splitlines()[-2:]
-    assert "failed with the same words" in others
+    assert "failed with the same message" in others
     assert "stock Horovod averages no gradients under Keras 3" in last
     assert last.endswith("type: hvdtrain run --as-horovod -np 2 --bind none 'the script.py' --lr '0.1 2'")
 

@@ -51,14 +51,14 @@ def test_the_first_failure_is_the_cause_of_the_others():
     assert (
         told.sentence()
         == f"hvdtrain: rank 1 of 3 (host h) failed; its traceback:\n\n{TRACE.rstrip()}".replace(
-            "hvdtrain: rank 1", "hvdtrain: rank 2 failed with the same words.\nhvdtrain: rank 1"
+            "hvdtrain: rank 1", "hvdtrain: rank 2 failed with the same message.\nhvdtrain: rank 1"
         )
     )
 
 
 def test_many_ranks_that_say_the_same_are_named_in_one_line():
     told = Told(4).reports(3).reports(0).reports(2).reports(1, text="other")
-    assert told.sentence().startswith("hvdtrain: ranks 0 and 2 failed with the same words.\n")
+    assert told.sentence().startswith("hvdtrain: ranks 0 and 2 failed with the same message.\n")
 
 
 def test_a_lost_connection_makes_way_for_a_reason_but_not_for_tearing_down():
@@ -79,7 +79,7 @@ def test_a_connection_that_ends_after_its_rank_is_no_failure():
         (-9, "was killed by signal 9 (SIGKILL). The kernel does this when memory runs out"),
         (-7, "was killed by signal 7 (SIGBUS). Shared memory may be full"),
         (5, "ended with exit code 5, without a Python exception"),
-        (0, "ended with exit code 0 before its script had come to its end"),
+        (0, "ended with exit code 0 before its script had finished"),
     ],
 )
 def test_the_words_for_an_end_without_a_report(status, words):
@@ -103,15 +103,17 @@ ROUTINE = "Primary job  terminated normally, but 1 process returned\na non-zero 
 
 
 def conclude(told, said, status=1):
-    ending = conclude_job(SimpleNamespace(verdict=told, said=said, interrupted=None, beats={}), status, 1.0)
-    return ending.code, ending.words
+    ending = conclude_job(
+        SimpleNamespace(verdict=told, launcher_output=said, interrupted=None, beats={}), status, 1.0
+    )
+    return ending.code, ending.message
 
 
 def test_what_mpi_said_comes_before_a_rank_that_could_say_nothing():
     told = Told(2).hello(0, 1).ends(1, 1)
     assert conclude(told, SAID)[1].startswith(
-        "hvdtrain: the MPI launcher said: It looks like MPI_INIT failed for some reason; your parallel process is "
-        "likely to abort.\nhvdtrain: rank 1 of 2"
+        "hvdtrain: message of the MPI launcher: It looks like MPI_INIT failed for some reason; your parallel "
+        "process is likely to abort.\nhvdtrain: rank 1 of 2"
     )
     assert conclude(told, ROUTINE)[1].startswith("hvdtrain: rank 1 of 2")
     assert conclude(Told(2).reports(1), SAID)[1].startswith("hvdtrain: rank 1 of 2")
@@ -120,7 +122,7 @@ def test_what_mpi_said_comes_before_a_rank_that_could_say_nothing():
 def test_a_launcher_that_ends_well_without_its_ranks_is_no_success():
     code, words = conclude(Told(2).hello(0), "", status=0)
     assert code == 1
-    assert "rank(s) 1 of 2 never came to life" in words
+    assert "rank(s) 1 of 2 never started" in words
 
 
 def test_a_launcher_that_was_killed_is_named():

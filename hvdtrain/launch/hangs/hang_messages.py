@@ -1,78 +1,79 @@
-"""The words for ranks that wait for one another."""
+"""Write the messages about ranks that wait for one another."""
 
 from collections.abc import Callable, Iterable, Sequence
 
 from hvdtrain.heartbeat import Beat
 from hvdtrain.launch.hangs import stacks
-from hvdtrain.launch.hangs.rank_states import Answer, Standing
+from hvdtrain.launch.hangs.rank_states import Answer, RankStates
 
-_SHOWN = 3  # kinds of late ranks of which one stack is shown
+_SHOWN = 3  # groups of late ranks for which a stack is shown
 
 
-def sentence(standing: Standing, now: float) -> str:
-    """Says who waits where and since when, and where those are and what they do that are waited for.
+def sentence(states: RankStates, now: float) -> str:
+    """Return a message: which ranks wait, where and for how long, and the state of the ranks they wait for.
 
     Args:
-        standing: What is known of all ranks.
+        states: The states of all ranks.
         now: The time on this host's monotonic clock, in seconds.
     """
-    waiting = standing.waiting(now)
-    late = standing.late(waiting)
-    waits = [
-        f"{_named(ranks)} wait{'s' if len(ranks) == 1 else ''} {place} since "
-        f"{max(waiting[each] for each in ranks):.0f} s"
-        for place, ranks in _alike(waiting, lambda number: _place(standing.ranks[number].beat)).items()
-    ]
+    waiting = states.waiting(now)
+    late = states.late(waiting)
+    waits = []
+    for place, ranks in _group(waiting, lambda number: _place(states.ranks[number].beat)).items():
+        verb = "waits" if len(ranks) == 1 else "wait"
+        waits.append(f"{_named(ranks)} {verb} {place} for {max(waiting[rank] for rank in ranks):.0f} s")
     if late:
-        return "; ".join([*waits, _late(standing, late, now)])
+        return "; ".join([*waits, _late(states, late, now)])
     return f"{', '.join(waits)}, and none is missing: MPI, or the network between them, may hang."
 
 
-def all_stacks(standing: Standing, now: float) -> str:
-    """Writes down all that is known of all ranks."""
-    lines = [sentence(standing, now), ""]
-    for number, known in enumerate(standing.verdict.ranks):
-        rank = standing.ranks.get(number)
+def all_stacks(states: RankStates, now: float) -> str:
+    """Return the state and the stacks of all ranks, for the file of stacks."""
+    lines = [sentence(states, now), ""]
+    for number, known in enumerate(states.verdict.ranks):
+        rank = states.ranks.get(number)
         pid = f", pid {rank.beat.pid}" if rank else ""
-        lines += [f"rank {number} (host {known.host}{pid}) {_standing(standing, number, now)}"]
-        lines += [standing.answers.get(number, Answer()).stacks or "no stack\n"]
+        lines += [f"rank {number} (host {known.host}{pid}) {_state(states, number, now)}"]
+        lines += [states.answers.get(number, Answer()).stacks or "no stack\n"]
     return "\n".join(lines) + "\n"
 
 
-def _late(standing: Standing, late: Sequence[int], now: float) -> str:
-    """Describes the ranks that are waited for, those alike together, with the stack of one of each kind."""
-    kinds = _alike(late, lambda number: _standing(standing, number, now))
-    told = []
-    for kind, ranks in list(kinds.items())[:_SHOWN]:
-        stack = stacks.telling(standing.answers.get(ranks[0], Answer()).stacks)
-        words = kind if len(ranks) == 1 else _plural(kind)
-        told.append(f"{_named(ranks)} {words}" + (f", in:\n{stack}" if stack else ""))
-    more = [each for ranks in list(kinds.values())[_SHOWN:] for each in ranks]
-    return ";\n".join(told) + (f";\nlate as well: {_named(more)}" if more else "")
+def _late(states: RankStates, late: Sequence[int], now: float) -> str:
+    """Describe the late ranks, grouped by their state, with the stack of one rank of each group."""
+    groups = list(_group(late, lambda number: _state(states, number, now)).items())
+    described = []
+    for state, ranks in groups[:_SHOWN]:
+        stack = stacks.summarize(states.answers.get(ranks[0], Answer()).stacks)
+        text = state if len(ranks) == 1 else _plural(state)
+        described.append(f"{_named(ranks)} {text}" + (f", in:\n{stack}" if stack else ""))
+    more = [rank for _, ranks in groups[_SHOWN:] for rank in ranks]
+    if more:
+        described.append(f"also late: {_named(more)}")
+    return ";\n".join(described)
 
 
-def _standing(standing: Standing, number: int, now: float) -> str:
-    """Says where a rank is and what it does, to stand after its name."""
-    rank, known = standing.ranks.get(number), standing.verdict.ranks[number]
+def _state(states: RankStates, number: int, now: float) -> str:
+    """Describe where a rank is and what it does; the text continues a sentence after its name."""
+    rank, known = states.ranks.get(number), states.verdict.ranks[number]
     if known.gone:
         return "has ended"
     if not known.up:
-        return "has not come to life"
-    if rank is None or standing.silent(number):
+        return "has not started"
+    if rank is None or states.silent(number):
         return f"does not answer: its host {known.host}, or the link to it, may be gone"
-    return f"is {_place(rank.beat)}{_condition(standing, number, now)}"
+    return f"is {_place(rank.beat)}{_condition(states, number, now)}"
 
 
-def _condition(standing: Standing, number: int, now: float) -> str:
-    beat, host = standing.ranks[number].beat, standing.verdict.ranks[number].host
+def _condition(states: RankStates, number: int, now: float) -> str:
+    beat, host = states.ranks[number].beat, states.verdict.ranks[number].host
     if beat.state == "T":
-        return f", stopped (SIGSTOP): `kill -CONT {beat.pid}` on {host} lets it go on"
+        return f", stopped (SIGSTOP): `kill -CONT {beat.pid}` on {host} continues it"
     if beat.state == "t":
-        return f", held by a debugger (pid {beat.pid} on {host})"
+        return f", stopped by a debugger (pid {beat.pid} on {host})"
     if beat.state == "D":
-        where = standing.answers.get(number, Answer()).waits_in
+        where = states.answers.get(number, Answer()).waits_in
         return f", waiting for a disk or a device{f' ({where})' if where else ''}"
-    return ", at work" if beat.waiting is None and standing.works(number, now) else ""
+    return ", at work" if beat.waiting is None and states.works(number, now) else ""
 
 
 def _place(beat: Beat) -> str:
@@ -83,29 +84,28 @@ def _place(beat: Beat) -> str:
     return (step or (f"after {beat.waits} collectives" if beat.waits else "before hvd.init()")) + doing
 
 
-def _alike(ranks: Iterable[int], words: Callable[[int], str]) -> dict[str, list[int]]:
-    """Puts together the ranks of which the same is to be said."""
+def _group(ranks: Iterable[int], describe: Callable[[int], str]) -> dict[str, list[int]]:
+    """Group ranks by their description."""
     groups: dict[str, list[int]] = {}
     for number in ranks:
-        groups.setdefault(words(number), []).append(number)
+        groups.setdefault(describe(number), []).append(number)
     return groups
 
 
 def _named(ranks: Sequence[int]) -> str:
-    """Writes "rank 3", or "ranks 0,1,3-6"."""
-    runs = [(each, each) for each in ranks[:1]]
-    for each in ranks[1:]:
-        first, last = runs[-1]
-        if each == last + 1:
-            runs[-1] = (first, each)
+    """Return "rank 3", or "ranks 0,1,3-6": only runs of four or more ranks are written with a hyphen."""
+    runs: list[list[int]] = []
+    for rank in ranks:
+        if runs and rank == runs[-1][-1] + 1:
+            runs[-1].append(rank)
         else:
-            runs.append((each, each))
-    words = [",".join(map(str, range(a, b + 1))) if b - a < 3 else f"{a}-{b}" for a, b in runs]
-    return f"rank{'s' if len(ranks) > 1 else ''} {','.join(words)}"
+            runs.append([rank])
+    texts = [f"{run[0]}-{run[-1]}" if len(run) > 3 else ",".join(map(str, run)) for run in runs]
+    return f"rank{'s' if len(ranks) > 1 else ''} {','.join(texts)}"
 
 
-def _plural(words: str) -> str:
-    for one, many in (("is ", "are "), ("has ", "have "), ("does ", "do ")):
-        if words.startswith(one):
-            return many + words.removeprefix(one).replace("its host", "their host")
-    return words
+def _plural(text: str) -> str:
+    for singular, plural in (("is ", "are "), ("has ", "have "), ("does ", "do ")):
+        if text.startswith(singular):
+            return plural + text.removeprefix(singular).replace("its host", "their host")
+    return text

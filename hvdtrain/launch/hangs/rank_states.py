@@ -1,4 +1,4 @@
-"""Who is where: what the guards have told of their ranks, and which of these wait for which."""
+"""Collect the reports of the guards about their ranks, and determine which ranks wait for which."""
 
 import json
 import re
@@ -11,18 +11,18 @@ from hvdtrain.launch.hangs import stacks
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.verdict import Verdict
 
-# The kernel's letters for a process that is stopped, and for one that a debugger holds.
+# The kernel's letters for a process that is stopped by a signal, and for one stopped by a debugger.
 STOPPED = ("T", "t")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What a guard has told on request.
+    """A guard's answer to a request for details.
 
     Args:
-        stacks: The stacks of all threads of its rank; empty if that could not write them.
-        waits_in: Where in the kernel it sleeps, if that is known.
-        waits: How many waits it had had then.
+        stacks: The stacks of all threads of its rank; empty if the rank could not write them.
+        waits_in: The kernel function in which the rank sleeps; empty if unknown.
+        waits: The number of waits of the rank at that time.
     """
 
     stacks: str = ""
@@ -31,13 +31,13 @@ class Answer:
 
 
 @dataclass
-class Rank:
-    """One rank, with times on the launcher's clock.
+class RankState:
+    """The state of one rank, with times in seconds on the launcher's monotonic clock.
 
     Args:
-        beat: What was last told of it.
-        since: When it began to wait; None when it does not.
-        alive: When it was last seen to do anything.
+        beat: The last report about it.
+        since: When its wait began; None if it does not wait.
+        alive: When it last made progress.
     """
 
     beat: Beat
@@ -46,33 +46,33 @@ class Rank:
 
 
 @final
-class Standing:
-    """Gathers what the guards tell.
+class RankStates:
+    """The states of all ranks, from the reports of their guards.
 
     Args:
-        verdict: What is known of the ranks' hosts and ends.
-        doubt: For how many seconds a rank that has just been at work counts as one that is.
+        verdict: The hosts and results of the ranks.
+        grace: For how many seconds a rank still counts as working after its last progress.
     """
 
-    def __init__(self, verdict: Verdict, doubt: float) -> None:
+    def __init__(self, verdict: Verdict, grace: float) -> None:
         self.verdict = verdict
-        self.ranks: dict[int, Rank] = {}
+        self.ranks: dict[int, RankState] = {}
         self.answers: dict[int, Answer] = {}
-        self._unheard: set[int] = set()  # since all were asked
+        self._unanswered: set[int] = set()  # ranks without a report since the last request
         self._silent: set[int] = set()
-        self._doubt = doubt
+        self._grace = grace
 
-    def hear(self, number: int, kind: bytes, payload: bytes, now: float) -> None:
-        """Takes a guard's frame."""
+    def receive(self, number: int, kind: bytes, payload: bytes, now: float) -> None:
+        """Record the content of a guard's frame."""
         if kind == protocol.BEAT:
-            self._note(number, Beat(**json.loads(payload)), now)
+            self._update(number, Beat(**json.loads(payload)), now)
         elif kind == protocol.STACK:
-            told = json.loads(payload)
-            self._note(number, Beat(**told["beat"]), now)
-            self.answers[number] = Answer(told["stacks"], told["waits_in"], told["beat"]["waits"])
+            answer = json.loads(payload)
+            self._update(number, Beat(**answer["beat"]), now)
+            self.answers[number] = Answer(answer["stacks"], answer["waits_in"], answer["beat"]["waits"])
 
     def waiting(self, now: float) -> dict[int, float]:
-        """Returns for how many seconds each rank has waited that waits for others and could itself go on."""
+        """Return for how many seconds each waiting rank has waited, without ranks that are excused."""
         return {
             number: now - rank.since
             for number, rank in sorted(self.ranks.items())
@@ -80,75 +80,82 @@ class Standing:
         }
 
     def late(self, waiting: Mapping[int, float]) -> list[int]:
-        """Returns the ranks for which those wait."""
+        """Return the ranks that the waiting ranks wait for."""
         size = len(self.verdict.ranks)
-        awaited = {each for number in waiting for each in _members(self.ranks[number].beat.among, size)}
+        awaited: set[int] = set()
+        for number in waiting:
+            awaited |= _members(self.ranks[number].beat.among, size)
         return sorted(awaited - set(waiting))
 
     def works(self, number: int, now: float) -> bool:
-        """Tells whether a rank computes, reads or writes."""
+        """Return whether a rank computes, reads or writes."""
         rank = self.ranks.get(number)
         if rank is None or self.gone(number) or rank.beat.state in STOPPED or self.silent(number):
             return False
-        return rank.beat.busy or now - rank.alive < self._doubt
+        return rank.beat.busy or now - rank.alive < self._grace
 
     def last_sign(self, number: int, now: float) -> float:
-        """Returns when a rank was last seen to do anything."""
+        """Return when a rank last made progress."""
         rank = self.ranks.get(number)
         if rank is None:
             return 0.0
         return now if rank.beat.busy and self.works(number, now) else rank.alive
 
     def still_waits(self, number: int, waits: int) -> bool:
-        """Tells whether a rank is in the same wait as it was."""
+        """Return whether a rank is still in its wait with this number."""
         beat = self.ranks[number].beat
         return beat.waiting is not None and beat.waits == waits
 
     def ask(self) -> None:
-        """Forgets what was answered before."""
-        self.answers, self._unheard = {}, set(self.ranks)
+        """Discard earlier answers, because the guards are asked again."""
+        self.answers, self._unanswered = {}, set(self.ranks)
 
     def close(self) -> None:
-        """Ends the time for answers: of whom nothing was heard, but of others, is silent."""
-        self._silent = set(self._unheard) if self.answers else set()
+        """End the time for answers: if any guard has answered, ranks without a report count as silent."""
+        self._silent = set(self._unanswered) if self.answers else set()
 
     def all_answered(self) -> bool:
-        """Tells whether nothing more is to be expected."""
+        """Return whether the guards of all running ranks have answered."""
         return {number for number in self.ranks if not self.gone(number)} <= set(self.answers)
 
     def silent(self, number: int) -> bool:
-        """Tells whether a rank's guard did not answer when others did, nor since."""
+        """Return whether a rank's guard did not answer while others did, and has sent nothing since."""
         return number in self._silent
 
     def gone(self, number: int) -> bool:
-        """Tells whether a rank has ended."""
+        """Return whether a rank has ended."""
         return self.verdict.ranks[number].gone
 
     def first_step(self) -> bool:
-        """Tells whether no rank is known to have come beyond its first step, which may take long to compile."""
+        """Return whether no rank has passed its first step, in which compilation may take long."""
         return all((rank.beat.step or 0) <= 1 for rank in self.ranks.values())
 
-    def _note(self, number: int, beat: Beat, now: float) -> None:
-        self._unheard.discard(number)
+    def _update(self, number: int, beat: Beat, now: float) -> None:
+        self._unanswered.discard(number)
         self._silent.discard(number)
-        rank = self.ranks.setdefault(number, Rank(beat))
+        rank = self.ranks.setdefault(number, RankState(beat))
         if beat.busy or rank.beat.busy:
             rank.alive = now
         rank.beat = beat
         rank.since = None if beat.waiting is None else now - beat.waiting
 
     def _excused(self, number: int, beat: Beat) -> bool:
-        """A stopped rank does not wait; and whether Horovod's core still works only the process itself shows."""
+        """Return whether a rank that has recorded a wait is not really waiting.
+
+        A stopped rank does not wait. In Horovod's core the wait may be over without a record; then the process is
+        busy, or its main thread is outside of TensorFlow.
+        """
         if self.gone(number) or self.silent(number) or beat.state in STOPPED or (beat.loose and beat.busy):
             return True
         answer = self.answers.get(number)
-        known = beat.loose and answer is not None and answer.waits == beat.waits
-        return known and "/tensorflow/" not in stacks.innermost(answer.stacks if answer else "")
+        if not beat.loose or answer is None or answer.waits != beat.waits:
+            return False
+        return "/tensorflow/" not in stacks.innermost_file(answer.stacks)
 
 
 def _members(among: str, size: int) -> set[int]:
-    """Reads the ranks of a process set from its words; all ranks where there are none."""
-    runs = re.findall(r"(\d+)(?:-(\d+))?", among)
-    return {each for a, b in runs for each in range(int(a), int(b or a) + 1) if each < size} or set(
-        range(size)
-    )
+    """Return the ranks of a process set from its description; all ranks if it is empty."""
+    members: set[int] = set()
+    for first, last in re.findall(r"(\d+)(?:-(\d+))?", among):
+        members.update(range(int(first), int(last or first) + 1))
+    return members & set(range(size)) or set(range(size))

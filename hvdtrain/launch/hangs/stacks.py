@@ -1,31 +1,32 @@
-"""What faulthandler writes of a process's threads, cut down to what a person needs."""
+"""Shorten the stacks that faulthandler writes to the part that helps a user."""
 
 import re
 
-# Where threads are that have nothing to do.
-_RESTING = re.compile(r"/(threading|queue|selectors|socket|multiprocessing/\w+|concurrent/futures/\w+)\.py$")
+# Files in which idle threads wait.
+_IDLE = re.compile(r"/(threading|queue|selectors|socket|multiprocessing/\w+|concurrent/futures/\w+)\.py$")
 _FILE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
-_ENDS = 8  # lines kept of the inner and of the outer end of a long stack
+_ENDS = 8  # lines kept at the inner and at the outer end of a long stack
 
 
-def telling(text: str) -> str:
-    """Returns the stack of the main thread and of one other that is at work, innermost calls first.
+def summarize(text: str) -> str:
+    """Return the stack of the main thread and of one other thread that is not idle, innermost calls first.
 
     Args:
-        text: What faulthandler wrote for all threads.
+        text: The output of faulthandler for all threads.
     """
     threads = _threads(text)
     if not threads:
         return ""
     main = _main(threads)
-    others = [each for each in threads if each is not main and not _RESTING.search(_file(each))]
-    shown = ["\n".join(_short(_users(main)))]
-    shown += ["  In another thread:\n" + "\n".join(_short(_users(each))) for each in others[:1]]
+    busy = [thread for thread in threads if thread is not main and not _IDLE.search(_file(thread))]
+    shown = [*_short(_user_part(main))]
+    if busy:
+        shown += ["  In another thread:", *_short(_user_part(busy[0]))]
     return "\n".join(shown)
 
 
-def innermost(text: str) -> str:
-    """Returns the file in which the main thread is; empty if that is not known."""
+def innermost_file(text: str) -> str:
+    """Return the file of the innermost call of the main thread; empty if unknown."""
     threads = _threads(text)
     return _file(_main(threads)) if threads else ""
 
@@ -41,8 +42,8 @@ def _threads(text: str) -> list[list[str]]:
 
 
 def _main(threads: list[list[str]]) -> list[str]:
-    """The main thread runs the script; where that is not to be seen, it is the oldest, which comes last."""
-    scripts = [each for each in threads if any("hvdtrain/script.py" in line for line in each)]
+    """Return the thread that runs the script; if none is found, the oldest thread, which comes last."""
+    scripts = [thread for thread in threads if any("hvdtrain/script.py" in line for line in thread)]
     return (scripts or threads)[-1]
 
 
@@ -51,7 +52,7 @@ def _file(lines: list[str]) -> str:
     return found.group(1) if found else ""
 
 
-def _users(lines: list[str]) -> list[str]:
+def _user_part(lines: list[str]) -> list[str]:
     ends = [number for number, line in enumerate(lines) if "hvdtrain/script.py" in line]
     return lines[: ends[0]] if ends else lines
 

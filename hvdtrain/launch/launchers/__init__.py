@@ -1,1 +1,1 @@
-"""Start commands of each MPI, of srun and of other schedulers."""
+"""Write the start commands of each MPI and of srun, and read the hosts of other schedulers."""

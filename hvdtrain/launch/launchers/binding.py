@@ -1,7 +1,7 @@
-"""Which cores a rank may use: an equal share of its host's for each, where there is one for each.
+"""Choose the cores of a rank: an equal share of the cores of its host, if there is at least one for each rank.
 
-The rank does this itself rather than ask mpirun for it. So it is the same under every MPI, sees the
-cores that this host and this cgroup really offer, and cannot make a start fail.
+The rank binds itself; mpirun is not asked to. So binding works in the same way under every MPI, uses the cores that
+this host and this cgroup really offer, and cannot make a start fail.
 """
 
 import os
@@ -10,47 +10,48 @@ from pathlib import Path
 
 CPUS = Path("/sys/devices/system/cpu")
 
-# Makes MPI give up the core while it waits; each library reads its own name.
+# Variables that make MPI yield the core while it waits; each MPI reads its own.
 YIELDING = {"OMPI_MCA_mpi_yield_when_idle": "1", "I_MPI_THREAD_YIELD": "3"}
 
 Core = tuple[int, ...]
 
 
 def cores() -> list[Core]:
-    """Lists the physical cores open to this process, each as its hardware threads, neighbours together."""
+    """Return the physical cores that this process may use, each as its hardware threads, ordered by socket."""
     found: dict[tuple[int, Core], set[int]] = {}
     for cpu in sorted(os.sched_getaffinity(0)):
-        found.setdefault(_home(cpu), set()).add(cpu)
+        found.setdefault(_location(cpu), set()).add(cpu)
     return [tuple(sorted(threads)) for _, threads in sorted(found.items())]
 
 
 def share(all_cores: Sequence[Core], rank: int, ranks: int, bind: str) -> set[int] | None:
-    """Says which hardware threads belong to one of several ranks on a host.
+    """Return the hardware threads of one of several ranks on a host.
 
     Args:
-        all_cores: What `cores()` lists.
+        all_cores: The result of `cores()`.
         rank: The local rank.
-        ranks: How many ranks share the host.
+        ranks: The number of ranks on the host.
         bind: "auto" for an equal share, "core" for one core, "none" for no binding.
 
     Returns:
-        The hardware threads, or None where the rank is better left to roam.
+        The hardware threads, or None if the rank should not be bound.
     """
-    each = len(all_cores) // ranks
-    if bind == "none" or each == 0 or (bind == "auto" and ranks == 1):
+    per_rank = len(all_cores) // ranks
+    if bind == "none" or per_rank == 0 or (bind == "auto" and ranks == 1):
         return None
     if bind == "core":
-        each = 1
-    return {thread for core in all_cores[rank * each : (rank + 1) * each] for thread in core}
+        per_rank = 1
+    mine = all_cores[rank * per_rank : (rank + 1) * per_rank]
+    return {thread for core in mine for thread in core}
 
 
 def should_yield(threads: int, ranks: int) -> bool:
-    """Says whether waiting inside MPI must give up the core, because a rank has less than two."""
+    """Return whether MPI must yield the core while it waits, because a rank has less than two hardware threads."""
     return threads < 2 * ranks
 
 
-def _home(cpu: int) -> tuple[int, Core]:
-    """Finds a CPU's socket and sibling threads; one that the kernel does not describe stands alone."""
+def _location(cpu: int) -> tuple[int, Core]:
+    """Return a CPU's socket and sibling threads; (0, (cpu,)) if the kernel does not describe it."""
     topology = CPUS / f"cpu{cpu}" / "topology"
     try:
         socket = int((topology / "physical_package_id").read_text())
@@ -60,6 +61,6 @@ def _home(cpu: int) -> tuple[int, Core]:
 
 
 def _numbers(text: str) -> Core:
-    """Reads the kernel's '0-1,64' form."""
-    ends = [part.split("-") for part in text.strip().split(",")]
-    return tuple(number for pair in ends for number in range(int(pair[0]), int(pair[-1]) + 1))
+    """Read the kernel's '0-1,64' form."""
+    ranges = [part.split("-") for part in text.strip().split(",")]
+    return tuple(number for ends in ranges for number in range(int(ends[0]), int(ends[-1]) + 1))

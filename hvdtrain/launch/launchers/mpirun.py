@@ -1,4 +1,4 @@
-"""The command of whichever MPI is found: what differs between them is a row of a table."""
+"""Find an MPI launcher and write its command line; a table describes how the MPIs differ."""
 
 import os
 import re
@@ -17,16 +17,16 @@ class Mpi:
     """One family of MPI launchers.
 
     Args:
-        name: What people call it.
-        version: What its `--version` shows, as a regular expression.
-        unbound: Options under which any number of ranks starts on any number of cores. Binding is the
-            ranks' own business (see binding.py).
-        hosts: The option that takes hosts.
-        slots_each: The option that takes the slots of every host; without it `hosts` takes `a:4,b:4`.
-        forward: Options that carry the whole environment to other hosts.
-        forward_each: The option that carries one variable to other hosts.
+        name: Its name.
+        version: Regular expression for the output of `--version`.
+        unbound: Options that allow any number of ranks on any number of cores, without binding. Ranks bind
+            themselves (see binding.py).
+        hosts: The option for the hosts.
+        slots_each: The option for the number of slots of each host; if empty, `hosts` takes `a:4,b:4`.
+        forward: Options that forward the whole environment to other hosts.
+        forward_each: The option that forwards one variable to other hosts.
         as_root: Variables without which it refuses to run as root.
-        pmi: What `srun --mpi=` must be for ranks of this MPI, the best first.
+        pmi: Values of `srun --mpi=` for ranks of this MPI, the best first.
     """
 
     name: str
@@ -40,7 +40,7 @@ class Mpi:
     pmi: tuple[str, ...] = ()
 
 
-# Open MPI 4 reads the first two; 5 reads either pair, depending on the name it was called by.
+# Open MPI 4 reads the first two; 5 reads either pair, depending on the name of the program (mpirun or prterun).
 _AS_ROOT = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",
     "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
@@ -87,7 +87,7 @@ KNOWN = (
     ),
 )
 
-# The variables by which MPIs, NCCL and libfabric learn which network interface to use; each ignores the others'.
+# Variables that name the network interface, one for each MPI, NCCL and libfabric; each ignores the others.
 INTERFACE = (
     "OMPI_MCA_btl_tcp_if_include",
     "OMPI_MCA_oob_tcp_if_include",
@@ -97,7 +97,7 @@ INTERFACE = (
     "NCCL_SOCKET_IFNAME",
 )
 
-# What is true on one host only, or set afresh by what starts a process.
+# Variables that are valid on one host only, or that the launcher sets for each process.
 _LOCAL_NAMES = re.compile(
     r"HOST(NAME|TYPE)?|PWD|OLDPWD|SHLVL|_|TMPDIR|TERM|TTY|DISPLAY|SSH_.*|XDG_.*|DBUS_.*|SLURM.*|SRUN_.*|S?PMI_.*|"
     r"PMIX_.*|PRTE_.*|OMPI_(?!MCA_).*|BASH_FUNC_.*"
@@ -106,53 +106,53 @@ _LOCAL_NAMES = re.compile(
 
 @dataclass(frozen=True)
 class Launcher:
-    """An MPI launcher that was found: its program and its row of the table."""
+    """An installed MPI launcher: its program and its row of the table."""
 
     program: str
     mpi: Mpi
 
     def settings(self, environ: Mapping[str, str]) -> dict[str, str]:
-        """Chooses what the launcher itself needs: leave to run as root, its own folder on PATH."""
+        """Return the variables that the launcher needs: permission to run as root, its own folder on PATH."""
         settings = dict(self.mpi.as_root) if os.geteuid() == 0 else {}
         path = path_for(self.program, environ)
         return settings if path == environ.get("PATH") else settings | {"PATH": path}
 
     def command(self, ranks: int, hosts: Sequence[Host], forwarded: Iterable[str]) -> list[str]:
-        """Writes the launcher's part of the command line.
+        """Return the launcher's part of the command line.
 
         Args:
-            ranks: How many ranks to start.
-            hosts: Where; nowhere in particular when empty.
-            forwarded: The variables to carry to other hosts; none where all ranks are here.
+            ranks: The number of ranks to start.
+            hosts: The hosts; empty for this host.
+            forwarded: The variables to forward to other hosts; empty if all ranks are on this host.
 
         Returns:
-            The program and its options, to be followed by the command of a rank.
+            The program and its options; the command of a rank follows.
 
         Raises:
-            LaunchError: Where this MPI cannot be told these hosts.
+            LaunchError: If this MPI has no option for these hosts.
         """
         names = list(forwarded)
         option = self.mpi.forward_each
-        each = [word for name in names for word in (option, name)] if option else []
+        exports = [word for name in names for word in (option, name)] if option else []
         return [
             self.program,
             "-np",
             str(ranks),
             *self.mpi.unbound,
-            *self._places(hosts),
+            *self._host_options(hosts),
             *(self.mpi.forward if names else ()),
-            *each,
+            *exports,
         ]
 
-    def _places(self, hosts: Sequence[Host]) -> list[str]:
-        """Writes the hosts in the one form or the other."""
+    def _host_options(self, hosts: Sequence[Host]) -> list[str]:
+        """Return the options for the hosts, with slots per host or one number of slots for all."""
         if not hosts:
             return []
         if not self.mpi.slots_each:
             return [self.mpi.hosts, ",".join(f"{host.name}:{host.slots}" for host in hosts)]
         if len({host.slots for host in hosts}) > 1:
             raise LaunchError(
-                f"{self.mpi.name} takes hosts with the same number of slots each: give them so, or write a "
+                f"{self.mpi.name} requires the same number of slots on each host: change -H, or write a "
                 '"machinefile" and type --mpi-args "-machinefile FILE" in place of -H.'
             )
         names = ",".join(host.name for host in hosts)
@@ -160,19 +160,19 @@ class Launcher:
 
 
 def find(environ: Mapping[str, str] = os.environ) -> Launcher | None:
-    """Finds an MPI launcher: the one beside this Python first, so that a venv need not be activated.
+    """Find an MPI launcher: first in the folder of this Python, so that a venv need not be activated.
 
     Args:
-        environ: Where PATH is read.
+        environ: The environment with PATH.
 
     Returns:
-        The launcher, or None where this machine has none.
+        The launcher, or None if this machine has none.
 
     Raises:
-        LaunchError: Where one is there but does not say which MPI it belongs to.
+        LaunchError: If a launcher is found whose `--version` names no known MPI.
     """
-    beside = str(Path(sys.executable).parent)
-    for path in (beside, environ.get("PATH", "")):
+    python_folder = str(Path(sys.executable).parent)
+    for path in (python_folder, environ.get("PATH", "")):
         for name in ("mpirun", "mpiexec"):
             program = shutil.which(name, path=path)
             if program:
@@ -181,24 +181,24 @@ def find(environ: Mapping[str, str] = os.environ) -> Launcher | None:
 
 
 def path_for(program: str, environ: Mapping[str, str]) -> str:
-    """Puts the launcher's own folder on PATH, where Intel's mpirun looks for its other half."""
+    """Return PATH with the launcher's own folder, in which Intel's mpirun looks for its helper programs."""
     folder, path = str(Path(program).parent), environ.get("PATH", "")
     return path if folder in path.split(os.pathsep) else os.pathsep.join((folder, path))
 
 
 def forwarded_names(environ: Iterable[str]) -> list[str]:
-    """Chooses the variables that mean the same on every host."""
+    """Return the variables that are valid on every host."""
     return sorted(name for name in environ if name.isidentifier() and not _LOCAL_NAMES.fullmatch(name))
 
 
 def _identify(program: str, environ: Mapping[str, str]) -> Mpi:
     path = {"PATH": path_for(program, environ)}
     done = ask([program, "--version"], {**environ, **_AS_ROOT, **path}, 60)
-    said = done.stdout + done.stderr
+    output = done.stdout + done.stderr
     for mpi in KNOWN:
-        if re.search(mpi.version, said):
+        if re.search(mpi.version, output):
             return mpi
-    first = said.strip().splitlines()[0] if said.strip() else "nothing"
+    first = output.strip().splitlines()[0] if output.strip() else "nothing"
     raise LaunchError(
         f"{program} was found, but its --version says {first!r}, which names none of "
         f"{', '.join(mpi.name for mpi in KNOWN)}: put the mpirun of one of these first on PATH."

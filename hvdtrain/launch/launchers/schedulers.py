@@ -1,6 +1,6 @@
 """Read the hosts and slots of a job from the scheduler that started it: PBS, LSF, Grid Engine, OAR, Flux.
 
-Slurm is not among them: it starts the ranks itself (see slurm.py).
+Slurm is not in the table: it starts the ranks itself (see slurm.py).
 """
 
 import json
@@ -18,12 +18,12 @@ Slots = Iterator[tuple[str, int]]
 
 @dataclass(frozen=True)
 class Job:
-    """A job around this process.
+    """The scheduler's job in which this process runs.
 
     Args:
-        scheduler: Whose job it is.
-        source: The variable that names its hosts, and its value.
-        hosts: Its hosts, each with its slots.
+        scheduler: Name of the scheduler.
+        source: The variable that names the hosts, and its value, for messages.
+        hosts: The hosts of the job with their slots.
     """
 
     scheduler: str
@@ -32,23 +32,23 @@ class Job:
 
     @property
     def slots(self) -> int:
-        """How many ranks the job has room for."""
+        """The number of slots of the job."""
         return sum(host.slots for host in self.hosts)
 
     def hosts_for(self, ranks: int) -> tuple[Host, ...]:
-        """Return the hosts on which to start ranks; none where this host is the only one.
+        """Return the hosts on which to start ranks; empty if this host is the only one.
 
         Raises:
-            LaunchError: If a host cannot be found, or several hosts have too few slots.
+            LaunchError: If a host cannot be resolved, or several hosts have too few slots.
         """
         if len(self.hosts) == 1 and all_local(self.hosts):
-            return ()  # as many ranks as are asked for: a job may ask for one slot of many cores
+            return ()  # any number of ranks may start here: a job may have one slot with many cores
         check_hosts(self.hosts, self.source, ranks)
         return self.hosts
 
 
 def find_job(environ: Mapping[str, str] = os.environ) -> Job | None:
-    """Return the job that the environment tells of, or None where no scheduler of the table left a trace.
+    """Return the job that the environment describes, or None if no variable of the table is set.
 
     Raises:
         LaunchError: If its hosts cannot be read.
@@ -63,13 +63,13 @@ def find_job(environ: Mapping[str, str] = os.environ) -> Job | None:
 
 @dataclass(frozen=True)
 class _Scheduler:
-    """How a scheduler tells a job's hosts.
+    """A scheduler and the way in which it lists the hosts of a job.
 
     Args:
-        name: What people call it.
+        name: Its name.
         variable: The environment variable that only its jobs have.
-        text: Returns the text that holds the hosts, given the variable's value and the environment.
-        slots: Reads hosts and slots from that text; a host may come several times.
+        text: Returns the text with the hosts, given the variable's value and the environment.
+        slots: Yields hosts and slots from that text; a host may occur several times.
     """
 
     name: str
@@ -78,11 +78,11 @@ class _Scheduler:
     slots: Callable[[str], Slots]
 
 
-def _file(value: str, environ: Mapping[str, str]) -> str:
+def _read_file(value: str, environ: Mapping[str, str]) -> str:
     return Path(value).read_text()
 
 
-def _value(value: str, environ: Mapping[str, str]) -> str:
+def _variable_value(value: str, environ: Mapping[str, str]) -> str:
     return value
 
 
@@ -93,26 +93,26 @@ def _flux_resources(value: str, environ: Mapping[str, str]) -> str:
     return done.stdout
 
 
-def _a_line_a_slot(text: str) -> Slots:
+def _one_slot_per_line(text: str) -> Slots:
     for name in text.split():
         yield name, 1
 
 
-def _host_and_slots_in_turn(text: str) -> Slots:
+def _alternating_host_and_slots(text: str) -> Slots:
     words = text.split()
     for name, number in zip(words[::2], words[1::2], strict=True):
         yield name, int(number)
 
 
 def _columns(text: str) -> Slots:
-    """Reads lines of host, slots, queue and processors; a host has one line for each of its queues."""
+    """Yield hosts and slots from lines of host, slots, queue and processors; a host has one line per queue."""
     for line in filter(str.strip, text.splitlines()):
         name, number = line.split()[:2]
         yield name, int(number)
 
 
 def _resource_set(text: str) -> Slots:
-    """Reads Flux's RFC 20: sets of ranks with the cores of each, and the hosts in the order of their ranks."""
+    """Yield hosts and cores from Flux's RFC 20: groups of ranks with their cores, and the hosts in rank order."""
     execution = json.loads(text)["execution"]
     cores = {
         rank: len(list(_numbers(group["children"]["core"])))
@@ -125,14 +125,14 @@ def _resource_set(text: str) -> Slots:
 
 
 def _numbers(text: str) -> Iterator[int]:
-    """Lists the numbers of a set such as "0-2,7"."""
+    """Yield the numbers of a set such as "0-2,7"."""
     for part in text.split(","):
         first, _, last = part.partition("-")
         yield from range(int(first), int(last or first) + 1)
 
 
 def _expand(text: str) -> Iterator[str]:
-    """Lists the hosts of "a[01-03,7],b"."""
+    """Yield the hosts of "a[01-03,7],b"."""
     for start, numbers in re.findall(r"([^,\[]+)(?:\[([^\]]+)\])?", text):
         if not numbers:
             yield start
@@ -144,25 +144,25 @@ def _expand(text: str) -> Iterator[str]:
 
 # The first row whose variable is set wins.
 SCHEDULERS = (
-    _Scheduler("PBS", "PBS_NODEFILE", _file, _a_line_a_slot),
-    _Scheduler("LSF", "LSB_DJOB_HOSTFILE", _file, _a_line_a_slot),
-    _Scheduler("LSF", "LSB_MCPU_HOSTS", _value, _host_and_slots_in_turn),
-    _Scheduler("Grid Engine", "PE_HOSTFILE", _file, _columns),
-    _Scheduler("OAR", "OAR_NODEFILE", _file, _a_line_a_slot),
+    _Scheduler("PBS", "PBS_NODEFILE", _read_file, _one_slot_per_line),
+    _Scheduler("LSF", "LSB_DJOB_HOSTFILE", _read_file, _one_slot_per_line),
+    _Scheduler("LSF", "LSB_MCPU_HOSTS", _variable_value, _alternating_host_and_slots),
+    _Scheduler("Grid Engine", "PE_HOSTFILE", _read_file, _columns),
+    _Scheduler("OAR", "OAR_NODEFILE", _read_file, _one_slot_per_line),
     _Scheduler("Flux", "FLUX_URI", _flux_resources, _resource_set),
 )
 
 
 def _hosts(scheduler: _Scheduler, source: str, environ: Mapping[str, str]) -> tuple[Host, ...]:
-    instead = f"Name the hosts with -H a:4,b:4, or unset {scheduler.variable}."
+    advice = f"Name the hosts with -H a:4,b:4, or unset {scheduler.variable}."
     total: dict[str, int] = {}
     try:
         for name, slots in scheduler.slots(scheduler.text(environ[scheduler.variable], environ)):
             total[name] = total.get(name, 0) + slots
     except (OSError, UnicodeDecodeError, LaunchError) as error:
-        raise LaunchError(f"{source} cannot be read: {error} {instead}") from error
+        raise LaunchError(f"{source} cannot be read: {error} {advice}") from error
     except (ValueError, KeyError, TypeError) as error:
-        raise LaunchError(f"{source} does not hold hosts and slots as expected. {instead}") from error
+        raise LaunchError(f"{source} does not hold hosts and slots as expected. {advice}") from error
     if not total:
-        raise LaunchError(f"{source} names no host. {instead}")
+        raise LaunchError(f"{source} names no host. {advice}")
     return tuple(Host(name, slots) for name, slots in total.items())

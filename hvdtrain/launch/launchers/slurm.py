@@ -1,4 +1,4 @@
-"""Inside a Slurm allocation: `srun` starts the ranks where it speaks the PMI that this MPI needs."""
+"""Start ranks with `srun` inside a Slurm allocation, if it offers a PMI that works with this MPI."""
 
 import os
 import re
@@ -11,38 +11,38 @@ from hvdtrain.launch.hosts import Host, LaunchError
 from hvdtrain.launch.launchers.mpirun import Mpi
 from hvdtrain.launch.run_program import ask
 
-# What to try when no mpirun shows which MPI the ranks will load.
+# The PMI types to try if there is no mpirun that shows which MPI the ranks will load.
 ANY_PMI = ("pmix", "pmi2")
 
-# What srun lists it may fail to load, and what it loads may be of a version that the MPI does not understand; then
-# each rank is alone, or dies. Two ranks that meet are the proof.
+# srun may fail to load a PMI that it lists, or load a version that the MPI does not support; then each rank has
+# size 1 or fails. So two ranks are started as a test, which must see each other.
 _MEET = safe_path.code("from mpi4py import MPI; print('met', MPI.COMM_WORLD.Get_size())")
 
 
 def in_allocation(environ: Mapping[str, str] = os.environ) -> bool:
-    """Says whether this process runs inside a Slurm allocation and can use `srun`."""
+    """Return whether this process runs inside a Slurm allocation and can use `srun`."""
     return "SLURM_JOB_ID" in environ and shutil.which("srun", path=environ.get("PATH")) is not None
 
 
 def node_count(environ: Mapping[str, str] = os.environ) -> int:
-    """Returns on how many nodes this process' allocation is; 1 outside of any."""
+    """Return the number of nodes of the Slurm allocation; 1 outside of an allocation."""
     return int(environ.get("SLURM_JOB_NUM_NODES", 1)) if in_allocation(environ) else 1
 
 
 def settle(
     ranks: int, mpi: Mpi | None, environ: Mapping[str, str], python: Sequence[str] = (sys.executable,)
 ) -> dict[str, str]:
-    """Finds out once, by starting ranks, how srun and this MPI meet.
+    """Test by starting two ranks which PMI of srun works with this MPI.
 
     Args:
-        ranks: How many ranks there will be.
-        mpi: The MPI that the ranks will load, as far as it is known.
+        ranks: The number of ranks of the job.
+        mpi: The MPI that the ranks will load, or None if it is not known.
         environ: The environment of the allocation.
-        python: What runs Python for a rank, after options of srun's that it needs.
+        python: The options of srun that Python needs, and the command that runs Python for a rank.
 
     Returns:
-        What a site would write to decide it: SLURM_MPI_TYPE, or HVDTRAIN_LAUNCHER where no PMI of this srun
-        brings ranks of this MPI together, so that mpirun has to; nothing where the site has decided.
+        The variable with the result: SLURM_MPI_TYPE, or HVDTRAIN_LAUNCHER=mpirun if no PMI of this srun works
+        with this MPI; empty if the environment sets one of them already.
     """
     if environ.get("HVDTRAIN_LAUNCHER") == "mpirun" or "SLURM_MPI_TYPE" in environ:
         return {}
@@ -53,34 +53,34 @@ def settle(
 def srun_command(
     ranks: int, bind: str, environ: Mapping[str, str], nodes: Sequence[str] = ()
 ) -> list[str] | None:
-    """Writes the `srun` part of the command line.
+    """Return the `srun` part of the command line.
 
     Args:
-        ranks: How many ranks to start.
-        bind: "auto" leaves binding to the cluster's configuration.
-        environ: The environment of the allocation, in which `settle` has decided.
-        nodes: The nodes of the allocation to start them on, when some are lost; all if none is named.
+        ranks: The number of ranks to start.
+        bind: "auto" uses the binding that the cluster has configured.
+        environ: The environment of the allocation, with the variable that `settle` has returned.
+        nodes: The nodes to start the ranks on, if some nodes are lost; empty for all nodes of the allocation.
 
     Returns:
-        The program and its options, or None where the MPI's own mpirun has to start the ranks.
+        The program and its options, or None if the MPI's own mpirun must start the ranks.
     """
     if environ.get("HVDTRAIN_LAUNCHER") == "mpirun":
         return None
-    # Slurm 22.05 and later do not hand --cpus-per-task from sbatch on to srun.
+    # Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
     threads = environ.get("SLURM_CPUS_PER_TASK")
     binding = {"core": ["--cpu-bind=cores"], "none": ["--cpu-bind=none"]}.get(bind, [])
-    # What was lost with a node may look busy to Slurm for a while.
-    some = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--overlap"] if nodes else []
+    # After a node was lost, Slurm may consider the resources of its job step busy for a while: hence --overlap.
+    remaining = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--overlap"] if nodes else []
     return [
         "srun",
         f"--ntasks={ranks}",
         f"--mpi={environ['SLURM_MPI_TYPE']}",
-        # Without it the other ranks wait for ever for the one that failed.
+        # Without it the other ranks wait forever for a rank that has failed.
         "--kill-on-bad-exit=1",
         "--export=ALL",
         *(["-c", threads] if threads else []),
         *binding,
-        *(some or overlap(environ)),
+        *(remaining or overlap(environ)),
     ]
 
 
@@ -93,14 +93,14 @@ def _fitting_pmi(
         if trouble is None:
             return pmi
         print(
-            f"hvdtrain: srun --mpi={pmi} does not bring ranks together: {trouble} Another way is taken.",
+            f"hvdtrain: srun --mpi={pmi} does not connect the ranks: {trouble} Trying another PMI or mpirun.",
             file=sys.stderr,
         )
     return None
 
 
 def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[str]) -> str | None:
-    """Starts a world of two and returns what went wrong, or None if they met."""
+    """Start at most two ranks and return what went wrong, or None if they have seen each other."""
     command = ["srun", f"--ntasks={ranks}", f"--mpi={pmi}", "--kill-on-bad-exit=1", *overlap(environ)]
     try:
         done = ask([*command, *python, *_MEET], environ, 120)
@@ -113,18 +113,18 @@ def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[
 
 
 def overlap(environ: Mapping[str, str]) -> list[str]:
-    """Gives the option without which no step starts inside another, an interactive shell for one."""
+    """Return --overlap inside a job step, such as an interactive shell; without it no further step would start."""
     return ["--overlap"] if "SLURM_STEP_ID" in environ else []
 
 
 def first_hosts(environ: Mapping[str, str]) -> Sequence[str]:
-    """Names the first host of the allocation, towards which this host's address can be looked up."""
+    """Return the first host of the allocation, which is used to find this host's address on the route to it."""
     match = re.match(r"([^,\[]+)(?:\[(\d+))?", environ.get("SLURM_JOB_NODELIST", ""))
     return ["".join(part or "" for part in match.groups())] if match else []
 
 
 def pmi_types(environ: Mapping[str, str]) -> set[str]:
-    """Asks `srun` which PMI types it speaks."""
+    """Return the PMI types that `srun` offers."""
     try:
         done = ask(["srun", "--mpi=list"], environ, 60)
     except LaunchError:
@@ -133,10 +133,10 @@ def pmi_types(environ: Mapping[str, str]) -> set[str]:
 
 
 def nodes(environ: Mapping[str, str]) -> tuple[Host, ...]:
-    """Lists the nodes of the allocation, with the tasks that each of them takes.
+    """Return the nodes of the allocation with the number of tasks of each.
 
     Raises:
-        LaunchError: If Slurm cannot say.
+        LaunchError: If Slurm does not report a number of tasks for each node.
     """
     done = ask(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")], environ, 60)
     names = done.stdout.split()

@@ -1,4 +1,4 @@
-"""How one start of the ranks ended: the exit code, the last words, and what a restart must know of it."""
+"""Summarize how one start of the ranks has ended: exit code, message, and the facts that a restart depends on."""
 
 import itertools
 import re
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from hvdtrain.launch.supervision.job import Job
 from hvdtrain.stop_request import RESUMABLE
 
-# What MPI launchers say whenever a rank has ended badly; how it did is known better here.
-_ROUTINE = re.compile(
+# Messages of MPI launchers about any failed rank. They are not shown, because the guard reports more detail.
+_ROUTINE_MESSAGES = re.compile(
     r"Primary job +terminated normally|noticed that process rank|exited with non-zero|BAD TERMINATION"
     r"|EXIT STRING|ORTE_ERROR_LOG|Process name:|MPI_ABORT|MPI_Abort|problem with your application|KILLED BY"
 )
@@ -17,22 +17,22 @@ _ROUTINE = re.compile(
 
 @dataclass(frozen=True)
 class Ending:
-    """How one start ended.
+    """The result of one start.
 
     Args:
         code: The exit code.
-        words: The last words on the screen, the traceback of the rank that failed first in the end.
-        summary: The same in a few words.
-        rank: Which rank failed first; None where none did.
-        step: The step it was at, counted over the whole training; None where that is not known.
+        message: The last message on the screen; it ends with the traceback of the rank that failed first.
+        summary: A summary in a few words.
+        rank: The rank that failed first, or None.
+        step: The step of that rank, counted over the whole training; None if it is not known.
         trace: Its traceback.
-        lost: Whether that rank was lost without a word, as with its host.
-        up: Whether any rank came to life.
-        interrupted: Whether it was ended from outside, by Ctrl-C or SIGTERM.
+        lost: Whether that rank ended without a report, for example because its host was lost.
+        up: Whether any rank has started.
+        interrupted: Whether the job was ended by a signal to the launcher, such as Ctrl-C or SIGTERM.
     """
 
     code: int
-    words: str = ""
+    message: str = ""
     summary: str = "done"
     rank: int | None = None
     step: int | None = None
@@ -43,17 +43,17 @@ class Ending:
 
     @property
     def failed(self) -> bool:
-        """Whether something went wrong that another start may mend."""
+        """Whether the start has ended with an error, so that a restart may succeed."""
         return not self.interrupted and self.code not in (0, RESUMABLE)
 
 
 def conclude(job: Job, status: int, seconds: float) -> Ending:
-    """Judges a job that has ended.
+    """Return the result of a job that has ended.
 
     Args:
         job: The job.
-        status: The MPI launcher's exit code, minus the number of the signal where one ended it.
-        seconds: How long it took.
+        status: Exit code of the MPI launcher, or minus the number of the signal that ended it.
+        seconds: Duration of the job.
     """
     verdict = job.verdict
     if verdict.resumable is not None:
@@ -65,17 +65,17 @@ def conclude(job: Job, status: int, seconds: float) -> Ending:
     if verdict.first is not None:
         return _failure(job, verdict.first)
     if status < 0:
-        words = f"hvdtrain: the MPI launcher was killed by signal {-status} before its ranks had ended."
-        return Ending(128 - status, words, f"the MPI launcher was killed by signal {-status}")
+        message = f"hvdtrain: the MPI launcher was killed by signal {-status} before its ranks had ended."
+        return Ending(128 - status, message, f"the MPI launcher was killed by signal {-status}")
     up = len(verdict.missing) < len(verdict.ranks)
-    return Ending(status or 1, _never_up(job, status), "ranks never came to life", up=up)
+    return Ending(status or 1, _never_started(job, status), "not all ranks have started", up=up)
 
 
 def interrupted(number: int, seconds: float, step: int | None = None) -> Ending:
-    """Says that a signal has ended it all."""
+    """Return the result of a job that a signal has ended."""
     name = signal.Signals(number).name
-    words = f"hvdtrain: ended by {name} after {seconds:.0f} s."
-    return Ending(128 + number, words, f"ended by {name}", step=step, interrupted=True)
+    message = f"hvdtrain: ended by {name} after {seconds:.0f} s."
+    return Ending(128 + number, message, f"ended by {name}", step=step, interrupted=True)
 
 
 def _resumable(text: str) -> str:
@@ -106,26 +106,27 @@ def _last_step(job: Job) -> int | None:
 
 
 def _explanation(job: Job) -> str:
-    """Adds what the MPI launcher said about a rank that could not say anything itself."""
-    words = "" if job.verdict.explained else _first_words(job.said)
-    return f"hvdtrain: the MPI launcher said: {words}\n" if words else ""
+    """Return the MPI launcher's message, if the rank that failed first has not reported a reason itself."""
+    message = "" if job.verdict.explained else _shorten(job.launcher_output)
+    return f"hvdtrain: message of the MPI launcher: {message}\n" if message else ""
 
 
-def _never_up(job: Job, status: int) -> str:
-    """Says what the MPI launcher said when ranks never came to life."""
+def _never_started(job: Job, status: int) -> str:
+    """Return a message about ranks that never started, with the message of the MPI launcher."""
     missing, size = job.verdict.missing, len(job.verdict.ranks)
     named = f"rank(s) {', '.join(map(str, missing))} of {size} never"
-    who = f"none of the {size} ranks" if len(missing) == size else named
-    words = _first_words(job.said)
-    said = f" It said: {words}" if words else " Type the same with -v to see what it says."
-    return f"hvdtrain: {who} came to life; the MPI launcher ended with exit code {status}.{said}"
+    ranks = f"none of the {size} ranks" if len(missing) == size else named
+    message = _shorten(job.launcher_output)
+    advice = f" Its message: {message}" if message else " Run the same command with -v to see its output."
+    return f"hvdtrain: {ranks} started; the MPI launcher ended with exit code {status}.{advice}"
 
 
-def _first_words(said: str) -> str:
-    """Takes the beginning of an MPI launcher's message, without its rules and tags, as one line."""
-    lines = [re.sub(r"^\[[^\]]*\] ", "", line).strip(" -=|#*") for line in said.splitlines()]
-    paragraphs = [" ".join(lines) for told, lines in itertools.groupby(lines, bool) if told]
-    told = [words for words in paragraphs if not _ROUTINE.search(words)]
-    # A paragraph may be no more than the heading of the next.
-    words = " ".join(told[: 1 if not told or len(told[0]) > 80 else 2])
-    return words if len(words) < 600 else words[:600].rpartition(" ")[0] + " ..."
+def _shorten(output: str) -> str:
+    """Return the first paragraph of an MPI launcher's output that is not routine, without rulers and tags."""
+    lines = [re.sub(r"^\[[^\]]*\] ", "", line).strip(" -=|#*") for line in output.splitlines()]
+    paragraphs = [" ".join(group) for filled, group in itertools.groupby(lines, bool) if filled]
+    informative = [paragraph for paragraph in paragraphs if not _ROUTINE_MESSAGES.search(paragraph)]
+    # A short first paragraph may be the heading of the next.
+    count = 1 if not informative or len(informative[0]) > 80 else 2
+    message = " ".join(informative[:count])
+    return message if len(message) < 600 else message[:600].rpartition(" ")[0] + " ..."

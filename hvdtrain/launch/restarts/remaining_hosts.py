@@ -1,4 +1,4 @@
-"""Where a restart finds the hosts that are left, and how many ranks they take."""
+"""Find the hosts that still answer before a restart, and how many ranks they can take."""
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -10,17 +10,17 @@ from hvdtrain.launch.run_options import RunOptions
 from hvdtrain.launch.run_program import ask
 from hvdtrain.launch.start_plan import find_hosts, in_allocation
 
-PATIENCE = 30.0  # seconds for a host to start a program that does nothing
+TIMEOUT = 30.0  # seconds for a host to start a program that does nothing
 
 
 @dataclass(frozen=True)
-class World:
-    """The ranks of a start.
+class RemainingHosts:
+    """The hosts of a restart.
 
     Args:
-        ranks: How many.
-        left: On which hosts; empty if on all that were asked for.
-        note: What there is to say about hosts that are lost.
+        ranks: The number of ranks to start.
+        left: The hosts to start them on; empty for all requested hosts.
+        note: A message about hosts that do not answer; may be empty.
     """
 
     ranks: int
@@ -28,28 +28,28 @@ class World:
     note: str = ""
 
 
-def world(options: RunOptions, environ: Mapping[str, str]) -> World:
-    """Asks every host to start something, as the ranks will be started, and counts on those that do.
+def find_remaining(options: RunOptions, environ: Mapping[str, str]) -> RemainingHosts:
+    """Start a trivial program on every host, in the way the ranks are started, and return the hosts that can.
 
-    A host that is back takes part again. Where those that are left take fewer ranks than `--min-np` allows, all are
-    tried, since one that is starting up may be back by then.
+    A lost host that answers again is used again. If the remaining hosts take fewer ranks than `--min-np`, all hosts
+    are returned, because a lost host may be rebooting and answer by the time the ranks start.
     """
-    whole = World(options.ranks)
+    all_hosts = RemainingHosts(options.ranks)
     hosts = _hosts(options, environ)
     if all_local(hosts):
-        return whole
+        return all_hosts
     with ThreadPoolExecutor(16) as pool:
         answers = list(pool.map(lambda host: _answers(host, options, environ), hosts))
     left = tuple(host for host, answer in zip(hosts, answers, strict=True) if answer)
     if len(left) == len(hosts):
-        return whole
+        return all_hosts
     lost = ", ".join(host.name for host, answer in zip(hosts, answers, strict=True) if not answer)
     fewest = options.min_np or options.ranks
     ranks = min(options.ranks, sum(host.slots for host in left))
     if ranks < fewest:
-        few = f"the other hosts take {ranks} ranks, fewer than {fewest} (--min-np)"
-        return World(options.ranks, note=f"no answer from {lost}; {few}, so all are tried")
-    return World(ranks, left, f"no answer from {lost}")
+        few = f"the other hosts have slots for {ranks} ranks, fewer than {fewest} (--min-np)"
+        return RemainingHosts(options.ranks, note=f"no answer from {lost}; {few}, so all are tried")
+    return RemainingHosts(ranks, left, f"no answer from {lost}")
 
 
 def _hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, ...]:
@@ -59,9 +59,9 @@ def _hosts(options: RunOptions, environ: Mapping[str, str]) -> tuple[Host, ...]:
 
 
 def _answers(host: Host, options: RunOptions, environ: Mapping[str, str]) -> bool:
-    """Says whether a host can start a program."""
+    """Return whether a host can start a program."""
     try:
-        return ask([*_starter(host, options, environ), "true"], environ, PATIENCE).returncode == 0
+        return ask([*_starter(host, options, environ), "true"], environ, TIMEOUT).returncode == 0
     except LaunchError:
         return False
 

@@ -1,4 +1,4 @@
-"""`--max-restarts`: whether ranks that failed are started again, after how long, and the story of all starts."""
+"""Decide whether a failed job is restarted and after which pause, and report all starts (`--max-restarts`)."""
 
 import io
 import re
@@ -8,30 +8,31 @@ from dataclasses import dataclass
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.restarts.outcome import Ending
 
-# The number of this start for the ranks, from 0.
+# The number of this start, counted from 0, as a variable for the ranks.
 RESTART = "HVDTRAIN_RESTART"
-# Seconds before the first restart; the pause doubles with each.
+# Seconds before the first restart; the pause doubles with each further restart.
 BACKOFF = "HVDTRAIN_BACKOFF"
 LONGEST = 60.0
 
-# What no other start will mend: a usage message of argparse's, a script that Python cannot read or load.
+# Failures that a restart cannot fix: a usage error of argparse, a script that Python cannot parse or import.
 _WRONG = re.compile(
     r"failed: (it called sys\.exit\(2\)|(Syntax|Indentation|Tab|ModuleNotFound|Import)Error\b)"
 )
 
-# How often the same traceback may end a training of which no step is known. A network or a disk may fail twice.
+# If no step is known, the number of identical tracebacks after which the job is not restarted. A network or disk
+# may fail twice.
 _SAME_TRACES = 3
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the ranks, and what became of it.
+    """One start of the ranks and its result.
 
     Args:
-        ranks: How many were started.
-        hosts: Where those came to life that did, one entry a rank.
-        seconds: How long it took.
-        ending: How it ended.
+        ranks: The number of ranks.
+        hosts: The hosts of the ranks that have started, one entry per rank.
+        seconds: Its duration.
+        ending: Its result.
     """
 
     ranks: int
@@ -41,14 +42,14 @@ class Start:
 
 
 def pause(environ: Mapping[str, str], restarts: int) -> float:
-    """Gives the seconds to wait before a restart: 1, 2, 4, … and 60 at most.
+    """Return the seconds to wait before a restart: 1, 2, 4, … and at most 60.
 
     Args:
-        environ: Where HVDTRAIN_BACKOFF may name other seconds for the first.
-        restarts: How many restarts there have been.
+        environ: The environment; HVDTRAIN_BACKOFF may set another number of seconds for the first restart.
+        restarts: The number of restarts so far.
 
     Raises:
-        LaunchError: If HVDTRAIN_BACKOFF is no number of seconds.
+        LaunchError: If HVDTRAIN_BACKOFF is not a number of seconds.
     """
     try:
         first = float(environ.get(BACKOFF, 1))
@@ -60,55 +61,59 @@ def pause(environ: Mapping[str, str], restarts: int) -> float:
 
 
 def objection(starts: Sequence[Start], max_restarts: int) -> str | None:
-    """Says why the ranks are not started again.
+    """Return why the job is not restarted.
 
     Args:
         starts: All starts so far.
-        max_restarts: How many restarts were asked for.
+        max_restarts: The value of --max-restarts.
 
     Returns:
-        A sentence, empty where there is nothing to say; None if they are to be started again.
+        A message, empty if no restart is needed or was requested; None if the job is to be restarted.
     """
     last = starts[-1].ending
     if not max_restarts or not last.failed:
         return ""
     repeated = _repeated([start.ending for start in starts])
     if repeated:
-        return f"hvdtrain: not started again: {repeated}"
+        return f"hvdtrain: not restarted: {repeated}"
     if len(starts) > max_restarts:
-        return f"hvdtrain: not started again: --max-restarts {max_restarts} is used up."
+        return f"hvdtrain: not restarted: the limit of --max-restarts {max_restarts} is reached."
     return None
 
 
 def _repeated(endings: Sequence[Ending]) -> str:
-    """Finds what another start will not mend."""
+    """Return why the last failure would occur again after a restart; empty if it may not."""
     last = endings[-1]
     if len(endings) == 1 and not last.up:
-        return "no rank came to life at the first start, so what was typed or installed is wrong."
+        return "no rank has started at the first attempt, so the command line or the installation is wrong."
     if last.step is None and _WRONG.search(last.summary):
-        return "the script was wrong before its first step, and would be again."
+        return "the script has failed before its first step with an error that a restart cannot fix."
     if last.lost or last.rank is None:
         return ""
     if last.step is not None:
         return _same_step(endings[-2:])
     if last.trace and [ending.trace for ending in endings[-_SAME_TRACES:]] == [last.trace] * _SAME_TRACES:
-        return f"{_SAME_TRACES} starts have ended with the same traceback: the same bug will do it again."
+        return f"{_SAME_TRACES} starts have ended with the same traceback, so a restart would fail in the same way."
     return ""
 
 
-def _same_step(two: Sequence[Ending]) -> str:
-    before, last = two[0], two[-1]
-    alike = before.rank == last.rank or (last.trace and before.trace == last.trace)
-    if len(two) < 2 or before.step != last.step or before.lost or not alike:
+def _same_step(last_two: Sequence[Ending]) -> str:
+    """Return a message if the last two starts have failed in the same way at the same step, else an empty text."""
+    before, last = last_two[0], last_two[-1]
+    same_rank = before.rank == last.rank
+    alike = same_rank or (last.trace and before.trace == last.trace)
+    if len(last_two) < 2 or before.step != last.step or before.lost or not alike:
         return ""
-    who = f"rank {last.rank} has" if before.rank == last.rank else f"ranks {before.rank} and {last.rank} have"
     how = last.summary.removeprefix(f"rank {last.rank} ")
-    times = "twice" if before.rank == last.rank else "one after the other"
-    return f"{who} died {times} at step {last.step} ({how}): the same data or the same bug will do it again."
+    if same_rank:
+        failures = f"rank {last.rank} has failed twice"
+    else:
+        failures = f"ranks {before.rank} and {last.rank} have failed one after the other"
+    return f"{failures} at step {last.step} ({how}): the same data or the same bug would make it fail again."
 
 
 def report(starts: Sequence[Start]) -> str:
-    """Tells what happened in each start, as a table."""
+    """Return a table of all starts, as text."""
     from rich.console import Console
     from rich.table import Table
 
@@ -119,6 +124,6 @@ def report(starts: Sequence[Start]) -> str:
         hosts = ", ".join(names) if len(names) < 5 else f"{len(names)} hosts"
         summary = start.ending.summary
         table.add_row(str(number), str(start.ranks), hosts, summary, step, f"{start.seconds:.0f}")
-    drawn = io.StringIO()
-    Console(file=drawn, width=110, markup=False, highlight=False).print(table)
-    return drawn.getvalue().rstrip("\n")
+    text = io.StringIO()
+    Console(file=text, width=110, markup=False, highlight=False).print(table)
+    return text.getvalue().rstrip("\n")

@@ -1,4 +1,4 @@
-"""When the training has to have stopped: `--walltime`, or the end of the Slurm job, whichever comes first."""
+"""Compute when the training must stop: after `--walltime`, or at the end of the Slurm job if that is earlier."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers import slurm
 from hvdtrain.launch.run_program import ask
 
-# Seconds since 1970: the ranks write a checkpoint and stop before.
+# A time in seconds since 1970, before which the ranks write a checkpoint and stop.
 DEADLINE = "HVDTRAIN_DEADLINE"
 
 _FORMS = (
@@ -19,35 +19,35 @@ _FORMS = (
     re.compile(r"(?P<days>\d+)-(?P<hours>\d+)(:(?P<minutes>\d+)(:(?P<seconds>\d+))?)?"),
 )
 _SECONDS = {"days": 86400, "hours": 3600, "minutes": 60, "seconds": 1}
-_YEAR = 365 * 86400  # what Slurm takes a job without a limit to last
+_YEAR = 365 * 86400  # the time limit that Slurm reports for a job without a limit
 
 
-def told(walltime: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Gives what tells the ranks when their time is up: HVDTRAIN_DEADLINE.
+def deadline_variable(walltime: str | None, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return HVDTRAIN_DEADLINE, the variable that tells the ranks when they must have stopped.
 
     Args:
-        walltime: What was typed after --walltime, if anything.
-        environ: The environment, also that of a Slurm job, and with a deadline that was set by hand.
+        walltime: The value of --walltime, or None.
+        environ: The environment; it may contain variables of a Slurm job, or a deadline set by the user.
 
     Returns:
-        The variable; nothing where the time has no end.
+        The variable with the earliest of these times; empty if there is none.
 
     Raises:
-        LaunchError: If what was typed is no time.
+        LaunchError: If `walltime` or the deadline set by the user is not a time.
     """
-    ends = [_set_by_hand(environ), slurm_end(environ)]
+    ends = [_set_by_user(environ), slurm_end(environ)]
     ends += [time.time() + seconds(walltime)] if walltime is not None else []
     known = [end for end in ends if end is not None]
     return {DEADLINE: f"{min(known):.3f}"} if known else {}
 
 
 def seconds(walltime: str) -> float:
-    """Reads a time as Slurm writes it: seconds, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
+    """Read a time as Slurm writes it: seconds, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
-    Slurm takes a single number for minutes; here, where no clock is drawn, it is seconds.
+    A single number means minutes for Slurm, but seconds here.
 
     Raises:
-        LaunchError: If it is no time, or none at all.
+        LaunchError: If it is not a time, or zero.
     """
     matches = [match for form in _FORMS if (match := form.fullmatch(walltime.strip()))]
     parts = matches[0].groupdict() if matches else {}
@@ -61,7 +61,7 @@ def seconds(walltime: str) -> float:
 
 
 def slurm_end(environ: Mapping[str, str] = os.environ) -> float | None:
-    """Tells when Slurm will end this job, in seconds since 1970; None outside of one, or if it has no limit."""
+    """Return when Slurm will end this job, in seconds since 1970; None outside of a job or without a time limit."""
     if not slurm.in_allocation(environ):
         return None
     end = environ.get("SLURM_JOB_END_TIME", "")
@@ -70,7 +70,7 @@ def slurm_end(environ: Mapping[str, str] = os.environ) -> float | None:
 
 
 def _ask_squeue(environ: Mapping[str, str]) -> float | None:
-    """Asks for what a newer Slurm says in SLURM_JOB_END_TIME."""
+    """Ask squeue for the end of the job, which only newer versions of Slurm set in SLURM_JOB_END_TIME."""
     try:
         done = ask(["squeue", "-h", "-j", environ["SLURM_JOB_ID"], "-o", "%e"], environ, 60)
         return datetime.fromisoformat(done.stdout.strip()).timestamp()
@@ -78,7 +78,7 @@ def _ask_squeue(environ: Mapping[str, str]) -> float | None:
         return None
 
 
-def _set_by_hand(environ: Mapping[str, str]) -> float | None:
+def _set_by_user(environ: Mapping[str, str]) -> float | None:
     try:
         return float(environ[DEADLINE])
     except KeyError:

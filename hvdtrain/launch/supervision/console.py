@@ -1,4 +1,4 @@
-"""One screen for many ranks: rank 0 as it is, the others line by line, start-up noise left out."""
+"""Print the output of all ranks: rank 0 unmodified, the others line by line, without start-up messages."""
 
 import re
 import sys
@@ -7,10 +7,10 @@ from typing import BinaryIO
 
 from hvdtrain.launch.supervision.protocol import STDERR, STDOUT
 
-# How long another rank's line waits for rank 0 to finish its own, and a beginning of rank 0's for its end.
+# Seconds that a line of another rank, or an unfinished line of rank 0 itself, waits for rank 0 to finish its line.
 WAIT = 0.25
 
-# What TensorFlow says at every start, whatever one does.
+# Messages that TensorFlow prints at every start.
 NOISE = re.compile(
     rb"WARNING: All log messages before absl::InitializeLog\(\) is called"
     rb"|To enable the following instructions:"
@@ -20,7 +20,7 @@ NOISE = re.compile(
     rb"|\d{4}-\d\d-\d\d [^\n]*(Unable to register cu\w+ factory|TF-TRT Warning)"
 )
 
-# The last drawing of a bar: Keras 3's, the older Keras', tqdm's. Text that follows one on its line is kept.
+# A drawn progress bar of Keras 3, Keras 2 or tqdm. Text after it on the same line is kept.
 COLOUR = re.compile(rb"\x1b\[[\d;]*[mK]")
 _NUMBER = rb"(?:-?\d[\d.]*(?:e[+-]?\d+)?|nan|-?inf)"
 BAR = re.compile(
@@ -34,15 +34,15 @@ EPOCH = re.compile(rb"Epoch \d+/\d+\s*")
 
 
 class Console:
-    """Shows the output of all ranks so that it can be read.
+    """Print the output of all ranks without mixing their lines.
 
-    Rank 0's bytes are shown as they come, so a progress bar stays one. Lines of other ranks appear whole,
-    with their `[rank]`, and only at the start of a line; their progress bars are left out.
+    The output of rank 0 is written unmodified, so that progress bars work. Lines of other ranks are written as a
+    whole, at the start of a line and with a `[rank]` prefix; their progress bars are omitted.
 
     Args:
-        verbose: Whether to show the start-up noise too.
-        stdout: Where standard output goes; the process's own by default.
-        stderr: Where standard error goes.
+        verbose: Whether to print the start-up messages of TensorFlow too.
+        stdout: File for standard output; that of this process by default.
+        stderr: File for standard error; that of this process by default.
     """
 
     def __init__(self, verbose: bool, stdout: BinaryIO | None = None, stderr: BinaryIO | None = None) -> None:
@@ -56,16 +56,16 @@ class Console:
         self._mid_error = False
 
     def write(self, rank: int, stream: bytes, data: bytes) -> None:
-        """Takes what a rank has written to one of its streams."""
+        """Print what a rank has written to one of its streams."""
         if rank != 0:
-            self._follow(rank, stream, data)
+            self._write_other_rank(rank, stream, data)
         elif stream == STDERR and not self._verbose:
-            self._lead_error(data)
+            self._write_rank_zero_error(data)
         else:
-            self._lead(stream, data)
+            self._write_rank_zero(stream, data)
 
     def tick(self) -> None:
-        """Shows what has waited long enough; to be called a few times a second."""
+        """Print output that was held long enough; called a few times a second."""
         now = time.monotonic()
         if self._rests.get((0, STDERR)) and now > self._rest_since + WAIT:
             self._release_error()
@@ -73,20 +73,20 @@ class Console:
             self._start_line()
 
     def finish(self) -> None:
-        """Shows whatever is left, unfinished lines too."""
+        """Print all remaining output, including unfinished lines."""
         self._release_error()
         for rank, stream in list(self._rests):
             if rank and self._rests[rank, stream]:
-                self._follow(rank, stream, b"\n")
+                self._write_other_rank(rank, stream, b"\n")
         if self._held:
             self._start_line()
 
     def say(self, text: str) -> None:
-        """Shows the launcher's own words, on lines of their own."""
+        """Print a message of the launcher on a new line."""
         self._start_line()
         self._put(STDERR, text.encode(errors="replace") + b"\n")
 
-    def _lead(self, stream: bytes, data: bytes) -> None:
+    def _write_rank_zero(self, stream: bytes, data: bytes) -> None:
         whole = data.rfind(b"\n") + 1
         if whole:
             self._put(stream, data[:whole])
@@ -96,7 +96,7 @@ class Console:
             self._put(stream, data[whole:])
             self._mid_line = stream
 
-    def _lead_error(self, data: bytes) -> None:
+    def _write_rank_zero_error(self, data: bytes) -> None:
         rest = self._rests.get((0, STDERR), b"")
         if not rest:
             self._rest_since = time.monotonic()
@@ -107,9 +107,9 @@ class Console:
                 shown += line + b"\n"
             self._mid_error = False
         if shown:
-            self._lead(STDERR, shown)
+            self._write_rank_zero(STDERR, shown)
         self._rests[0, STDERR] = rest
-        # A bar cannot wait for the end of its line.
+        # A progress bar must be shown before its line ends.
         if b"\r" in rest or self._mid_error:
             self._release_error()
 
@@ -117,11 +117,11 @@ class Console:
         rest = self._rests.pop((0, STDERR), b"")
         if rest:
             self._mid_error = True
-            self._lead(STDERR, rest)
+            self._write_rank_zero(STDERR, rest)
 
-    def _follow(self, rank: int, stream: bytes, data: bytes) -> None:
+    def _write_other_rank(self, rank: int, stream: bytes, data: bytes) -> None:
         *lines, rest = (self._rests.get((rank, stream), b"") + data).split(b"\n")
-        # Of a bar only the last drawing matters, and an epoch of them would fill the memory.
+        # Only the last drawing of a progress bar is needed; keeping all of an epoch would need much memory.
         self._rests[rank, stream] = rest[max(rest.rfind(b"\r", 0, len(rest) - 1), 0) :]
         shown = [kept for line in lines if (kept := self._keep(stream, line)) is not None]
         if not shown:
@@ -133,7 +133,7 @@ class Console:
             self._release_held()
 
     def _keep(self, stream: bytes, line: bytes) -> bytes | None:
-        """Decides what of another rank's line is shown; None for nothing of it."""
+        """Return the part of another rank's line to print, or None."""
         if not self._verbose and stream == STDERR and NOISE.match(line):
             return None
         if EPOCH.fullmatch(line):

@@ -1,4 +1,4 @@
-"""The launcher's ear: it listens for the guards, tells them from strangers, and hands on what they send."""
+"""Accept connections from the guard processes, authenticate them, and return the frames that they send."""
 
 import contextlib
 import hmac
@@ -18,7 +18,7 @@ Event = tuple[int, bytes, bytes]
 
 
 class Peer:
-    """One connection, a rank's once its hello has shown the token."""
+    """One connection; its rank is known once its HELLO frame has contained the token."""
 
     def __init__(self, sock: socket.socket) -> None:
         self.socket = sock
@@ -27,11 +27,11 @@ class Peer:
 
 
 class Server:
-    """Listens where the guards of all ranks can call.
+    """The server to which the guards of all ranks connect.
 
     Args:
-        selector: Where its sockets are waited for, among what else the launcher waits for.
-        addresses: Names of this host for the guards; empty when all of them are on it.
+        selector: The launcher's selector, with which the sockets are registered.
+        addresses: Addresses of this host for the guards; empty if all guards are on this host.
     """
 
     def __init__(self, selector: selectors.BaseSelector, addresses: Sequence[str]) -> None:
@@ -46,29 +46,29 @@ class Server:
 
     @property
     def environ(self) -> dict[str, str]:
-        """What the ranks must find in their environment to call here."""
+        """The variables that the guards need to connect."""
         return {protocol.ADDRESS: self._address, protocol.TOKEN: self._token}
 
     @property
     def connected(self) -> bool:
-        """Whether any guard is on the line."""
+        """Whether any guard is connected."""
         return any(peer.rank is not None for peer in self._peers)
 
     def order(self, number: int) -> None:
-        """Gives every guard an order: a signal for its rank, or one of those in `wire`."""
+        """Send every guard an order: a signal for its rank, or one of those in `protocol`."""
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.send(bytes([number]), socket.MSG_DONTWAIT)
 
     def end(self) -> None:
-        """Tells every guard to end its rank; what they still have to say is still heard."""
+        """Tell every guard to end its rank; frames that they still send are still received."""
         self.order(protocol.END)
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_WR)
 
     def close(self) -> None:
-        """Hangs up on everyone."""
+        """Close all connections."""
         for peer in [*self._peers]:
             self._drop(peer)
         self._selector.unregister(self._listener)
@@ -79,10 +79,10 @@ class Server:
         keep_alive(sock)
         peer = Peer(sock)
         self._peers.append(peer)
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._hear(peer))
+        self._selector.register(sock, selectors.EVENT_READ, lambda: self._receive(peer))
         return []
 
-    def _hear(self, peer: Peer) -> list[Event]:
+    def _receive(self, peer: Peer) -> list[Event]:
         try:
             data = peer.socket.recv(CHUNK)
         except OSError:
@@ -92,14 +92,14 @@ class Server:
             return [(peer.rank, CLOSED, b"")] if peer.rank is not None else []
         events = []
         for kind, payload in peer.frames.feed(data):
-            if peer.rank is None and not self._admit(peer, kind, payload):
+            if peer.rank is None and not self._authenticate(peer, kind, payload):
                 self._drop(peer)
                 break
             if peer.rank is not None:
                 events.append((peer.rank, kind, payload))
         return events
 
-    def _admit(self, peer: Peer, kind: bytes, payload: bytes) -> bool:
+    def _authenticate(self, peer: Peer, kind: bytes, payload: bytes) -> bool:
         try:
             hello = json.loads(payload) if kind == protocol.HELLO else {}
             if not hmac.compare_digest(hello.get("token", ""), self._token):

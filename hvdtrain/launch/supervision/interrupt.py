@@ -1,18 +1,18 @@
-"""Signals that reach the launcher while no ranks are up: it ends with words, and tidies up behind itself."""
+"""Raise an exception for signals that reach the launcher while no ranks are running, so that it can clean up."""
 
 import contextlib
 import signal
 from collections.abc import Iterator
 from types import FrameType
 
-from hvdtrain.launch.supervision.job import ENDING, heard
+from hvdtrain.launch.supervision.job import ENDING, handled_signals
 
 
 class Interrupted(BaseException):
-    """A signal asked the launcher to end.
+    """Raised when a signal asks the launcher to end.
 
     Args:
-        number: Which.
+        number: The number of the signal.
     """
 
     def __init__(self, number: int) -> None:
@@ -22,16 +22,16 @@ class Interrupted(BaseException):
 
 @contextlib.contextmanager
 def hearing() -> Iterator[None]:
-    """Turns a signal into `Interrupted` as long as the block lasts; while ranks are up, their job hears it.
+    """Raise `Interrupted` for a signal inside the block; while ranks are running, the job handles signals.
 
     Raises:
-        Interrupted: In whatever the main thread is doing.
+        Interrupted: In the main thread, at any point.
     """
 
-    def hear(number: int, frame: FrameType | None) -> None:
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(number)
 
-    before = {number: signal.signal(number, hear) for number in heard(*ENDING, signal.SIGUSR1)}
+    before = {number: signal.signal(number, interrupt) for number in handled_signals(*ENDING, signal.SIGUSR1)}
     try:
         yield
     finally:

@@ -1,7 +1,8 @@
-"""What a rank's guard and the launcher say to each other: frames up, orders of one byte down.
+"""Define the protocol between the guard process of a rank and the launcher.
 
-A frame is one byte of kind, four of length, and the payload. Downwards a byte below LOOK is the number of a
-signal for the rank. The end of the stream means: end your rank; without END before it, the launcher is gone.
+The guard sends frames: one byte for the kind, four bytes for the length, and the payload. The launcher sends orders
+of one byte: a byte below LOOK is the number of a signal for the rank. If the connection ends, the guard ends its
+rank; if it ends without the order END, the launcher itself has ended.
 """
 
 import base64
@@ -10,22 +11,22 @@ import struct
 from collections.abc import Sequence
 
 HELLO, STDOUT, STDERR, REPORT, EXIT = b"H", b"O", b"E", b"R", b"X"
-# Where a rank is, when that has changed; the answer to LOOK, with its stacks.
+# The position of a rank, sent when it has changed; the answer to LOOK, with the stacks.
 BEAT, STACK = b"B", b"S"
 
-# Orders: tell where your rank is, with its stacks; end it now, the launcher has been patient.
+# Orders: send the position and the stacks of the rank; end the rank now, without the time it has requested.
 LOOK, END = 128, 129
 
 ADDRESS = "HVDTRAIN_RUN_ADDRESS"
 TOKEN = "HVDTRAIN_RUN_TOKEN"
 BIND = "HVDTRAIN_BIND"
-# The command that started the job, without the options that say what kind of script it runs.
+# The command that started the job, without --as-horovod, --wrap and --scale-batch.
 TYPED = "HVDTRAIN_RUN_TYPED"
 
-# The first word of a rank's command where the script is one for Horovod.
+# The first word of a rank's command if the script is written for Horovod.
 AS_HOROVOD = "--as-horovod"
 
-# Opens a line on a guard's standard output that carries a frame when no connection could be made.
+# The beginning of a line on a guard's standard output that contains a frame, if the guard has no connection.
 RECORD = b"hvdtrain-record "
 
 _PACKED = "--packed"
@@ -33,18 +34,18 @@ _HEADER = struct.Struct("!cI")
 
 
 def pack(kind: bytes, payload: bytes) -> bytes:
-    """Puts a payload into the frame that `Frames` takes apart."""
+    """Return the frame of a payload, which `Frames` splits again."""
     return _HEADER.pack(kind, len(payload)) + payload
 
 
 class Frames:
-    """Cuts a stream of bytes into frames, however the network has cut it."""
+    """Split a stream of bytes, received in pieces of any size, into frames."""
 
     def __init__(self) -> None:
         self._bytes = bytearray()
 
     def feed(self, data: bytes) -> list[tuple[bytes, bytes]]:
-        """Takes what has arrived.
+        """Add received bytes.
 
         Args:
             data: The next bytes of the stream.
@@ -64,15 +65,15 @@ class Frames:
         return frames
 
 
-def pack_words(words: Sequence[str]) -> list[str]:
-    """Hides a lone ":" from MPI launchers, which take it for the start of another command."""
-    if ":" not in words:
-        return [*words]
-    return [_PACKED, base64.b64encode(json.dumps(words).encode()).decode()]
+def pack_command(command: Sequence[str]) -> list[str]:
+    """Encode a command that contains the word ":", which MPI launchers take for the start of another command."""
+    if ":" not in command:
+        return [*command]
+    return [_PACKED, base64.b64encode(json.dumps(command).encode()).decode()]
 
 
-def unpack_words(words: Sequence[str]) -> list[str]:
-    """Gives back what `pack_words` was given."""
-    if len(words) == 2 and words[0] == _PACKED:
-        return list(json.loads(base64.b64decode(words[1])))
-    return [*words]
+def unpack_command(command: Sequence[str]) -> list[str]:
+    """Decode the result of `pack_command`."""
+    if len(command) == 2 and command[0] == _PACKED:
+        return list(json.loads(base64.b64decode(command[1])))
+    return [*command]

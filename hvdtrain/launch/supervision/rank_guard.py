@@ -1,7 +1,7 @@
-"""The process between the MPI launcher and a rank: it relays the rank's output and sees how the rank ends.
+"""Relay the output of a rank and report how it ends, in a guard process between the MPI launcher and the rank.
 
-It is the rank's parent, so whatever becomes of the rank, by `kill -9` too, its last words are read and
-its exit status is known exactly, under every MPI.
+The guard is the parent process of the rank. So even after `kill -9` it can read the last output and the exact exit
+status of the rank, under every MPI.
 """
 
 import contextlib
@@ -18,13 +18,13 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from hvdtrain.launch.supervision import protocol
-from hvdtrain.launch.supervision.rank_monitor import Pulse
+from hvdtrain.launch.supervision.rank_monitor import RankMonitor
 
 RELAYED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
-PATIENCE = 2.0  # seconds between asking a rank to end and ending it, where it asks for no more
-LOST = 30.0  # seconds after which what a lost host was sent is no longer tried again
+PATIENCE = 2.0  # seconds between SIGTERM and SIGKILL for a rank, unless it has requested more
+LOST = 30.0  # seconds after which data for a lost host is no longer retransmitted
 CHUNK = 65536
-_KEPT = 4096  # bytes of a quiet rank's last words
+_KEPT = 4096  # bytes kept of a quiet rank's standard error
 
 
 @dataclass(frozen=True)
@@ -32,12 +32,12 @@ class Pipes:
     """The guard's ends of the pipes to its rank.
 
     Args:
-        stdout: What the rank prints.
-        stderr: What it prints there.
-        reports: How its script ended, a line of JSON.
-        crash: The Python stack that faulthandler writes when a signal kills it.
-        stacks: The stacks of all threads that faulthandler writes when it is asked for them.
-        receipt: Where the guard answers that a report is on its way.
+        stdout: The rank's standard output.
+        stderr: The rank's standard error.
+        reports: The result of the script, as one line of JSON.
+        crash: The Python stack that faulthandler writes when a signal kills the rank.
+        stacks: The stacks of all threads that faulthandler writes on request.
+        receipt: The pipe on which the guard confirms that it has sent a report.
     """
 
     stdout: int
@@ -49,38 +49,38 @@ class Pipes:
 
 
 class Link(Protocol):
-    """Where a guard sends its frames."""
+    """A destination for the frames of a guard."""
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Sends one frame."""
+        """Send one frame."""
 
     def receiver(self) -> socket.socket | None:
-        """Gives the socket through which the launcher answers, if there is one."""
+        """Return the socket on which the launcher sends orders, if there is one."""
 
 
 class Connection:
-    """The usual link: a TCP connection to the launcher."""
+    """A TCP connection to the launcher."""
 
     def __init__(self, sock: socket.socket) -> None:
         self._socket = sock
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Sends one frame; a launcher that is gone shows in `receiver()`, not here."""
+        """Send one frame; errors are ignored, because a lost launcher is detected on `receiver()`."""
         with contextlib.suppress(OSError):
             self._socket.sendall(protocol.pack(kind, payload))
 
     def receiver(self) -> socket.socket | None:
-        """Gives the socket through which the launcher answers."""
+        """Return the socket on which the launcher sends orders."""
         return self._socket
 
 
 class Terminal:
-    """The link where no launcher can be reached: the guard's own output, `[rank]` before each line.
+    """The guard's own output, used if there is no launcher or it cannot be reached; lines begin with `[rank]`.
 
     Args:
-        rank: The rank whose lines these are; those of rank 0 stay as they are.
-        size: How many ranks there are, for the sentence about a failure.
-        records: Whether a launcher reads this output, which then also wants reports as records.
+        rank: The rank; lines of rank 0 get no prefix.
+        size: The number of ranks, for the message about a failure; None if unknown.
+        records: Whether a launcher reads this output, so that reports are written as records.
     """
 
     def __init__(self, rank: int, size: int | None, records: bool) -> None:
@@ -88,7 +88,7 @@ class Terminal:
         self._rest = {protocol.STDOUT: b"", protocol.STDERR: b""}
 
     def send(self, kind: bytes, payload: bytes) -> None:
-        """Writes a stream's lines, or a report as a record or as a sentence."""
+        """Write lines of a stream, or a report as a record or as a message."""
         if kind in self._rest:
             self._write_lines(kind, payload)
         elif self._records:
@@ -98,10 +98,10 @@ class Terminal:
         elif kind == protocol.EXIT:
             self._finish()
         elif kind == protocol.REPORT:
-            self._say(json.loads(payload))
+            self._print_failure(json.loads(payload))
 
     def receiver(self) -> socket.socket | None:
-        """Says that nobody answers."""
+        """Return None: there is no launcher that sends orders."""
         return None
 
     def _finish(self) -> None:
@@ -113,7 +113,7 @@ class Terminal:
         *lines, rest = (self._rest[kind] + payload).split(b"\n")
         prefix = b"[%d] " % self._rank if self._rank else b""
         shown = b"".join(prefix + line + b"\n" for line in lines)
-        # Rank 0's progress bar cannot wait for the end of its line.
+        # Rank 0's progress bar must be shown before its line ends.
         if self._rank == 0 and b"\r" in rest:
             shown, rest = shown + rest, b""
         self._rest[kind] = rest
@@ -125,56 +125,56 @@ class Terminal:
             stream.buffer.write(data)
             stream.buffer.flush()
 
-    def _say(self, report: dict) -> None:
+    def _print_failure(self, report: dict) -> None:
         if not report["done"]:
             of_size = f" of {self._size}" if self._size else ""
-            words = "\n" + report["traceback"] if report["traceback"] else report["text"] + "\n"
-            said = f"hvdtrain: rank {self._rank}{of_size} failed: {words}"
-            self._write(protocol.STDERR, said.encode(errors="replace"))
+            reason = "\n" + report["traceback"] if report["traceback"] else report["text"] + "\n"
+            message = f"hvdtrain: rank {self._rank}{of_size} failed: {reason}"
+            self._write(protocol.STDERR, message.encode(errors="replace"))
 
 
 class Guard:
-    """Watches over one rank until it has ended.
+    """Watch one rank until it has ended.
 
     Args:
         child: The rank's process id.
-        pipes: What the rank writes.
-        link: Where to send it.
-        page: Where the rank notes what it does.
-        quiet: Whether to show the end of its standard error only where it ends without a report of its own.
+        pipes: The pipes to the rank.
+        link: The destination of the rank's output and reports.
+        page: The rank's heartbeat page.
+        quiet: Whether to send the end of its standard error only if it fails without a report.
     """
 
     def __init__(self, child: int, pipes: Pipes, link: Link, page: mmap.mmap, quiet: bool = False) -> None:
         self._child, self._pipes, self._link = child, pipes, link
         self._quiet, self._kept, self._reported = quiet, bytearray(), False
-        self._pulse = Pulse(child, page, pipes.stacks, link.send)
+        self._monitor = RankMonitor(child, page, pipes.stacks, link.send)
         self._status: int | None = None
         self._kill_at: float | None = None
-        self._ordered = False
+        self._end_ordered = False
         self._crash = bytearray()
         self._selector = selectors.DefaultSelector()
         signal.pthread_sigmask(signal.SIG_BLOCK, RELAYED)
         self._listen()
 
     def watch(self) -> int:
-        """Relays until the rank has ended.
+        """Relay output and signals until the rank has ended.
 
         Returns:
-            Its exit code, or minus the number of the signal that ended it.
+            The exit code of the rank, or minus the number of the signal that ended it.
         """
         while self._status is None:
             for key, _ in self._selector.select(timeout=0.1):
                 key.data()
             self._relay_signals()
             if self._link.receiver() is not None:
-                self._pulse.turn()
+                self._monitor.check()
             if self._kill_at and time.monotonic() > self._kill_at:
                 self._signal(signal.SIGKILL)
             self._reap()
         self._read_streams()
         self._read_reports()
         self._drain(self._pipes.crash, self._crash.extend)
-        self._pulse.last()
+        self._monitor.send_last()
         if self._kept and self._status and not self._reported:
             self._link.send(protocol.STDERR, bytes(self._kept))
         exit_record = {"status": self._status, "crash": self._crash.decode(errors="replace")}
@@ -194,7 +194,7 @@ class Guard:
             self._selector.register(pipe, selectors.EVENT_READ, reader)
         receiver = self._link.receiver()
         if receiver is not None:
-            self._selector.register(receiver, selectors.EVENT_READ, self._obey)
+            self._selector.register(receiver, selectors.EVENT_READ, self._read_orders)
 
     def _read_streams(self) -> None:
         self._drain(self._pipes.stdout, lambda data: self._link.send(protocol.STDOUT, data))
@@ -208,12 +208,12 @@ class Guard:
             self._link.send(protocol.STDERR, data)
 
     def _read_reports(self) -> None:
-        # What was written before the report is sent before it.
+        # Output that was written before the report is sent before it.
         self._read_streams()
         self._drain(self._pipes.reports, self._send_reports)
 
     def _read_stacks(self) -> None:
-        if not self._pulse.hear():
+        if not self._monitor.read_stacks():
             self._forget(self._pipes.stacks)
 
     def _send_reports(self, data: bytes) -> None:
@@ -231,7 +231,7 @@ class Guard:
                 os.write(self._pipes.receipt, b".")
 
     def _drain(self, pipe: int, take: Callable[[bytes], object]) -> None:
-        # Bounded, because what a rank forked may hold the pipe and write on for ever.
+        # Bounded, because a child process of the rank may keep the pipe open and write forever.
         for _ in range(16):
             try:
                 data = os.read(pipe, CHUNK)
@@ -246,7 +246,7 @@ class Guard:
         with contextlib.suppress(KeyError):
             self._selector.unregister(source)
 
-    def _obey(self) -> None:
+    def _read_orders(self) -> None:
         receiver = self._link.receiver()
         assert receiver is not None
         try:
@@ -254,25 +254,25 @@ class Guard:
         except OSError:
             orders = b""
         for number in orders:
-            self._follow(number)
+            self._execute(number)
         if not orders:
             self._forget(receiver)
             self._signal(signal.SIGTERM)
-            # A launcher that orders the end has waited; one that is gone has not.
-            wanted = 0.0 if self._ordered else self._pulse.patience
-            self._kill_at = time.monotonic() + max(PATIENCE, wanted)
+            # A launcher that orders the end has already waited for the time that the rank has requested.
+            requested = 0.0 if self._end_ordered else self._monitor.patience
+            self._kill_at = time.monotonic() + max(PATIENCE, requested)
 
-    def _follow(self, order: int) -> None:
+    def _execute(self, order: int) -> None:
         if order == protocol.LOOK:
-            self._pulse.look()
+            self._monitor.request_stacks()
         elif order == protocol.END:
-            self._ordered = True
+            self._end_ordered = True
         else:
             self._signal(order)
 
     def _relay_signals(self) -> None:
         while (caught := signal.sigtimedwait(RELAYED, 0)) is not None:
-            # An MPI launcher signals the whole process group, so the rank has its own copy of that one.
+            # The MPI launcher, our parent, signals the whole process group: the rank has received that signal too.
             if caught.si_pid != os.getppid():
                 self._signal(caught.si_signo)
 
@@ -287,10 +287,10 @@ class Guard:
 
 
 def connect() -> socket.socket | None:
-    """Calls the launcher that the environment names.
+    """Connect to the launcher that the environment names.
 
     Returns:
-        The connection, or None where there is no launcher or none can be reached.
+        The connection, or None if there is no launcher or it cannot be reached.
     """
     for address in _addresses():
         try:
@@ -304,11 +304,11 @@ def connect() -> socket.socket | None:
 
 
 def keep_alive(sock: socket.socket) -> None:
-    """Lets a connection to a host that was lost end within half a minute."""
+    """Set options with which a connection to a lost host ends within half a minute."""
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # With something on its way nothing is asked; then the last of these tells.
-    lost = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(LOST * 1000)}
-    for option, value in lost.items():
+    # Keep-alive probes are not sent while data is unacknowledged; then TCP_USER_TIMEOUT applies.
+    options = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(LOST * 1000)}
+    for option, value in options.items():
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 

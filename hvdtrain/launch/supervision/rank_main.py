@@ -1,10 +1,10 @@
-"""What the MPI launcher starts as each rank: the user's script, watched over by a guard.
+"""Run the user's script as one rank under a guard process; the MPI launcher starts this module for each rank.
 
     mpirun -np 4 python -m hvdtrain.launch.supervision.rank_main train.py --epochs 3
 
-Under `hvdtrain run` the guard relays output and failures to the launcher. Started by hand, under `srun`
-in a batch script say, it writes the lines of every rank but the first with their `[rank]` before them,
-and a failure in one rank still ends all.
+Under `hvdtrain run` the guard relays output and failures to the launcher. If it is started directly, for example
+with `srun` in a batch script, it prints the lines of each rank with a `[rank]` prefix, except those of rank 0, and
+a failure of one rank still ends all ranks.
 """
 
 from hvdtrain import safe_path
@@ -37,10 +37,10 @@ SUCCESS: dict[str, Any] = {"done": True, "code": 0, "text": "", "traceback": ""}
 
 
 def main() -> None:
-    """Runs the script named on the command line as one rank, and ends as the script ends."""
+    """Run the script named on the command line as one rank, and exit with its exit code."""
     if len(sys.argv) < 2:
         sys.exit("Expected a script: python -m hvdtrain.launch.supervision.rank_main script.py [args]")
-    words = protocol.unpack_words(sys.argv[1:])
+    command = protocol.unpack_command(sys.argv[1:])
     reading, (stdout, stderr, reports, crash, stacks) = zip(*(os.pipe() for _ in range(5)), strict=True)
     awaited, receipt = os.pipe()
     place = topology.detect()
@@ -53,25 +53,25 @@ def main() -> None:
         link = _link(place)
         if link.receiver() is not None:
             heartbeat.watch(page)
-        # Of a script that knows nothing of ranks all is said once, by rank 0, also by TensorFlow's own code.
-        quiet = bool(place and place.rank) and words[:2] == ["-m", "hvdtrain.wrap"]
+        # With --wrap only rank 0 prints, as a single process would, also messages of TensorFlow's C++ code.
+        quiet = bool(place and place.rank) and command[:2] == ["-m", "hvdtrain.wrap"]
         _leave(Guard(child, pipes, link, page, quiet).watch())
     _redirect(stdout, stderr, crash, stacks)
     heartbeat.keep_workers_away()
     os.register_at_fork(after_in_child=lambda: _close(reports))
     _take_cores(place, os.environ.pop(protocol.BIND, "none"))
-    report = _run(words)
-    # Whoever asks the training to stop is too late, and must not make a failure of its end.
+    report = _run(command)
+    # The script has ended: a late request to stop must not turn its result into a failure.
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     _deliver(report, reports, awaited)
     if report.get("resumable"):
-        sys.exit(report["code"])  # the others end by themselves, in this same moment
+        sys.exit(report["code"])  # the other ranks end by themselves at the same step
     if not report["done"]:
         _end_job(report["code"])
 
 
 def _link(place: topology.Place | None) -> Link:
-    """Connects to the launcher; without one the guard's own output has to do."""
+    """Connect to the launcher; if that fails, use the guard's own output."""
     rank = place.rank if place else 0
     sock = connect()
     size = place.size if place else 1
@@ -86,19 +86,20 @@ def _link(place: topology.Place | None) -> Link:
 
 
 def _leave(status: int) -> None:
-    """Ends the guard as its rank ended, so that the MPI launcher sees the same."""
+    """End the guard in the same way as its rank, so that the MPI launcher sees the same exit status."""
     if status < 0:
         import resource
 
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-        signal.signal(-status, signal.SIG_DFL) if -status not in (signal.SIGKILL, signal.SIGSTOP) else None
+        if -status not in (signal.SIGKILL, signal.SIGSTOP):
+            signal.signal(-status, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {-status})
         os.kill(os.getpid(), -status)
     os._exit(status if status >= 0 else 128 - status)
 
 
 def _redirect(stdout: int, stderr: int, crash: int, stacks: int) -> None:
-    """Turns the forked child into the rank: its output goes to the guard, and it ends when the guard does."""
+    """Make this forked process the rank: its output goes to the guard, and it is killed when the guard ends."""
     with contextlib.suppress(AttributeError, OSError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     os.dup2(stdout, 1)
@@ -118,7 +119,7 @@ def _close(descriptor: int) -> None:
 
 
 def _take_cores(place: topology.Place | None, bind: str) -> None:
-    """Binds this rank to its share of the host's cores, and lets MPI yield where that is less than two."""
+    """Bind this rank to its share of the host's cores, and let MPI yield if a rank has less than two of them."""
     if not place or place.local_rank is None or not place.local_size:
         return
     if binding.should_yield(len(os.sched_getaffinity(0)), place.local_size):
@@ -130,21 +131,21 @@ def _take_cores(place: topology.Place | None, bind: str) -> None:
             os.sched_setaffinity(0, mine)
 
 
-def _run(words: Sequence[str]) -> dict[str, Any]:
-    """Runs the script and reports how it ended."""
-    # A batch script may ask before the script has come to where it listens.
+def _run(command: Sequence[str]) -> dict[str, Any]:
+    """Run the script and return a report of its result."""
+    # A batch script may send SIGUSR1 before the script has installed its own handler.
     signal.signal(signal.SIGUSR1, stop_request.note)
-    with contextlib.suppress(OSError):  # a script that needs MPI will be told
+    with contextlib.suppress(OSError):  # a script that needs MPI gets its own error
         mpi_wheel.prepare()  # mpi4py may be imported before TensorFlow
     try:
-        if words[0] == protocol.AS_HOROVOD:
+        if command[0] == protocol.AS_HOROVOD:
             from hvdtrain import as_horovod
 
             as_horovod.install()
-            words = words[1:]
-        elif words[:2] != ["-m", "hvdtrain.wrap"]:
-            stock_horovod.watch(words)
-        script.run(words)
+            command = command[1:]
+        elif command[:2] != ["-m", "hvdtrain.wrap"]:
+            stock_horovod.watch(command)
+        script.run(command)
     except SystemExit as stop:
         _await_cause(stop)
         return _stopped(stop)
@@ -155,11 +156,11 @@ def _run(words: Sequence[str]) -> dict[str, Any]:
 
 
 def _finished() -> dict[str, Any]:
-    """Report a script that came to its end, once it is known that the ranks have come there as one model."""
+    """Return the report of a finished script, after the ranks have verified that their models are equal."""
     runtime = sys.modules.get("hvdtrain.runtime")
-    others = [each for each in threading.enumerate() if not each.daemon]
-    if runtime is None or len(others) > 1:
-        return SUCCESS  # the script may go on in another thread; the end of the process is looked at as well
+    threads = [thread for thread in threading.enumerate() if not thread.daemon]
+    if runtime is None or len(threads) > 1:
+        return SUCCESS  # the script may continue in another thread; the guard checks the exit code too
     try:
         runtime.finish()
     except Exception as error:
@@ -169,7 +170,7 @@ def _finished() -> dict[str, Any]:
 
 
 def _deliver(report: dict[str, Any], reports: int, awaited: int) -> None:
-    """Hands the report to the guard; a failure's must be on its way before MPI may kill the guard too."""
+    """Send the report to the guard; wait until it has forwarded a failure, before MPI may kill the guard too."""
     _flush()
     with contextlib.suppress(OSError):
         os.write(reports, json.dumps(report).encode() + b"\n")
@@ -184,7 +185,7 @@ def _flush() -> None:
 
 
 def _stopped(stop: SystemExit) -> dict:
-    """Reports a `sys.exit()`, which means success without a code and a sentence with a text."""
+    """Return the report of a `sys.exit()`: success without a code or with 0, else a failure."""
     if isinstance(stop, stock_horovod.StockHorovodExit):
         return _failure(1, str(stop.code), "")
     if isinstance(stop, stop_request.Preempted):
@@ -193,36 +194,36 @@ def _stopped(stop: SystemExit) -> dict:
         return _finished()
     if isinstance(stop.code, int):
         return _failure((stop.code & 0xFF) or 1, f"it called sys.exit({int(stop.code)}).", "")
-    return _failure(1, f"it called sys.exit() with the words: {stop.code}", "")
+    return _failure(1, f"it called sys.exit() with the message: {stop.code}", "")
 
 
 def _failed(error: BaseException) -> dict:
-    """Reports an exception with the part of its traceback that is the user's."""
+    """Return the report of an exception, with the user's part of its traceback."""
     lines = traceback.format_exception(type(error), error, script.users_part(error))
-    words = traceback.format_exception_only(type(error), error)
+    summary = traceback.format_exception_only(type(error), error)
     code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-    return _failure(code, words[-1].strip(), "".join([*lines, *_buried(error)]))
+    return _failure(code, summary[-1].strip(), "".join([*lines, *_advice(error)]))
 
 
 def _await_cause(error: BaseException) -> None:
-    """Leaves the last word to another rank, where this one has only learned of its failure."""
+    """Wait so that another rank reports first, if this error is only a consequence of that rank's failure."""
     runtime = sys.modules.get("hvdtrain.runtime")
     if runtime:
         _flush()
         runtime.await_cause(error)
 
 
-def _buried(error: BaseException) -> list[str]:
-    """Repeats hvdtrain's own sentence where TensorFlow has put it deep inside an error of another kind.
+def _advice(error: BaseException) -> list[str]:
+    """Return lines to add to a traceback: hvdtrain's message if TensorFlow has wrapped it in another error.
 
-    To an old script's error it adds what to write instead.
+    For a script written for Horovod, also what to write instead.
     """
     runtime, as_horovod = sys.modules.get("hvdtrain.runtime"), sys.modules.get("hvdtrain.as_horovod")
-    sentences = (
+    messages = (
         runtime.last_words(error) if runtime else "",
         as_horovod.advice(error) if as_horovod else "",
     )
-    return [f"\n{sentence}\n" for sentence in sentences if sentence]
+    return [f"\n{message}\n" for message in messages if message]
 
 
 def _failure(code: int, text: str, trace: str) -> dict:
@@ -230,7 +231,7 @@ def _failure(code: int, text: str, trace: str) -> dict:
 
 
 def _end_job(code: int) -> None:
-    """Ends every rank: through MPI where it is up, else through the exit code that the MPI launcher sees."""
+    """End all ranks: with MPI_Abort if MPI is initialized, else with an exit code that the MPI launcher sees."""
     mpi = sys.modules.get("mpi4py.MPI")
     with contextlib.suppress(Exception):
         if mpi and mpi.Is_initialized() and not mpi.Is_finalized():

@@ -1,4 +1,4 @@
-"""What a guard tells the launcher of its rank while that runs: where it is, and on request its stacks."""
+"""Report the position of a running rank to the launcher, and its stacks on request."""
 
 import json
 import mmap
@@ -13,21 +13,21 @@ from hvdtrain.heartbeat import Beat, Note
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.timeouts import Limits
 
-# Asks a rank's faulthandler for the stacks of all threads, in the middle of native code too. A real-time signal
-# that nothing else is known to use; its handler is seen in /proc before it is sent.
+# The signal on which a rank's faulthandler writes the stacks of all threads, even inside native code. No other
+# software is known to use this real-time signal. It is sent only if /proc shows that the rank has a handler for it.
 STACKS = signal.SIGRTMAX - 5
 _ANSWER = 3.0  # seconds for a rank to write its stacks
-_WRITTEN = 0.3  # seconds of silence after which they are complete
-_MOST = 1 << 16  # bytes of stacks that are passed on
+_WRITTEN = 0.3  # seconds without output after which the stacks are complete
+_MOST = 1 << 16  # maximum size of the stacks in bytes
 
 
-class Pulse:
-    """Watches the page and the process of one rank; it sends something only when something has changed.
+class RankMonitor:
+    """Watch the page and the process of one rank, and send changes to the launcher.
 
     Args:
         child: The rank's process id.
-        page: The rank's page.
-        stacks: Where its faulthandler writes, a pipe's end that does not block.
+        page: The rank's heartbeat page.
+        stacks: The non-blocking end of the pipe to which the rank's faulthandler writes.
         send: Sends a frame to the launcher.
     """
 
@@ -42,61 +42,61 @@ class Pulse:
         self._sent: Beat | None = None
         self._due = 0.0
         self._text = b""
-        self._asked: float | None = None
-        self._heard = 0.0
+        self._requested_at: float | None = None
+        self._received_at = 0.0
 
     @property
     def patience(self) -> float:
-        """For how many seconds the rank wants to end by itself."""
+        """How many seconds the rank has requested to end by itself."""
         return heartbeat.read(self._page).patience
 
-    def turn(self) -> None:
-        """Looks at the rank every few seconds; to be called a few times a second."""
+    def check(self) -> None:
+        """Check the rank every few seconds; called a few times a second."""
         now = time.monotonic()
         if now >= self._due or self.patience != self._beat.patience:
             self._due = now + self._interval
-            self._look()
-            self.tell()
-        if self._asked is not None and self._complete(now):
-            self._asked = None
+            self._update()
+            self.send_changes()
+        if self._requested_at is not None and self._complete(now):
+            self._requested_at = None
             self._answer()
 
-    def look(self) -> None:
-        """Asks the rank for its stacks and, when they are there, tells the launcher all that is known."""
-        if self._asked is None:
-            self._text, self._asked, self._heard = b"", time.monotonic(), time.monotonic()
+    def request_stacks(self) -> None:
+        """Request the stacks of the rank; once complete, they are sent to the launcher with its position."""
+        if self._requested_at is None:
+            self._text, self._requested_at, self._received_at = b"", time.monotonic(), time.monotonic()
             if self._can_answer():
                 process_activity.signal_thread(self._child, heartbeat.read(self._page).listener, STACKS)
             else:
-                self._asked -= _ANSWER
+                self._requested_at -= _ANSWER  # answer without stacks at the next check
 
-    def hear(self) -> bool:
-        """Reads what the rank's faulthandler has written; False when it will write no more."""
+    def read_stacks(self) -> bool:
+        """Read the output of the rank's faulthandler; return False at the end of the pipe."""
         try:
             data = os.read(self._stacks, _MOST)
         except BlockingIOError:
             return True
-        self._text, self._heard = (self._text + data)[:_MOST], time.monotonic()
+        self._text, self._received_at = (self._text + data)[:_MOST], time.monotonic()
         return bool(data)
 
-    def tell(self) -> None:
-        """Sends where the rank is, if that has changed."""
-        if self._same(self._sent, self._beat):
+    def send_changes(self) -> None:
+        """Send the position of the rank, if it has changed."""
+        if self._sent is not None and _lasting(self._sent) == _lasting(self._beat):
             return
         self._sent = self._beat
         self._send(protocol.BEAT, json.dumps(asdict(self._beat)).encode())
 
-    def last(self) -> None:
-        """Sends where the rank was when it ended."""
-        self._see(heartbeat.read(self._page), True)
-        self.tell()
+    def send_last(self) -> None:
+        """Send the position at which the rank has ended."""
+        self._set_beat(heartbeat.read(self._page), True)
+        self.send_changes()
 
-    def _look(self) -> None:
+    def _update(self) -> None:
         note = heartbeat.read(self._page)
         busy = self._life.busy(note.aside)
-        self._see(note, busy or (note != self._note and note.since is None))
+        self._set_beat(note, busy or (note != self._note and note.since is None))
 
-    def _see(self, note: Note, busy: bool) -> None:
+    def _set_beat(self, note: Note, busy: bool) -> None:
         waiting = None if note.since is None else max(time.monotonic() - note.since, 0.0)
         self._note = note
         self._beat = Beat(
@@ -110,24 +110,20 @@ class Pulse:
             patience=note.patience,
             pid=self._child,
             state=process_activity.state(self._child),
-            # What MPI burns while it waits says nothing.
+            # A waiting rank uses CPU time inside MPI, which is no progress.
             busy=busy and (waiting is None or note.loose),
         )
-
-    @staticmethod
-    def _same(one: Beat | None, other: Beat) -> bool:
-        return one is not None and _lasting(one) == _lasting(other)
 
     def _can_answer(self) -> bool:
         stopped = process_activity.state(self._child) in ("T", "t", "Z", "")
         return not stopped and process_activity.catches(self._child, STACKS)
 
     def _complete(self, now: float) -> bool:
-        late = now > (self._asked or 0.0) + _ANSWER
-        return late or (bool(self._text) and now > self._heard + _WRITTEN)
+        late = now > (self._requested_at or 0.0) + _ANSWER
+        return late or (bool(self._text) and now > self._received_at + _WRITTEN)
 
     def _answer(self) -> None:
-        self._see(heartbeat.read(self._page), self._beat.busy)
+        self._set_beat(heartbeat.read(self._page), self._beat.busy)
         answer = {
             "beat": asdict(self._beat),
             "stacks": self._text.decode(errors="replace"),
@@ -140,12 +136,14 @@ def _interval() -> float:
     try:
         return Limits.read().interval
     except ValueError:
-        return Limits().interval  # the launcher has refused already, or says so
+        return Limits().interval  # the launcher reports the invalid value
 
 
 def _lasting(beat: Beat) -> dict:
-    """What of a beat is news: that time passes is none, and of what runs, whether it runs this very moment."""
+    """Return the facts of a beat without those that change all the time: waiting time, and running or sleeping."""
     facts = asdict(beat)
     facts["waiting"] = beat.waiting is not None
-    facts["state"] = beat.state if beat.state in ("T", "t", "D") else ""
+    facts["state"] = (
+        beat.state if beat.state in ("T", "t", "D") else ""
+    )  # only stopped or waiting for a device
     return facts

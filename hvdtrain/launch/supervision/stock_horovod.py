@@ -1,4 +1,4 @@
-"""Stop a script that starts stock Horovod beside Keras 3, where Horovod averages nothing."""
+"""Stop a script that uses stock Horovod with Keras 3, where Horovod averages no gradients."""
 
 import os
 import shlex
@@ -11,49 +11,49 @@ from hvdtrain.patching import AfterImport, replace
 
 
 class StockHorovodExit(SystemExit):
-    """The script has started stock Horovod, and would train as many unrelated models as there are ranks."""
+    """Raised if the script initializes stock Horovod with Keras 3: each rank would train a separate model."""
 
 
-def watch(words: Sequence[str]) -> None:
-    """Stop the script at Horovod's `init`, once it is known which Keras it has imported.
+def watch(command: Sequence[str]) -> None:
+    """Stop the script at Horovod's `init`, because only then it is known which Keras it has imported.
 
     Args:
-        words: The script and its arguments.
+        command: The script and its arguments.
     """
-    sys.meta_path.insert(0, AfterImport("horovod.common.basics", lambda: _change(words)))
+    sys.meta_path.insert(0, AfterImport("horovod.common.basics", lambda: _replace_init(command)))
 
 
-def _change(words: Sequence[str]) -> None:
-    replace(sys.modules["horovod.common.basics"].HorovodBasics, "init", _refusing(words))
+def _replace_init(command: Sequence[str]) -> None:
+    replace(sys.modules["horovod.common.basics"].HorovodBasics, "init", _make_init(command))
 
 
-def _refusing(words: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    def refusing(init: Callable[..., Any]) -> Callable[..., Any]:
+def _make_init(command: Sequence[str]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    def make(init: Callable[..., Any]) -> Callable[..., Any]:
         def run(self: Any, *args: Any, **kwargs: Any) -> Any:
             if _averages_nothing():
-                raise StockHorovodExit(_sentence(words))
+                raise StockHorovodExit(_message(command))
             return init(self, *args, **kwargs)
 
         return run
 
-    return refusing
+    return make
 
 
 def _averages_nothing() -> bool:
-    """Tell whether the script uses Horovod for TensorFlow with Keras 3, and not as the engine of hvdtrain."""
+    """Return whether the script uses Horovod for TensorFlow with Keras 3, other than as the engine of hvdtrain."""
     library = sys.modules.get("hvdtrain.collectives.horovod.library")
     if library is not None and library.serves_hvdtrain:
         return False
     keras = sys.modules.get("keras")
-    new = keras is not None and not getattr(keras, "__version__", "2").startswith("2.")
-    # With tf_keras, by TF_USE_LEGACY_KERAS=1 or imported by name, Horovod works as it always did.
-    return new and "horovod.tensorflow" in sys.modules and "tf_keras" not in sys.modules
+    keras3 = keras is not None and not getattr(keras, "__version__", "2").startswith("2.")
+    # With tf_keras (TF_USE_LEGACY_KERAS=1 or imported by name) Horovod works.
+    return keras3 and "horovod.tensorflow" in sys.modules and "tf_keras" not in sys.modules
 
 
-def _sentence(words: Sequence[str]) -> str:
-    typed = os.environ.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *words])
+def _message(command: Sequence[str]) -> str:
+    typed = os.environ.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *command])
     version = sys.modules["keras"].__version__
     return (
-        f"stock Horovod averages no gradients under Keras {version}, so each rank would train a model of its own; "
+        f"stock Horovod averages no gradients under Keras {version}, so each rank would train a separate model; "
         f"type: {typed.replace('hvdtrain run', 'hvdtrain run --as-horovod', 1)}"
     )

@@ -1,4 +1,4 @@
-"""What became of each rank, which failed first, and how to say so in a sentence."""
+"""Record the result of each rank, determine which rank failed first, and describe its failure."""
 
 import json
 import re
@@ -10,20 +10,20 @@ from hvdtrain.launch.supervision.guard_server import CLOSED
 from hvdtrain.stop_request import RESUMABLE
 
 HINTS: dict[int, str] = {
-    signal.SIGKILL: "The kernel does this when memory runs out (`dmesg | tail` would say so); a smaller "
+    signal.SIGKILL: "The kernel does this when memory runs out (check `dmesg | tail`); a smaller "
     "batch or fewer ranks on a host need less.",
-    signal.SIGSEGV: "Native code read or wrote where it must not.",
-    signal.SIGBUS: "Shared memory may be full: `df /dev/shm` tells.",
-    signal.SIGTERM: "Something outside asked it to end.",
+    signal.SIGSEGV: "Native code has accessed invalid memory.",
+    signal.SIGBUS: "Shared memory may be full: check `df /dev/shm`.",
+    signal.SIGTERM: "Another process has asked it to end.",
 }
 
-# How the ranks of a failing job are ended by their MPI launcher.
+# The signals with which an MPI launcher ends the ranks of a failing job.
 _TEARING_DOWN = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 @dataclass
-class Rank:
-    """What is known of one rank."""
+class RankResult:
+    """The known facts about one rank."""
 
     host: str = "unknown"
     up: bool = False
@@ -35,64 +35,64 @@ class Rank:
 
     @property
     def vanished(self) -> bool:
-        """Whether it ended without a word."""
+        """Whether it ended without a report and without an exit status."""
         return self.gone and self.status is None and not self.report
 
     @property
     def succeeded(self) -> bool:
-        """Whether the script came to its end and the process ended well after it."""
+        """Whether the script has finished and the process has ended with exit code 0 after it."""
         return self.done and self.status == 0
 
 
 class Verdict:
-    """Gathers what the guards tell, and judges the job by it.
+    """The result of a job, from the reports of the guards.
 
     Args:
-        size: How many ranks were to be started.
+        size: The number of ranks of the job.
     """
 
     def __init__(self, size: int) -> None:
-        self.ranks = [Rank() for _ in range(size)]
+        self.ranks = [RankResult() for _ in range(size)]
         self.first: int | None = None
 
     def note(self, rank: int, kind: bytes, payload: bytes) -> None:
-        """Takes one event; the first failure among them is remembered as the cause of all others."""
+        """Record one event; the first failure is considered the cause of all later failures."""
         if not 0 <= rank < len(self.ranks):
             return
-        one = self.ranks[rank]
+        result = self.ranks[rank]
         if kind == protocol.HELLO:
-            one.up, one.host = True, json.loads(payload)["host"]
+            result.up, result.host = True, json.loads(payload)["host"]
         elif kind == protocol.REPORT:
-            one.report = json.loads(payload)
-            one.done = one.report["done"]
-            self._blame(rank, not one.done)
+            result.report = json.loads(payload)
+            result.done = result.report["done"]
+            self._blame(rank, not result.done)
         elif kind == protocol.EXIT:
             ending = json.loads(payload)
-            one.status, one.crash, one.gone = ending["status"], ending["crash"], True
-            self._blame(rank, not one.succeeded, telling=one.status not in _TEARING_DOWN)
+            result.status, result.crash, result.gone = ending["status"], ending["crash"], True
+            self._blame(rank, not result.succeeded, informative=result.status not in _TEARING_DOWN)
         elif kind == CLOSED:
-            self._blame(rank, not one.gone, telling=False)
-            one.gone = True
+            self._blame(rank, not result.gone, informative=False)
+            result.gone = True
 
     @property
     def succeeded(self) -> bool:
-        """Whether every rank is known to have come to its end."""
+        """Whether every rank has succeeded."""
         return all(rank.succeeded for rank in self.ranks)
 
     @property
     def all_gone(self) -> bool:
-        """Whether every rank has ended, one way or another."""
+        """Whether every rank has ended, with or without success."""
         return all(rank.gone for rank in self.ranks)
 
     @property
     def explained(self) -> bool:
-        """Whether the first failure speaks for itself: a report, or a signal that no launcher sends."""
+        """Whether the first failure has a known reason: a report, or a signal that no launcher sends."""
         rank = self.ranks[self.first or 0]
         return bool(rank.report) or ((rank.status or 0) < 0 and rank.status != -signal.SIGTERM)
 
     @property
     def resumable(self) -> str | None:
-        """What the rank said that stopped first in order to go on later; None where something failed before."""
+        """The message of the first rank that stopped in order to be resumed later; None if a rank failed before."""
         report = self.ranks[self.first].report if self.first is not None else {}
         if report.get("code") != RESUMABLE:
             return None
@@ -104,11 +104,11 @@ class Verdict:
 
     @property
     def missing(self) -> list[int]:
-        """The ranks that were never heard of."""
+        """The ranks that have never started."""
         return [number for number, rank in enumerate(self.ranks) if not rank.up]
 
     def code(self) -> int:
-        """Gives the exit code of the rank that failed first, as a shell writes it."""
+        """Return the exit code of the rank that failed first, as a shell reports it."""
         if self.first is None:
             return 0 if self.succeeded else 1
         rank = self.ranks[self.first]
@@ -119,55 +119,57 @@ class Verdict:
         return rank.status if rank.status > 0 else 128 - rank.status
 
     def sentence(self) -> str:
-        """Says which rank failed first and how, ending in its traceback where there is one."""
+        """Return a message about the rank that failed first; it ends with the traceback, if there is one."""
         assert self.first is not None
         rank = self.ranks[self.first]
         name = f"hvdtrain: rank {self.first} of {len(self.ranks)} (host {rank.host})"
-        return self._chorus() + name + _ending(rank)
+        return self._same_failures() + name + _ending(rank)
 
     def summary(self) -> str:
-        """Says in a few words how that rank ended."""
+        """Return a summary of the first failure in a few words."""
         assert self.first is not None
         rank = self.ranks[self.first]
         if rank.report and not rank.done:
             return f"failed: {rank.report['text']}"
         return re.split(r"[.:,] |[.:]$", _ending(rank).strip(), maxsplit=1)[0]
 
-    def _blame(self, rank: int, failed: bool, telling: bool = True) -> None:
-        """Remembers the first failure; one that tells nothing makes way for a later one that does."""
-        if failed and (self.first is None or (telling and self.ranks[self.first].vanished)):
+    def _blame(self, rank: int, failed: bool, informative: bool = True) -> None:
+        """Record the first failure; a lost connection is replaced by a later failure that has a reason."""
+        if failed and (self.first is None or (informative and self.ranks[self.first].vanished)):
             self.first = rank
 
-    def _chorus(self) -> str:
-        """Names the other ranks that failed with the same words."""
+    def _same_failures(self) -> str:
+        """Return a line about the other ranks that failed with the same message; may be empty."""
         assert self.first is not None
-        words = self.ranks[self.first].report.get("text")
+        message = self.ranks[self.first].report.get("text")
         others = [
             str(number)
             for number, rank in enumerate(self.ranks)
-            if number != self.first and rank.report and not rank.done and rank.report["text"] == words
+            if number != self.first and rank.report and not rank.done and rank.report["text"] == message
         ]
-        if not words or not others:
+        if not message or not others:
             return ""
         *most, last = others
         named = f"ranks {', '.join(most)} and {last}" if most else f"rank {last}"
-        return f"hvdtrain: {named} failed with the same words.\n"
+        return f"hvdtrain: {named} failed with the same message.\n"
 
 
-def _ending(rank: Rank) -> str:
+def _ending(rank: RankResult) -> str:
     report = rank.report
     if report and not rank.done:
         trace = report["traceback"].rstrip()
         return f" failed; its traceback:\n\n{trace}" if trace else f" ended the job: {report['text']}"
     if rank.status is None:
-        return " vanished: its connection ended without a word, so its host or its guard may be gone."
-    when = " after its script had come to its end, while Python was shutting down" if rank.done else ""
+        return (
+            " vanished: its connection ended without a message, so its host or its guard process may be lost."
+        )
+    when = " after its script had finished, while Python was shutting down" if rank.done else ""
     if rank.status < 0:
         return _killed(-rank.status, when, rank.crash)
     if rank.status == 0:
         return (
-            " ended with exit code 0 before its script had come to its end (os._exit(0), or exit(0) in a "
-            "library), so nothing proves that it did its work."
+            " ended with exit code 0 before its script had finished (os._exit(0), or exit(0) in a library), so "
+            "nothing proves that it did its work."
         )
     how = "without a Python exception (os._exit, or exit() in a library)"
     return f" ended with exit code {rank.status}{when}, {how}."
@@ -186,7 +188,7 @@ def _killed(number: int, when: str, crash: str) -> str:
 
 
 def _stack(crash: str) -> str:
-    """Cuts faulthandler's text down to the user's part."""
+    """Return the part of faulthandler's output that belongs to the user's code."""
     kept = []
     for line in crash.splitlines():
         if "hvdtrain/script.py" in line or line.startswith("Extension modules"):
