@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.doctor.question import ask
+from hvdtrain.doctor.program import run_program
 
 SECONDS = 30
 
@@ -69,10 +69,10 @@ def show(number: str, environ: Mapping[str, str]) -> list[SlurmJob] | None:
     Returns:
         What is known; nothing once Slurm has forgotten it; None while the controller does not answer.
     """
-    answer = ask(["scontrol", "show", "job", number], environ, SECONDS)
-    if answer.code == 0:
-        return [_read(record) for record in re.split(r"\n(?=JobId=)", answer.out) if "JobId=" in record]
-    return [] if "Invalid job id" in answer.err else None
+    result = run_program(["scontrol", "show", "job", number], environ, SECONDS)
+    if result.code == 0:
+        return [_read(record) for record in re.split(r"\n(?=JobId=)", result.out) if "JobId=" in record]
+    return [] if "Invalid job id" in result.err else None
 
 
 def _read(record: str) -> SlurmJob:

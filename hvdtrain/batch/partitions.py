@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hvdtrain.batch.quantities import ENDLESS, gpus, mebibytes, minutes
-from hvdtrain.doctor.question import ask
+from hvdtrain.doctor.program import run_program
 
 SECONDS = 60  # a busy controller answers late
 
@@ -63,8 +63,8 @@ def read_partitions(environ: Mapping[str, str]) -> dict[str, Partition]:
     Returns:
         The partitions by name; none at all where Slurm does not answer.
     """
-    told = ask(["scontrol", "--all", "show", "partition", "--oneliner"], environ, SECONDS)
-    listed = ask(["sinfo", "--all", "-h", "-N", "-o", "%R|%n|%c|%m|%G|%T"], environ, SECONDS)
+    told = run_program(["scontrol", "--all", "show", "partition", "--oneliner"], environ, SECONDS)
+    listed = run_program(["sinfo", "--all", "-h", "-N", "-o", "%R|%n|%c|%m|%G|%T"], environ, SECONDS)
     nodes: dict[str, dict[str, Node]] = {}
     for line in listed.out.splitlines():
         partition, *facts = line.strip().split("|")

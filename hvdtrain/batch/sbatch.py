@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 from hvdtrain.batch.sbatch_command import Batch
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
-from hvdtrain.doctor.question import Answer, ask
+from hvdtrain.doctor.program import Result, run_program
 from hvdtrain.launch.hosts import LaunchError
 
 SECONDS = 120
@@ -39,9 +39,9 @@ def examine_test(batch: Batch, environ: Mapping[str, str], waits: bool) -> Findi
     Returns:
         When and where the job would start, or sbatch's objection.
     """
-    answer = ask(batch.command("--test-only"), environ, SECONDS)
-    said = _said(answer)
-    if answer.code == 0:
+    result = run_program(batch.command("--test-only"), environ, SECONDS)
+    said = _said(result)
+    if result.code == 0:
         planned = re.search(r"to start at (\S+) using .*? on nodes (\S+)", said)
         when = f"it would start at {planned[1]} on {planned[2]}" if planned else "it would take the job"
         return ok("sbatch --test-only", when)
@@ -59,14 +59,14 @@ def submit_batch(batch: Batch, environ: Mapping[str, str]) -> str:
     Raises:
         LaunchError: If sbatch refuses it, in sbatch's words.
     """
-    answer = ask(batch.command("--parsable"), environ, SECONDS)
-    number = re.search(r"^(\d+)(;\S*)?$", answer.out, re.MULTILINE)
-    if answer.code is None:
+    result = run_program(batch.command("--parsable"), environ, SECONDS)
+    number = re.search(r"^(\d+)(;\S*)?$", result.out, re.MULTILINE)
+    if result.code is None:
         raise LaunchError(
             f"sbatch has not answered within {SECONDS} s; whether the job is there, `squeue --me` says."
         )
-    if answer.code or not number:
-        said = _said(answer)
+    if result.code or not number:
+        said = _said(result)
         raise LaunchError(f"sbatch refused the job: {said}\n  -> {hint(said)}")
     return number[1]
 
@@ -77,11 +77,11 @@ def hint(said: str) -> str:
     return found[0] if found else "sbatch --help, or ask those who run the cluster, with these words"
 
 
-def _said(answer: Answer) -> str:
+def _said(result: Result) -> str:
     """Joins Slurm's lines, without the tags that repeat who speaks."""
-    if answer.code is None:
-        return f"nothing within {answer.seconds:g} s"
+    if result.code is None:
+        return f"nothing within {result.seconds:g} s"
     lines = [
-        re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in (answer.err or answer.out).splitlines()
+        re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in (result.err or result.out).splitlines()
     ]
-    return " ".join(dict.fromkeys(line for line in lines if line)) or f"nothing, with exit code {answer.code}"
+    return " ".join(dict.fromkeys(line for line in lines if line)) or f"nothing, with exit code {result.code}"
