@@ -49,7 +49,9 @@ def examine_programs(environ: Mapping[str, str]) -> Finding:
     found = shutil.which("sbatch", path=environ.get("PATH"))
     if found:
         return ok("sbatch", found)
-    problem = "There is no sbatch on PATH: this is not a login node of Slurm, or the module of Slurm is not loaded."
+    problem = (
+        "There is no sbatch on PATH: this is not a login node of Slurm, or the module of Slurm is not loaded."
+    )
     return wrong("sbatch", problem, "on one machine: hvdtrain run -np 2 train.py")
 
 
