@@ -1,1 +1,1 @@
-"""Slurm jobs as a user submits them: put together, checked, submitted, followed."""
+"""Compose, check, submit and follow Slurm jobs."""

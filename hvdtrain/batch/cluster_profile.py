@@ -1,4 +1,4 @@
-"""What a cluster needs from every job, written down once: ~/.config/hvdtrain/cluster.toml."""
+"""Read a cluster profile, the settings for all jobs of a cluster: ~/.config/hvdtrain/cluster.toml."""
 
 import dataclasses
 import datetime
@@ -18,7 +18,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-# How each kind of value is named to a person, what TOML makes of it, and how it is written.
+# For each type of a field: the Python types of a valid TOML value, and the description in error messages.
 _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
     str: ((str,), 'a text in quotes: {key} = "{written}"'),
     int: ((int,), "a whole number of 1 or more: {key} = 4"),
@@ -29,29 +29,29 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """A cluster's own words; whatever is empty is left to Slurm, the template and the command line.
+    """The settings of a cluster; for empty ones the command line, the template or Slurm decides.
 
     Args:
-        partition: Where jobs go.
-        account: Who pays.
-        qos: Quality of service.
-        time: Time limit, as sbatch takes it.
-        mem: Memory of a node, as sbatch takes it.
-        nodes: How many nodes.
-        ntasks_per_node: Ranks a node.
-        cpus_per_task: CPUs a rank.
-        gpus_per_node: GPUs a node, or "kind:number".
-        template: What is submitted when the command line does not say.
-        image: The container's image, for the template `container`.
+        partition: The partition of the jobs.
+        account: The account to which jobs are charged.
+        qos: The quality of service.
+        time: The time limit, in a form of sbatch.
+        mem: The memory of a node, in a form of sbatch.
+        nodes: Number of nodes.
+        ntasks_per_node: Ranks of a node.
+        cpus_per_task: CPUs of a rank.
+        gpus_per_node: GPUs of a node, or "kind:number".
+        template: The template, unless the command line names one.
+        image: The image for the template `container`.
         sbatch: More options for sbatch.
-        modules: What `module load` loads on the nodes, in this order.
+        modules: The modules that the nodes load, in this order.
         venv: The folder of a virtual environment to activate on the nodes.
         conda: The name or the folder of a conda environment to activate on the nodes.
         setup: Lines of bash that the nodes run after modules, venv and conda.
-        pmi: What `srun --mpi=` gets.
+        pmi: The value of `srun --mpi=`.
         launcher: "srun" or "mpirun".
-        network: The network interface over which ranks talk.
-        path: The file all this was read from.
+        network: The network interface for messages between ranks.
+        path: The file of the profile.
     """
 
     partition: str = ""
@@ -77,37 +77,37 @@ class Profile:
 
 
 def read_profile(named: str | None, environ: Mapping[str, str] = os.environ) -> Profile:
-    """Reads a cluster's profile, so that nobody types account and partition twice.
+    """Read a cluster profile.
 
     Args:
-        named: A file, or the name of one in the folder of settings; HVDTRAIN_CLUSTER, else "cluster", if None.
-        environ: The environment.
+        named: A file, or the name of a profile in the settings folder; if None, HVDTRAIN_CLUSTER, else "cluster".
+        environ: The environment variables.
 
     Returns:
-        The profile; an empty one where none was named and there is none.
+        The profile; an empty one if none is named and the default file does not exist.
 
     Raises:
-        LaunchError: If the one that was named is not there, or it cannot be understood.
+        LaunchError: If the named profile does not exist, or its content is not valid.
     """
-    said = named or environ.get("HVDTRAIN_CLUSTER")
-    path = _place(said or "cluster", environ)
-    if not said and not path.exists():
+    chosen = named or environ.get("HVDTRAIN_CLUSTER")
+    path = _profile_path(chosen or "cluster", environ)
+    if not chosen and not path.exists():
         return Profile()
     try:
-        read = tomllib.loads(path.read_text(encoding="utf-8"))
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise LaunchError(f"The cluster profile {path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
         raise LaunchError(
-            f"The cluster profile {path} is not TOML: {error}. Texts stand in quotes."
+            f"The cluster profile {path} is not valid TOML: {error}. Texts need quotes."
         ) from error
-    # Keys may be written as sbatch writes its options, too.
-    values = {key.replace("-", "_"): value for key, value in read.items()}
+    # Keys may also be written with dashes, as the options of sbatch.
+    values = {key.replace("-", "_"): value for key, value in table.items()}
     return Profile(**{key: _checked(path, key, value) for key, value in values.items()}, path=path)
 
 
-def _place(named: str, environ: Mapping[str, str]) -> Path:
-    """A word without a slash and without .toml is the name of a profile, as in --cluster=gpu."""
+def _profile_path(named: str, environ: Mapping[str, str]) -> Path:
+    """Return the file of a profile; a text without a slash and without .toml is the name of a profile."""
     if "/" in named or named.endswith(".toml"):
         return Path(named).expanduser().absolute()
     return config_folder(environ) / f"{named}.toml"
@@ -116,18 +116,24 @@ def _place(named: str, environ: Mapping[str, str]) -> Path:
 def _checked(path: Path, key: str, value: Any) -> Any:
     fields = {field.name: field for field in dataclasses.fields(Profile) if field.name != "path"}
     if key not in fields:
-        near = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else f"it may have {', '.join(fields)}."
-        raise LaunchError(f"The cluster profile {path} has the key {key}, which means nothing here: {hint}")
-    types, wanted = _KINDS[fields[key].type]
-    texts = isinstance(value, list) and all(isinstance(each, str) for each in value)
-    right = (
-        isinstance(value, types) and not isinstance(value, bool) and (texts or not isinstance(value, list))
-    )
-    if not right or (isinstance(value, int) and value < (key != "gpus_per_node")):
+        similar = difflib.get_close_matches(key, fields, n=1, cutoff=0.5)
+        hint = f"did you mean {similar[0]}?" if similar else f"the keys are {', '.join(fields)}."
+        raise LaunchError(f"The cluster profile {path} has the unknown key {key}: {hint}")
+    types, expected = _KINDS[fields[key].type]
+    if not _valid(key, value, types):
+        # TOML reads 08:00:00 without quotes as a time of day; the message then shows the value with quotes.
         written = str(value) if isinstance(value, datetime.time) else "…"
-        wanted = wanted.format(key=key, written=written)
-        raise LaunchError(f"The cluster profile {path} has {key} = {value!r}; expected {wanted}")
+        expected = expected.format(key=key, written=written)
+        raise LaunchError(f"The cluster profile {path} has {key} = {value!r}; expected {expected}")
     if key == "launcher" and value not in ("srun", "mpirun"):
         raise LaunchError(f"The cluster profile {path} has launcher = {value!r}; it may be srun or mpirun.")
     return tuple(value) if isinstance(value, list) else value
+
+
+def _valid(key: str, value: Any, types: tuple[type, ...]) -> bool:
+    # bool is a subclass of int, but true is not a number of nodes.
+    if not isinstance(value, types) or isinstance(value, bool):
+        return False
+    if isinstance(value, int):
+        return value >= (0 if key == "gpus_per_node" else 1)
+    return not isinstance(value, list) or all(isinstance(item, str) for item in value)

@@ -1,144 +1,181 @@
-"""After the submission: what to type next, and with --follow the job's own log until its end."""
+"""Print what to type after a submission, and with --follow show the job's log until the job ends."""
 
 import os
 import shlex
 import sys
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
-from hvdtrain.batch.job_state import SlurmJob, show
-from hvdtrain.batch.log_tail import Log, until
+from hvdtrain.batch.job_state import SlurmJob, read_jobs
 from hvdtrain.batch.templates import Template
 
-ASKED = 3.0  # seconds between two questions to the controller, which has others to serve
-LATE = 30.0  # seconds after which a file written on a node must be seen here, over the slowest file systems
+POLL_SECONDS = 3.0  # between two questions to the controller, which serves many users
+LOG_SECONDS = 0.5  # between two looks at the log
+FILE_SECONDS = 30.0  # after which a file written on a node is visible here, also on slow file systems
 SMOKE_PASSED = "smoke test passed"
 
-# Why a job waits, where Slurm's word alone does not help.
+# Explanations of Slurm's keywords for why a job waits.
 _REASONS = {
-    "Resources": "it waits for nodes that others use",
-    "Priority": "others are before it",
-    "BeginTime": "it waits for its time; after a requeue that is two minutes",
+    "Resources": "it waits for nodes that other jobs use",
+    "Priority": "other jobs are before it",
+    "BeginTime": "it waits for its start time, which is two minutes after a requeue",
     "Dependency": "it waits for another job",
     "DependencyNeverSatisfied": "it will never start; scancel it",
     "PartitionConfig": "it asks for more than the partition allows, and will not start; scancel it",
     "PartitionTimeLimit": "it asks for more time than the partition allows, and will not start; scancel it",
-    "PartitionNodeLimit": "it asks for more nodes than the partition has in order; sinfo -R says why",
+    "PartitionNodeLimit": "it asks for more nodes than are usable in the partition; sinfo -R shows the reason",
     "PartitionDown": "the partition is down",
-    "ReqNodeNotAvail": "nodes it needs are down or reserved; sinfo -R says why",
+    "ReqNodeNotAvail": "nodes it needs are down or reserved; sinfo -R shows the reason",
     "JobHeldUser": "it is held: scontrol release it",
-    "JobHeldAdmin": "it is held by those who run the cluster",
+    "JobHeldAdmin": "it is held by an administrator of the cluster",
     "launch_failed_requeued_held": "its start failed and it is held: scontrol release it",
 }
 
-# What to do about an end that is not the script's own.
-ENDS = {
-    "TIMEOUT": "its time was up; --time asks for more, and --preemptible goes on after it from a checkpoint",
-    "OUT_OF_MEMORY": "a node had not enough memory for it; --mem asks for more",
-    "NODE_FAIL": "a node was lost; --preemptible goes on after that from a checkpoint",
-    "PREEMPTED": "another job took its nodes; --preemptible goes on after that from a checkpoint",
-    "CANCELLED": "somebody has typed scancel, or the cluster has",
+# Explanations of final states, and what to type.
+_END_REASONS = {
+    "TIMEOUT": "it reached its time limit; --time sets a longer one, and --preemptible continues from a checkpoint",
+    "OUT_OF_MEMORY": "a node did not have enough memory for it; --mem asks for more",
+    "NODE_FAIL": "a node failed; --preemptible continues from a checkpoint after that",
+    "PREEMPTED": "another job took its nodes; --preemptible continues from a checkpoint after that",
+    "CANCELLED": "it was cancelled by scancel, or by the cluster",
 }
 
-# What stands in place of a task's number in the log of an array of which none has started.
+# Slurm's placeholder for the task number in the log of an array of which no task has started.
 NO_TASK = "4294967294"
 
 
 def follow(number: str, template: Template, environ: Mapping[str, str], stay: bool) -> int:
-    """Says where a job's log is and what to type next; stays until its end if asked to.
+    """Print where a job's log is and what to type next, and wait until the job ends if `stay` is true.
 
     Args:
-        number: The job.
-        template: What was submitted.
-        environ: The environment in which Slurm is asked.
+        number: The job ID.
+        template: The template of the job.
+        environ: The environment variables for Slurm's programs.
         stay: Whether to show the log until the job has ended.
 
     Returns:
-        0 when the job has proved its success, or nobody waited for it; else its exit code, and 1 where that is 0
-        without a proof; 130 after Ctrl-C, with which the job goes on.
+        0 if the job succeeded, or if `stay` is false; else the exit code of the job, or 1 if that is 0 although no
+        done file shows success; 130 after Ctrl-C, which leaves the job running.
     """
-    logs = {_shown(job.log) for job in show(number, environ) or [] if job.log}
+    logs = {_log_pattern(job.log) for job in read_jobs(number, environ) or [] if job.log}
     for log in sorted(logs)[:1]:
         print(f"  its log:   tail -F {log}")
     print(f"  its state: squeue -j {number}\n  its end:   scancel {number}", flush=True)
     if not stay:
         return 0
     try:
-        return Watch(number, template, environ).until_the_end()
+        return JobFollower(number, template, environ).run()
     except KeyboardInterrupt:
-        print(f"\nhvdtrain: job {number} goes on; scancel {number} ends it.", file=sys.stderr)
+        print(f"\nhvdtrain: job {number} continues; scancel {number} ends it.", file=sys.stderr)
         return 130
 
 
-class Watch:
-    """Follows a job, through requeues, or all tasks of an array.
+class Log:
+    """A file that grows on another host, copied to standard output byte for byte."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._position = path, 0
+
+    def show(self) -> bool:
+        """Print what was added since the last call, and return whether anything was."""
+        try:
+            with self.path.open("rb") as file:
+                # A job with --open-mode=truncate starts its log again when it is requeued.
+                self._position = self._position if file.seek(0, os.SEEK_END) >= self._position else 0
+                file.seek(self._position)
+                added = file.read()
+        except OSError:
+            return False
+        self._position += len(added)
+        sys.stdout.buffer.write(added)
+        sys.stdout.buffer.flush()
+        return bool(added)
+
+    def finish(self) -> None:
+        """Print the rest, until nothing was added for a moment."""
+        while not _wait_until(lambda: not self.show(), LOG_SECONDS):
+            continue
+        time.sleep(LOG_SECONDS)
+        self.show()
+
+    def last_lines(self, count: int = 5) -> str:
+        """Return its last lines that are not empty."""
+        try:
+            text = self.path.read_bytes()[-20_000:].decode(errors="replace")
+        except OSError as error:
+            return f"    (none: {error.strerror})"
+        return "\n".join([f"    {line}" for line in text.splitlines() if line.strip()][-count:])
+
+
+class JobFollower:
+    """Follow a job, through requeues, or all tasks of an array.
 
     Args:
-        number: The job.
-        template: What was submitted.
-        environ: The environment in which Slurm is asked.
+        number: The job ID.
+        template: The template of the job.
+        environ: The environment variables for Slurm's programs.
     """
 
     def __init__(self, number: str, template: Template, environ: Mapping[str, str]) -> None:
         self._number, self._template, self._environ = number, template, environ
-        self._known: dict[str, SlurmJob] = {}
-        self._told: dict[str, str] = {}
-        self._codes: dict[str, int] = {}
+        self._known: dict[str, SlurmJob] = {}  # by job ID, as Slurm last described them
+        self._reported: dict[str, str] = {}  # by job ID, the last message about the state
+        self._codes: dict[str, int] = {}  # by job ID, the exit codes of those that have ended
         self._log: Log | None = None
-        self._away = False
+        self._unanswered = False
 
-    def until_the_end(self) -> int:
-        """Returns when every task has ended, with the first exit code that is not 0."""
-        while not self._look():
-            until(self._nothing_new, ASKED)
+    def run(self) -> int:
+        """Wait until every task has ended, and return the first exit code that is not 0, else 0."""
+        while not self._poll():
+            _wait_until(self._show_log, POLL_SECONDS)
         return next(filter(None, self._codes.values()), 0)
 
-    def _nothing_new(self) -> bool:
+    def _show_log(self) -> bool:
         if self._log:
             self._log.show()
         return False
 
-    def _look(self) -> bool:
-        """Asks Slurm once and says whether all is over."""
-        jobs = show(self._number, self._environ)
-        if jobs is None and not self._away:
-            _say("Slurm's controller does not answer; that does not touch the job. Asking on.")
-        self._away = jobs is None
+    def _poll(self) -> bool:
+        """Ask Slurm once, and return whether all tasks have ended."""
+        jobs = read_jobs(self._number, self._environ)
+        if jobs is None and not self._unanswered:
+            _print("Slurm's controller does not answer. The job is not affected; asking again.")
+        self._unanswered = jobs is None
         if jobs is None:
             return False
         if not jobs:
             return self._conclude_forgotten()
         self._open_log(jobs)
         for job in jobs:
-            self._tell(job)
-            # An end counts when it is seen twice, because a requeue passes through one.
+            self._report_state(job)
+            # An end counts when it is seen twice, because a requeued job is in a final state for a moment.
             if job.ended and self._known.get(job.number) == job and job.number not in self._codes:
                 self._codes[job.number] = self._conclude(job)
         self._known = {job.number: job for job in jobs}
         return all(number in self._codes for number in self._known)
 
-    def _tell(self, job: SlurmJob) -> None:
-        """Says what has changed."""
-        why = (
-            f" ({job.reason}{_because(job.reason)})"
-            if job.state == "PENDING" and job.reason != "None"
-            else ""
-        )
-        again = f", restart {job.restarts}" if job.restarts else ""
-        where = f" on {job.nodes}" if job.state == "RUNNING" else ""
-        words = f"job {job.number} is {job.state}{where}{why}{again}"
-        if self._told.get(job.number) != words and not job.ended and job.state != "COMPLETING":
-            self._told[job.number] = words
-            _say(words)
+    def _report_state(self, job: SlurmJob) -> None:
+        """Print the state of a job if it has changed; its end is printed by `_conclude`."""
+        message = f"job {job.number} is {job.state}"
+        if job.state == "RUNNING":
+            message += f" on {job.nodes}"
+        if job.state == "PENDING" and job.reason != "None":
+            message += f" ({job.reason}{_explanation(job.reason)})"
+        if job.restarts:
+            message += f", restart {job.restarts}"
+        if self._reported.get(job.number) != message and not job.ended and job.state != "COMPLETING":
+            self._reported[job.number] = message
+            _print(message)
 
     def _open_log(self, jobs: list[SlurmJob]) -> None:
-        """Shows the log of one job; those of an array would run into each other."""
+        """Open the log of a single job; the logs of an array are not shown, because their lines would mix."""
         if not self._log and len(jobs) == 1 and "_" not in jobs[0].number and jobs[0].log:
             self._log = Log(jobs[0].log)
 
     def _conclude_forgotten(self) -> bool:
-        """Slurm forgets a job some minutes after its end; its proof stays."""
+        """Conclude from the done file, because Slurm forgets a job some minutes after its end."""
         for job in self._known.values():
             if job.number not in self._codes:
                 self._codes[job.number] = self._conclude(replace(job, state="COMPLETED", runtime="some time"))
@@ -147,38 +184,47 @@ class Watch:
     def _conclude(self, job: SlurmJob) -> int:
         log = self._log or Log(job.log or Path(os.devnull))
         completed = job.state == "COMPLETED"
-        proved = until(self._proof(job, log), LATE) if completed else False
+        succeeded = completed and _wait_until(lambda: self._succeeded(job, log), FILE_SECONDS)
         if self._log:
             self._log.finish()
-        if proved:
-            _say(f"job {job.number} has done its work on {job.nodes} in {job.runtime}.")
+        if succeeded:
+            _print(f"job {job.number} has done its work on {job.nodes} in {job.runtime}.")
             return 0
         code = f", exit code {job.code}" if job.code else ""
-        why = "nothing proves that every rank did its work" if completed else ENDS.get(job.state, "")
-        ended = f"job {job.number} ended as {job.state} after {job.runtime}{code}{': ' if why else ''}{why}."
-        _say(f"{ended} The last words of {job.log}:\n{log.last_words()}")
+        reason = "nothing proves that every rank did its work" if completed else _END_REASONS.get(job.state)
+        ended = f"job {job.number} ended as {job.state} after {job.runtime}{code}"
+        ended += f": {reason}." if reason else "."
+        _print(f"{ended} The last lines of {job.log}:\n{log.last_lines()}")
         return job.code or 1
 
-    def _proof(self, job: SlurmJob, log: Log) -> Callable[[], bool]:
-        """Finds what the job shows when it has succeeded: its done file, or the last line of the smoke test."""
+    def _succeeded(self, job: SlurmJob, log: Log) -> bool:
+        """Return whether the job has left its sign of success: a done file, or the last line of the smoke test."""
         if self._template.proves:
             names = {f"{stem}.done" for stem in job.stems}
-            # Listing the folder makes a network file system look again.
-            return lambda: any(each.name in names and each.stat().st_size for each in Path.cwd().iterdir())
-        if self._template.name == "smoke":
-            return lambda: SMOKE_PASSED in log.last_words()
-        return lambda: True
+            # Listing the folder makes a network file system refresh its cache.
+            return any(path.name in names and path.stat().st_size for path in Path.cwd().iterdir())
+        return self._template.name != "smoke" or SMOKE_PASSED in log.last_lines()
 
 
-def _shown(log: Path) -> str:
-    """Writes a log for a shell; of an array, all its logs."""
+def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
+    """Wait until a condition holds, for a limited time, and return whether it does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() >= end:
+            return False
+        time.sleep(LOG_SECONDS)
+    return True
+
+
+def _log_pattern(log: Path) -> str:
+    """Return the path of a log, quoted for a shell; for an array, a pattern that matches all its logs."""
     return "*".join(shlex.quote(part) for part in str(log).split(NO_TASK))
 
 
-def _because(reason: str) -> str:
-    told = _REASONS.get(reason.split(",")[0])
-    return f": {told}" if told else ""
+def _explanation(reason: str) -> str:
+    text = _REASONS.get(reason.split(",")[0])
+    return f": {text}" if text else ""
 
 
-def _say(sentence: str) -> None:
-    print(f"hvdtrain: {sentence}", file=sys.stderr, flush=True)
+def _print(message: str) -> None:
+    print(f"hvdtrain: {message}", file=sys.stderr, flush=True)

@@ -1,20 +1,20 @@
-"""What Slurm says of its partitions and nodes: the limits against which a job is held before it waits for hours."""
+"""Read the partitions of a cluster, their limits and their nodes from Slurm."""
 
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hvdtrain.batch.quantities import ENDLESS, gpus, mebibytes, minutes
-from hvdtrain.doctor.question import ask
+from hvdtrain.batch.quantities import UNLIMITED, gpus, mebibytes, minutes, split_resources
+from hvdtrain.doctor.program import run_program
 
-SECONDS = 60  # a busy controller answers late
+SECONDS = 60  # the time limit of a question; a busy controller answers late
 
-_OUT_OF_ORDER = re.compile(r"down|drain|fail|error|unknown|.*\*")
+_NOT_USABLE = re.compile(r"down|drain|fail|error|unknown|.*\*")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A node: its CPUs, its memory in MiB, its generic resources, and its state in Slurm's words."""
+    """A node with its CPUs, its memory in MiB, its generic resources, and its state as Slurm prints it."""
 
     name: str
     cpus: int
@@ -24,18 +24,18 @@ class Node:
 
     @property
     def usable(self) -> bool:
-        """Whether jobs start there, now or after others."""
-        return not _OUT_OF_ORDER.match(self.state.lower())
+        """Whether jobs can start there, now or after other jobs."""
+        return not _NOT_USABLE.match(self.state.lower())
 
     def gpus(self, kind: str) -> int:
-        """How many GPUs it has; of one kind, where one is named."""
-        told = [gpus(each) for each in re.split(r",(?![^(]*\))", self.resources)]
-        return sum(count for name, count in told if not kind or name in ("", kind))
+        """Return the number of its GPUs, of one kind if `kind` is not empty."""
+        found = [gpus(resource) for resource in split_resources(self.resources)]
+        return sum(count for name, count in found if not kind or name in ("", kind))
 
 
 @dataclass(frozen=True)
 class Partition:
-    """A partition, as `scontrol show partition` describes it, and its nodes."""
+    """A partition with its nodes; `facts` are the fields that `scontrol show partition` prints."""
 
     name: str
     facts: Mapping[str, str]
@@ -43,38 +43,40 @@ class Partition:
 
     @property
     def max_minutes(self) -> float:
-        """The longest time limit of a job."""
+        """The longest time limit of a job, in minutes."""
         return _limit(minutes(self.facts.get("MaxTime", "UNLIMITED")))
 
     @property
     def max_memory(self) -> float:
-        """The most MiB that a job may have of a node."""
-        return _limit(mebibytes(self.facts.get("MaxMemPerNode", "UNLIMITED"))) or ENDLESS
+        """The most memory that a job may use on a node, in MiB."""
+        return _limit(mebibytes(self.facts.get("MaxMemPerNode", "UNLIMITED"))) or UNLIMITED
 
-    def most(self, fact: str) -> float:
-        """A limit that counts, such as MaxNodes."""
-        said = self.facts.get(fact, "UNLIMITED")
-        return int(said) if said.isdigit() else ENDLESS
+    def limit(self, name: str) -> float:
+        """Return a limit that is a number, such as MaxNodes."""
+        value = self.facts.get(name, "UNLIMITED")
+        return int(value) if value.isdigit() else UNLIMITED
 
 
 def read_partitions(environ: Mapping[str, str]) -> dict[str, Partition]:
-    """Asks Slurm for all its partitions.
+    """Return all partitions of the cluster.
 
     Returns:
-        The partitions by name; none at all where Slurm does not answer.
+        The partitions by name; empty if Slurm does not answer.
     """
-    told = ask(["scontrol", "--all", "show", "partition", "--oneliner"], environ, SECONDS)
-    listed = ask(["sinfo", "--all", "-h", "-N", "-o", "%R|%n|%c|%m|%G|%T"], environ, SECONDS)
+    partitions = run_program(["scontrol", "--all", "show", "partition", "--oneliner"], environ, SECONDS)
+    sinfo = run_program(["sinfo", "--all", "-h", "-N", "-o", "%R|%n|%c|%m|%G|%T"], environ, SECONDS)
     nodes: dict[str, dict[str, Node]] = {}
-    for line in listed.out.splitlines():
+    for line in sinfo.out.splitlines():
         partition, *facts = line.strip().split("|")
         if len(facts) == 5:
             nodes.setdefault(partition, {})[facts[0]] = _node(*facts)
-    described = [dict(re.findall(r"(\w+)=(\S*)", line)) for line in told.out.splitlines()]
-    names = [(facts.get("PartitionName", ""), facts) for facts in described]
-    return {
-        name: Partition(name, facts, tuple(nodes.get(name, {}).values())) for name, facts in names if name
-    }
+    found = {}
+    for line in partitions.out.splitlines():
+        fields = dict(re.findall(r"(\w+)=(\S*)", line))
+        name = fields.get("PartitionName")
+        if name:
+            found[name] = Partition(name, fields, tuple(nodes.get(name, {}).values()))
+    return found
 
 
 def _node(name: str, cpus: str, memory: str, resources: str, state: str) -> Node:
@@ -83,4 +85,4 @@ def _node(name: str, cpus: str, memory: str, resources: str, state: str) -> Node
 
 
 def _limit(number: float | None) -> float:
-    return ENDLESS if number is None else number
+    return UNLIMITED if number is None else number

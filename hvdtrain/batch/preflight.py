@@ -1,4 +1,4 @@
-"""What is looked at before a job is submitted, because after it the answer comes when the job starts: at night."""
+"""Check script, trials, variables, image and log of a job before it is submitted, without asking Slurm."""
 
 import os
 import pwd
@@ -12,25 +12,25 @@ from hvdtrain.batch.sbatch_command import Batch
 from hvdtrain.batch.value_checks import examine_values
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
 
-# Options that somebody may have meant for submit though they stand after the script.
-_OURS = re.compile(
+# Options that the user may have meant for submit, although they are after the script.
+_SUBMIT_OPTIONS = re.compile(
     r"--(nodes|ntasks(-per-node)?|cpus-per-(task|gpu)|gpus-per-(node|task)|mem-per-gpu|(cpu|gpu)-bind|partition|"
     r"account|dry-run|follow|preemptible)(=.*)?"
 )
 
-# What starts ranks elsewhere, and here is done by the templates.
+# Programs that start Python or ranks; the templates do this already.
 _STARTERS = re.compile(r"python[\d.]*|mpirun|mpiexec|srun|hvdtrain|horovodrun")
 
 
 def examine_job(batch: Batch, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Looks at everything that can be judged without Slurm.
+    """Check everything that can be judged without Slurm.
 
     Args:
         batch: The job.
         environ: The environment of the submission.
 
     Yields:
-        What was found, of the script first.
+        The findings, in the order of the checks.
     """
     yield ok("template", f"{batch.template.path}")
     base = Path(batch.options.get("chdir") or ".")
@@ -38,25 +38,25 @@ def examine_job(batch: Batch, environ: Mapping[str, str]) -> Iterator[Finding]:
         yield _trials(base, batch)
     if batch.template.name != "array_sweep" or len(batch.words) > 1:
         yield _script(batch, base)
-        yield from _words(batch)
+        yield from _script_options(batch)
     yield from examine_values(batch)
     yield from _variables(batch, base, environ)
     yield _log(batch, base)
 
 
 def examine_programs(environ: Mapping[str, str]) -> Finding:
-    """Looks for Slurm."""
+    """Check that sbatch is on PATH."""
     found = shutil.which("sbatch", path=environ.get("PATH"))
     if found:
         return ok("sbatch", found)
-    told = (
-        "There is no sbatch on PATH: this is no login node of a Slurm cluster, or its module is not loaded."
+    problem = (
+        "There is no sbatch on PATH: this is not a login node of Slurm, or the module of Slurm is not loaded."
     )
-    return wrong("sbatch", told, "on one machine: hvdtrain run -np 2 train.py")
+    return wrong("sbatch", problem, "on one machine: hvdtrain run -np 2 train.py")
 
 
 def trials_of(path: Path) -> list[str]:
-    """Reads a file of trials as array_sweep.sbatch does: without empty lines and comments."""
+    """Return the trials in a file, as array_sweep.sbatch reads them: without empty lines and comments."""
     lines = path.read_text(errors="replace").splitlines()
     return [line for line in lines if line.strip() and not line.lstrip().startswith("#")]
 
@@ -64,8 +64,8 @@ def trials_of(path: Path) -> list[str]:
 def _script(batch: Batch, base: Path) -> Finding:
     if batch.template.name == "smoke":
         if not batch.words:
-            return ok("script", "the smoke test's own")
-        return wrong("script", "The smoke test brings its own script and takes no words.", "leave them out")
+            return ok("script", "that of the smoke test")
+        return wrong("script", "The smoke test has its own script and takes no arguments.", "leave them out")
     if not batch.script:
         return wrong("script", "There is no script to run.", "hvdtrain submit --nodes=2 train.py --epochs 10")
     path = base / batch.script
@@ -76,26 +76,31 @@ def _script(batch: Batch, base: Path) -> Finding:
     if path.is_file() and os.access(path, os.R_OK):
         return ok("script", f"{path.absolute()}")
     if _STARTERS.fullmatch(path.name) and batch.words[-1] != batch.script:
-        found = f"Ranks and their Python are started for you, so {batch.script} is no script."
+        found = f"hvdtrain starts the ranks and their Python, so {batch.script} is not needed here."
         return wrong("script", found, f"hvdtrain submit train.py, without {batch.script}")
-    what = "is a folder" if path.is_dir() else "cannot be read" if path.exists() else "is not there"
-    found = f"The script {batch.script} {what} (looked for from {base.absolute()})."
-    return wrong("script", found, "ls, to see how it is called")
+    if path.is_dir():
+        problem = "is a folder"
+    elif path.exists():
+        problem = "cannot be read"
+    else:
+        problem = "is not there"
+    found = f"The script {batch.script} {problem} (searched from {base.absolute()})."
+    return wrong("script", found, "ls, to see the names of the files")
 
 
-def _words(batch: Batch) -> Iterator[Finding]:
-    """Says which words go to the script though they look like submit's own."""
+def _script_options(batch: Batch) -> Iterator[Finding]:
+    """Report options after the script that look like options of submit; they are passed to the script."""
     after = batch.words[batch.words.index(batch.script) + 1 :] if batch.script else ()
-    ours = [word for word in after if _OURS.fullmatch(word)]
-    if ours:
-        found = f"{', '.join(ours)} after the script is the script's; what is for submit stands before it."
-        yield note("words", found, f"hvdtrain submit {shlex.join(ours)} … {shlex.quote(batch.script)}")
+    similar = [word for word in after if _SUBMIT_OPTIONS.fullmatch(word)]
+    if similar:
+        found = f"{', '.join(similar)} after the script is passed to the script; options of submit come before it."
+        yield note("words", found, f"hvdtrain submit {shlex.join(similar)} … {shlex.quote(batch.script)}")
 
 
 def _trials(base: Path, batch: Batch) -> Finding:
     if len(batch.words) < 2:
         given = f", and only {batch.words[0]} was given" if batch.words else ""
-        found = f"A sweep wants a file of trials, then a script{given}."
+        found = f"A sweep needs a file of trials, then a script{given}."
         return wrong("trials", found, "hvdtrain submit --array=0-8 trials.txt train.py")
     path = base / batch.words[0]
     try:
@@ -105,8 +110,9 @@ def _trials(base: Path, batch: Batch) -> Finding:
         return wrong("trials", found, "hvdtrain submit --array=0-8 trials.txt train.py")
     open_quotes = [number for number, line in enumerate(lines) if not _closed(line)]
     if open_quotes:
-        found = f"Trial {open_quotes[0]} of {path} has a quote without its end: {lines[open_quotes[0]]}"
-        return wrong("trials", found, "close it, or double it to mean itself")
+        number = open_quotes[0]
+        found = f"Trial {number} of {path} has an opening quote without a closing one: {lines[number]}"
+        return wrong("trials", found, "close the quote, or put it between quotes of the other kind")
     array = batch.options.get("array") or ""
     last = max(_last(part) for part in array.partition("%")[0].split(","))
     if last < len(lines):
@@ -124,33 +130,33 @@ def _closed(line: str) -> bool:
 
 
 def _last(part: str) -> int:
-    """Gives the last number of a part of --array: 7, 0-8, or 0-8:2."""
+    """Return the last number of a part of --array: 7, 0-8, or 0-8:2."""
     match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
     if not match:
-        return 0  # sbatch says what is wrong with it
+        return 0  # sbatch reports the error
     first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1) or 1
     return first + (last - first) // step * step
 
 
 def _variables(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """What the templates are told by variables."""
+    """Check the environment variables that the templates read."""
     stage = environ.get("HVDTRAIN_STAGE")
     if stage and not (base / stage).exists():
         found = (
-            f"HVDTRAIN_STAGE names the data {stage}, which is not there (looked for from {base.absolute()})."
+            f"HVDTRAIN_STAGE names the data {stage}, which is not there (searched from {base.absolute()})."
         )
-        yield wrong("data", found, "unset HVDTRAIN_STAGE, or name a folder that all nodes see")
+        yield wrong("data", found, "unset HVDTRAIN_STAGE, or name a folder on a file system of all nodes")
     launcher = environ.get("HVDTRAIN_LAUNCHER", "")
     if launcher not in ("", "srun", "mpirun"):
         found = f"HVDTRAIN_LAUNCHER is {launcher!r}; it may be srun or mpirun."
         yield wrong("launcher", found, "unset HVDTRAIN_LAUNCHER")
     if batch.template.name == "container":
         yield from _image(batch, base, environ)
-    kept = (batch.options.get("export") or "ALL").split(",")
-    lost = [name for name in batch.settings if "ALL" not in kept and name not in kept]
-    if lost:
-        found = f"--export={','.join(kept)} keeps {', '.join(lost)} from the job, which it needs."
-        yield wrong("export", found, f"--sbatch='--export={','.join(lost)}'")
+    exported = (batch.options.get("export") or "ALL").split(",")
+    missing = [name for name in batch.settings if "ALL" not in exported and name not in exported]
+    if missing:
+        found = f"--export={','.join(exported)} does not export {', '.join(missing)}, which the job needs."
+        yield wrong("export", found, f"--sbatch='--export={','.join(missing)}'")
 
 
 def _image(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -160,7 +166,7 @@ def _image(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Fin
     elif _is_file(image, environ) and not os.access(base / image, os.R_OK):
         yield wrong("image", f"The image {image} cannot be read.", "--image=/shared/train.sif")
     elif batch.gpus[1] and _needs_nv(environ) and "--nv" not in environ.get("HVDTRAIN_APPTAINER", ""):
-        found = "The container would not see the GPUs without Apptainer's --nv."
+        found = "Without Apptainer's --nv the container does not see the GPUs."
         yield note("image", found, "export HVDTRAIN_APPTAINER=--nv")
 
 
@@ -169,42 +175,41 @@ def _needs_nv(environ: Mapping[str, str]) -> bool:
 
 
 def _is_file(image: str, environ: Mapping[str, str]) -> bool:
-    """Says whether an image is a file; Shifter, Sarus and Pyxis also take names of a registry."""
+    """Return whether an image is a file; Shifter, Sarus and Pyxis also take names of a registry."""
     return "://" not in image and (_needs_nv(environ) or image.startswith(("/", "./")))
 
 
 def _log(batch: Batch, base: Path) -> Finding:
     name = batch.options.get("job-name") or ""
     if "/" in name:
-        found = f"--job-name={name} has a slash, so no log could be written under it."
+        found = f"--job-name={name} has a slash, so a log of that name cannot be written."
         return wrong("log", found, f"--job-name={shlex.quote(name.replace('/', '-'))}")
     folders = [_folder(batch, base, option) for option in ("output", "error")]
     for folder in folders:
         unknown = re.search(r"%\d*[A-Za-z]", str(folder))
         if unknown:
-            found = f"The log's folder {folder} depends on {unknown[0]}, which is known when the job starts, "
-            found += "and Slurm makes no folders."
-            return wrong(
-                "log", found, "--sbatch='--output=logs/%x-%j.log', with the pattern in the file's name"
-            )
+            found = f"The log's folder {folder} depends on {unknown[0]}, which is only known when the job starts, "
+            found += "and Slurm does not create folders."
+            fix = "--sbatch='--output=logs/%x-%j.log', with the pattern in the file's name"
+            return wrong("log", found, fix)
         if not folder.is_dir():
-            # Slurm would end the job at once, without a word anywhere.
+            # Slurm would end the job at once, without any message.
             return wrong(
                 "log", f"The log's folder {folder} is not there.", f"mkdir -p {shlex.quote(str(folder))}"
             )
     for needed in (*folders, Path()):
         if not os.access(needed, os.W_OK):
-            found = f"Log and proof of success are written to {needed.absolute()}, where you may not write."
-            return wrong("log", found, "cd to a folder of your own that the nodes see")
+            found = f"The log and the done file are written to {needed.absolute()}, where you may not write."
+            return wrong("log", found, "cd to a writable folder on a file system of all nodes")
     return ok("log", f"in {folders[0].absolute()}")
 
 
 def _folder(batch: Batch, base: Path, option: str) -> Path:
-    """Returns the folder of a log, with the patterns replaced whose values are known before the job starts."""
+    """Return the folder of a log, with the patterns replaced whose values are known before the job starts."""
     name = batch.options.get("job-name") or batch.template.path.name
     user = pwd.getpwuid(os.geteuid()).pw_name
     folder = str((base / (batch.options.get(option) or "log")).parent)
-    if "\\" in folder:  # Slurm then takes every % for itself
+    if "\\" in folder:  # Slurm then replaces no pattern in the path
         return Path(folder.replace("\\", ""))
     known = {"%x": name, "%u": user, "%%": "%"}
     return Path(re.sub(r"%[xu%]", lambda pattern: known[pattern[0]], folder))

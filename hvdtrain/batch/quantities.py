@@ -1,4 +1,4 @@
-"""Times and sizes as Slurm writes them, so that what is asked for can be held against what there is."""
+"""Parse times, memory sizes and GPU counts as Slurm writes them."""
 
 import re
 
@@ -8,17 +8,17 @@ _GPU = re.compile(r"(?:gres[:/])?gpu(?:[:=](?P<kind>[A-Za-z][\w.-]*))?(?:[:=](?P
 # In MiB, Slurm's own unit.
 _UNITS = {"K": 1 / 1024, "": 1, "M": 1, "G": 1024, "T": 1024 * 1024}
 
-ENDLESS = float("inf")
+UNLIMITED = float("inf")
 
 
 def minutes(time: str) -> float | None:
-    """Reads a time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
+    """Parse a time limit: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]].
 
     Returns:
-        Minutes, infinity for UNLIMITED and for 0, or None for what Slurm would not take.
+        Minutes, infinity for UNLIMITED and for 0, or None for a text that Slurm would reject.
     """
     if time.upper() in ("UNLIMITED", "INFINITE"):
-        return ENDLESS
+        return UNLIMITED
     match = _TIME.fullmatch(time.strip())
     if not match:
         return None
@@ -27,28 +27,36 @@ def minutes(time: str) -> float | None:
         hours, mins, seconds = {1: [0, *fields, 0], 2: [0, *fields], 3: fields}[len(fields)]
     else:
         hours, mins, seconds = [*fields, 0, 0][:3]
-    return (int(match["days"] or 0) * 24 + hours) * 60 + mins + seconds / 60 or ENDLESS
+    return (int(match["days"] or 0) * 24 + hours) * 60 + mins + seconds / 60 or UNLIMITED
 
 
 def mebibytes(size: str) -> float | None:
-    """Reads an amount of memory: a number of MiB, or one with K, M, G or T.
+    """Parse an amount of memory: a number of MiB, or a number with the unit K, M, G or T.
 
     Returns:
-        MiB, infinity for UNLIMITED, or None for what Slurm would not take.
+        MiB, infinity for UNLIMITED, or None for a text that Slurm would reject.
     """
     if size.upper() == "UNLIMITED":
-        return ENDLESS
+        return UNLIMITED
     match = _SIZE.fullmatch(size.strip())
     return int(match["number"]) * _UNITS[match["unit"].upper()] if match else None
 
 
 def gpus(resources: str) -> tuple[str, int]:
-    """Reads the GPUs out of generic resources, as in `gpu:a100:4(S:0-1),nvme:1`.
+    """Parse the GPUs in a list of generic resources such as `gpu:a100:4(S:0-1),nvme:1`.
 
     Returns:
-        Their kind, empty where none is named, and how many there are.
+        Their kind, empty if there is none or more than one, and their number.
     """
-    found = [_GPU.fullmatch(each.strip()) for each in re.split(r",(?![^(]*\))", resources)]
-    told = [(match["kind"] or "", int(match["count"] or 1)) for match in found if match]
-    kinds = {kind for kind, _ in told}
-    return (kinds.pop() if len(kinds) == 1 else ""), sum(count for _, count in told)
+    kinds, total = set(), 0
+    for resource in split_resources(resources):
+        match = _GPU.fullmatch(resource.strip())
+        if match:
+            kinds.add(match["kind"] or "")
+            total += int(match["count"] or 1)
+    return (kinds.pop() if len(kinds) == 1 else ""), total
+
+
+def split_resources(resources: str) -> list[str]:
+    """Split a list of generic resources at its commas, but not at those in parentheses as in `gpu:4(S:0,1)`."""
+    return re.split(r",(?![^(]*\))", resources)

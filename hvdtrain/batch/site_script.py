@@ -1,4 +1,4 @@
-"""What the templates read on the nodes before anything else, written from a cluster's profile."""
+"""Write the site file, a shell script made from a cluster profile, which the templates read first on the nodes."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers.mpirun import INTERFACE
 from hvdtrain.launch.tuned_settings import config_folder
 
-# Batch shells are not login shells, so on some clusters nothing has defined `module` there.
+# Batch shells are not login shells, so on some clusters the command `module` is not defined in them.
 _MODULES = """\
 if ! type module >/dev/null 2>&1; then
   for start in /etc/profile.d/*lmod*.sh /etc/profile.d/*modules*.sh /usr/share/lmod/lmod/init/bash; do
@@ -33,14 +33,14 @@ conda activate {name} || exit
 
 @dataclass(frozen=True)
 class Site:
-    """A shell file that makes a profile true on the nodes.
+    """A shell file that applies a cluster profile on the nodes.
 
-    Its name is made of its content: a job that waits keeps the file it was submitted with, whatever becomes of the
-    profile, and two jobs with one profile share a file.
+    Its name is a digest of its content: a waiting job keeps the file with which it was submitted, also if the
+    profile changes, and jobs with the same profile share a file.
 
     Args:
-        path: Where it is, for HVDTRAIN_SITE.
-        text: What is in it.
+        path: Its path, which HVDTRAIN_SITE passes to the job.
+        text: Its content.
     """
 
     path: Path
@@ -52,40 +52,40 @@ class Site:
         Raises:
             LaunchError: If it cannot be written.
         """
-        beside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            beside.write_bytes(os.fsencode(self.text))
-            beside.replace(self.path)
+            part.write_bytes(os.fsencode(self.text))
+            part.replace(self.path)
         except OSError as error:
             raise LaunchError(
-                f"What the nodes need cannot be written to {self.path}: {error.strerror}."
+                f"The settings for the nodes cannot be written to {self.path}: {error.strerror}."
             ) from error
         return self.path
 
     def __str__(self) -> str:
-        """Return the line of shell that writes it."""
+        """Return the shell command that writes the file."""
         path, folder = shlex.quote(str(self.path)), shlex.quote(str(self.path.parent))
         return f"mkdir -p {folder} && printf %s {shlex.quote(self.text)} >{path}"
 
 
 def compose_site(profile: Profile, environ: Mapping[str, str] = os.environ) -> Site | None:
-    """Put together what makes a profile true on the nodes, in a shell file that the templates read.
+    """Compose the site file of a profile.
 
     Args:
-        profile: The profile.
+        profile: The cluster profile.
         environ: The environment of the submission.
 
     Returns:
-        The file, not yet written; None where there is nothing to say.
+        The file, not yet written; None if the profile needs none.
 
     Raises:
-        LaunchError: If the profile or HVDTRAIN_SITE names something that is not there.
+        LaunchError: If the profile or HVDTRAIN_SITE names a file or folder that is not there.
     """
     named = environ.get("HVDTRAIN_SITE")
     if named and not Path(named).expanduser().is_file():
         raise LaunchError(
-            f"HVDTRAIN_SITE names {named}, which is not there: unset HVDTRAIN_SITE, or write it."
+            f"HVDTRAIN_SITE names {named}, which is not there: unset HVDTRAIN_SITE, or write that file."
         )
     lines = [*_environment(profile, environ), *_exports(profile)]
     if not lines:
@@ -97,7 +97,7 @@ def compose_site(profile: Profile, environ: Mapping[str, str] = os.environ) -> S
 
 
 def own_site(environ: Mapping[str, str]) -> Path:
-    """Returns the user's own file of this kind, which holds besides any profile."""
+    """Return the path of the user's own site file, which is read in addition to the profile."""
     return Path(environ.get("HVDTRAIN_SITE") or Path.home() / ".config/hvdtrain/site.sh").expanduser()
 
 
@@ -107,7 +107,7 @@ def _own(environ: Mapping[str, str]) -> list[str]:
 
 
 def _environment(profile: Profile, environ: Mapping[str, str]) -> list[str]:
-    """Modules, virtual environment, and the user's own lines, which alone are taken as shell."""
+    """Return the lines for modules, venv, conda and `setup`; only those of `setup` are not quoted."""
     modules = shlex.join(profile.modules)
     lines = [_MODULES + f"module load {modules}"] if modules else []
     if profile.venv and profile.conda:
@@ -117,11 +117,11 @@ def _environment(profile: Profile, environ: Mapping[str, str]) -> list[str]:
     if profile.conda:
         lines.append(_conda(profile, environ))
     lines.extend(profile.setup)
-    beside = Path(sys.executable).parent
-    # Typed as .venv/bin/hvdtrain: the nodes shall find the same one.
-    if not shutil.which("hvdtrain", path=environ.get("PATH")) and (beside / "hvdtrain").exists():
-        missing = "command -v hvdtrain >/dev/null"
-        lines.append(f'{missing} || export PATH={shlex.quote(str(beside.absolute()))}:"$PATH"')
+    folder = Path(sys.executable).parent
+    # hvdtrain was called by its path, such as .venv/bin/hvdtrain: the nodes need that folder on PATH.
+    if not shutil.which("hvdtrain", path=environ.get("PATH")) and (folder / "hvdtrain").exists():
+        on_path = "command -v hvdtrain >/dev/null"
+        lines.append(f'{on_path} || export PATH={shlex.quote(str(folder.absolute()))}:"$PATH"')
     return lines
 
 
@@ -136,17 +136,17 @@ def _activate(profile: Profile) -> Path:
 
 
 def _conda(profile: Profile, environ: Mapping[str, str]) -> str:
-    """Returns the lines that activate an environment of conda, which a batch shell does not know by itself."""
+    """Return the lines that activate a conda environment; batch shells do not define `conda` by themselves."""
     named = profile.conda
     if "/" in named or named.startswith("~"):
         path = Path(named).expanduser().absolute()
         if not (path / "conda-meta").is_dir():
             raise LaunchError(
-                f"The cluster profile {profile.path} has conda = {named!r}, and {path} is no environment of conda: "
+                f"The cluster profile {profile.path} has conda = {named!r}, and {path} is not a conda environment: "
                 "`conda env list` shows where they are. Variables are not replaced in it; ~ is."
             )
         named = str(path)
-    # The conda of whoever submits is used where the nodes have none on PATH; it is in a folder that they see.
+    # If the nodes have no conda on PATH, the conda of the submitting user is used, from a shared file system.
     base = (
         Path(environ["CONDA_EXE"]).parent.parent
         if environ.get("CONDA_EXE")
@@ -157,7 +157,7 @@ def _conda(profile: Profile, environ: Mapping[str, str]) -> str:
 
 
 def _exports(profile: Profile) -> list[str]:
-    """The user's own variables go before the profile's."""
+    """Return the lines that export the profile's variables, unless the user has set them."""
     settings = {"SLURM_MPI_TYPE": profile.pmi, "HVDTRAIN_LAUNCHER": profile.launcher}
     settings |= dict.fromkeys(INTERFACE, profile.network)
     return [f"export {name}=${{{name}-{shlex.quote(value)}}}" for name, value in settings.items() if value]

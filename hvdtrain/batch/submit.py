@@ -1,4 +1,4 @@
-"""`hvdtrain submit`: from a laptop's command line to a Slurm job, checked before it waits in a queue."""
+"""Check a Slurm job, submit it, and follow it: `hvdtrain submit`."""
 
 import os
 import shutil
@@ -25,7 +25,7 @@ from hvdtrain.launch.run_options import RunOptions, check_wrapping
 
 __all__ = ["SubmitOptions", "read_typed", "submit"]
 
-# sbatch's options that have an option of their own, and those handed to `hvdtrain run`.
+# Options of sbatch that `hvdtrain submit` has as options too, and options passed to `hvdtrain run`.
 _OPTIONS = ["nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "time", "mem"]
 _OPTIONS += ["gpus-per-task", "cpus-per-gpu", "mem-per-gpu"]
 _OPTIONS += ["partition", "account", "qos", "job-name", "array"]
@@ -34,14 +34,14 @@ _FOR_SRUN = ("cpu_bind", "gpu_bind")
 
 
 def submit(options: SubmitOptions) -> int:
-    """Submits a script to Slurm: what would fail in the night is said now, and nothing in its words is executed.
+    """Submit a script to Slurm, after checks that find most reasons for which the job would fail or never start.
 
     Args:
-        options: What was asked for.
+        options: The options of the command.
 
     Returns:
-        0 when the job is submitted, or with `follow` when it has proved its success; 2 when it was not submitted;
-        with `follow` the failed job's exit code, or 130 when Ctrl-C ended the following.
+        0 if the job is submitted, or with `follow` if it succeeded; 2 if it is not submitted; with `follow` the
+        exit code of the failed job, or 130 after Ctrl-C.
     """
     try:
         return _submit(options, dict(os.environ))
@@ -49,19 +49,19 @@ def submit(options: SubmitOptions) -> int:
         print(f"hvdtrain: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:
-        # Nobody reads what is printed. Python must not try once more when it ends.
+        # The reader of standard output has ended. Python would raise the error again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
 
 
 def read_typed(typed: Mapping[str, Any]) -> SubmitOptions:
-    """Sorts what was typed: options of sbatch's, those for `hvdtrain run`, and submit's own."""
+    """Sort the options of the command line into those of sbatch, of `hvdtrain run`, and of submit itself."""
     names = {field.name for field in fields(SubmitOptions)}
     own = {name: value for name, value in typed.items() if name in names}
     flags = tuple(_dashed(name) for name in _FLAGS if typed.get(name))
     flags += tuple(f"{_dashed(name)}={typed[name]}" for name in _FOR_SRUN if typed.get(name))
-    said = {name: typed[name.replace("-", "_")] for name in _OPTIONS}
-    asked = {name: str(value) for name, value in said.items() if value is not None}
+    values = {name: typed[name.replace("-", "_")] for name in _OPTIONS}
+    asked = {name: str(value) for name, value in values.items() if value is not None}
     return SubmitOptions(**own, flags=flags, asked=asked)
 
 
@@ -70,14 +70,14 @@ def _submit(options: SubmitOptions, environ: dict[str, str]) -> int:
     check_wrapping(RunOptions(1, "", wrap=wrap, scale_batch=scale_batch, as_horovod=as_horovod))
     profile = read_profile(options.cluster, environ)
     site = compose_site(profile, environ)
-    batch = _settled(compose(options, profile, environ), site)
-    objections = _tell(_examine(batch, profile, environ, options.dry_run), options)
+    batch = _add_site_and_array(compose(options, profile, environ), site)
+    problems = _report(_examine(batch, profile, environ, options.dry_run), options)
     if options.dry_run:
-        # Nothing is written here; what is printed writes it where it is missing.
+        # A dry run writes no file; it prints the shell command that writes the site file if it is missing.
         if site and not site.path.exists():
             _print(str(site))
         _print(str(batch))
-    if objections and not options.force:
+    if problems and not options.force:
         print("hvdtrain: nothing was submitted.", file=sys.stderr)
         return 2
     if options.dry_run:
@@ -93,8 +93,8 @@ def _dashed(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def _settled(batch: Batch, site: Site | None) -> Batch:
-    """Adds what depends on files: the site's for the nodes, and a sweep's numbers."""
+def _add_site_and_array(batch: Batch, site: Site | None) -> Batch:
+    """Add the options that depend on files: the site file for the nodes, and the task numbers of a sweep."""
     if site:
         batch = replace(batch, settings={"HVDTRAIN_SITE": str(site.path), **batch.settings})
     if batch.template.name == "array_sweep" and "array" not in batch.options:
@@ -108,40 +108,41 @@ def _settled(batch: Batch, site: Site | None) -> Batch:
 
 
 def _examine(batch: Batch, profile: Profile, environ: Mapping[str, str], dry_run: bool) -> Iterator[Finding]:
-    """Looks at everything, the cheapest first; sbatch is asked about what has passed."""
-    here = examine_programs(environ)
+    """Run all checks, the cheapest first; `sbatch --test-only` runs only if the others found no problem."""
+    slurm_found = examine_programs(environ)
     findings = [ok("profile", str(profile.path or "none")), *examine_job(batch, environ)]
-    if here.status == "ok":
-        findings += [here, *examine_limits(batch, read_partitions(environ)), *_pmi(profile, environ)]
+    if slurm_found.status == "ok":
+        limits = examine_limits(batch, read_partitions(environ))
+        findings += [slurm_found, *limits, *_check_pmi(profile, environ)]
     elif dry_run:
-        findings.append(note("sbatch", f"{here.found} So nothing was asked of Slurm."))
+        findings.append(note("sbatch", f"{slurm_found.found} So the checks that need Slurm were skipped."))
     else:
-        findings.append(here)
+        findings.append(slurm_found)
     yield from findings
-    if here.status == "ok" and not any(finding.status == "wrong" for finding in findings):
+    if slurm_found.status == "ok" and not any(finding.status == "wrong" for finding in findings):
         waits = any(finding.name == "waiting" for finding in findings)
         yield examine_test(batch, {**environ, **batch.settings}, waits)
 
 
-def _pmi(profile: Profile, environ: Mapping[str, str]) -> Iterator[Finding]:
-    offered = (
-        slurm.pmi_types(environ) if profile.pmi and shutil.which("srun", path=environ.get("PATH")) else set()
-    )
-    if offered and profile.pmi not in offered:
+def _check_pmi(profile: Profile, environ: Mapping[str, str]) -> Iterator[Finding]:
+    if not profile.pmi or not shutil.which("srun", path=environ.get("PATH")):
+        return
+    supported = slurm.pmi_types(environ)
+    if supported and profile.pmi not in supported:
         found = f"The profile asks for srun --mpi={profile.pmi}, which this srun does not list."
         yield note("PMI", found, "srun --mpi=list")
 
 
-def _tell(findings: Iterator[Finding], options: SubmitOptions) -> int:
-    """Says what was found, all of it in a dry run, and counts the objections."""
-    told: list[Finding] = []
+def _report(findings: Iterator[Finding], options: SubmitOptions) -> int:
+    """Print the notes and problems, in a dry run all findings, and return the number of problems."""
+    problems = 0
     for finding in findings:
-        told.append(finding)
+        problems += finding.status == "wrong"
         if options.dry_run:
             _print(_comment(finding))
         elif finding.status != "ok":
             print(f"hvdtrain: {_sentence(finding)}", file=sys.stderr)
-    return sum(finding.status == "wrong" for finding in told)
+    return problems
 
 
 def _sentence(finding: Finding) -> str:
@@ -149,14 +150,14 @@ def _sentence(finding: Finding) -> str:
 
 
 def _comment(finding: Finding) -> str:
-    """Writes a finding as a comment of a shell, on one line: what is printed may be pasted as a whole."""
+    """Return a finding as a shell comment on one line, so that the whole output can be pasted into a shell."""
     mark = {"ok": "ok", "note": "note", "wrong": "WRONG"}[finding.status]
     text = f"{finding.name}: {finding.found}" + (f" -> {finding.mend}" if finding.mend else "")
     return f"# {mark:5} " + " ".join(text.split())
 
 
 def _print(line: str) -> None:
-    """Prints a line whose words may be those of a file name that is no text."""
+    """Print a line as bytes, because it may contain a file name that is not valid text."""
     sys.stdout.flush()
     sys.stdout.buffer.write(os.fsencode(line) + b"\n")
     sys.stdout.buffer.flush()

@@ -1,4 +1,4 @@
-"""What was asked of `hvdtrain submit`, and the options of sbatch in it."""
+"""Define the options of `hvdtrain submit`, and read the options of sbatch among them."""
 
 import re
 import shlex
@@ -9,8 +9,8 @@ from hvdtrain.batch.quantities import gpus
 from hvdtrain.batch.templates import read_options
 from hvdtrain.launch.hosts import LaunchError
 
-# Options of sbatch with which it would not submit or not come back, or whose place is elsewhere.
-_ELSEWHERE = {
+# Options of sbatch that are not accepted in --sbatch, and what to type instead. With some, sbatch would not submit.
+_INSTEAD = {
     "test-only": "type --dry-run for it, before the script",
     "wait": "type --follow for it, before the script",
     "-W": "type --follow for it, before the script",
@@ -20,9 +20,9 @@ _ELSEWHERE = {
     "usage": "type sbatch --usage",
     "version": "type sbatch --version",
     "-V": "type sbatch --version",
-    # srun reads them, and sbatch does not know them.
+    # An option of srun that sbatch does not know.
     "cpu-bind": "type --cpu-bind=cores, before the script",
-    # The templates start one rank a GPU, so they must know what a node has.
+    # The templates start one rank for each GPU, so they need the number of GPUs of a node.
     "gpus": "type --gpus-per-node=4",
     "ntasks-per-gpu": "type --gpus-per-node=4",
 }
@@ -30,21 +30,21 @@ _ELSEWHERE = {
 
 @dataclass(frozen=True)
 class SubmitOptions:
-    """What was asked of `hvdtrain submit`; what is None is left to the profile and the template.
+    """The options of `hvdtrain submit`; the profile or the template defines those that are None.
 
     Args:
-        words: The script and its arguments; for a sweep the file of trials before them.
-        asked: Options of sbatch that have an option of their own, by their long names.
-        gpus_per_node: GPUs a node, or "kind:number".
+        words: The script and its arguments; for a sweep preceded by the file of trials.
+        asked: Options of sbatch that `hvdtrain submit` has too, by their long names.
+        gpus_per_node: Number of GPUs of a node, or "kind:number".
         sbatch: More options for sbatch, as one quoted string.
-        template: The name of a template, or a file.
-        preemptible: Whether the job shall be requeued and go on from its checkpoint.
-        cluster: The profile, by name or file.
+        template: The name of a template, or the path of a file.
+        preemptible: Whether to requeue the job, which continues from its checkpoint.
+        cluster: The name or the file of the cluster profile.
         flags: Options of `hvdtrain run` for the script, such as --wrap.
-        image: The container's image.
+        image: The image of the container.
         dry_run: Whether to print the command and stop.
         follow: Whether to show the log until the job has ended.
-        force: Whether to submit although a check objects.
+        force: Whether to submit although a check found a problem.
     """
 
     words: tuple[str, ...] = ()
@@ -62,20 +62,20 @@ class SubmitOptions:
 
 
 def read_asked(options: SubmitOptions) -> dict[str, str | None]:
-    """Joins the options of sbatch that were typed one by one with those in --sbatch.
+    """Return the options of sbatch given one by one together with those in --sbatch.
 
     Raises:
-        LaunchError: If they contradict each other, or would keep sbatch from submitting the script.
+        LaunchError: If they contradict each other, or sbatch would not submit the script with them.
     """
     for name in [name for name, value in options.asked.items() if not value.strip()]:
         raise LaunchError(f"--{name} is empty: name a value, or leave it out. Is a shell variable not set?")
     try:
         more = read_options(shlex.split(options.sbatch))
     except ValueError as error:
-        raise LaunchError(f"--sbatch={options.sbatch!r} cannot be taken apart: {error}.") from error
-    for name in {*more} & {*_ELSEWHERE}:
+        raise LaunchError(f"--sbatch={options.sbatch!r} cannot be parsed: {error}.") from error
+    for name in {*more} & {*_INSTEAD}:
         dashed = name if name.startswith("-") else f"--{name}"
-        raise LaunchError(f"--sbatch has {dashed}, which has no place there: {_ELSEWHERE[name]}.")
+        raise LaunchError(f"--sbatch has {dashed}, which is not accepted there: {_INSTEAD[name]}.")
     typed: dict[str, str | None] = dict(options.asked)
     if options.gpus_per_node is not None:
         typed["gpus-per-node"] = options.gpus_per_node
@@ -84,17 +84,17 @@ def read_asked(options: SubmitOptions) -> dict[str, str | None]:
             raise LaunchError(
                 f"--{name} is given twice, as {typed[name]} and as {more[name]}: type one of them."
             )
-    return as_resources({**typed, **more})
+    return gpus_as_gres({**typed, **more})
 
 
-def as_resources(asked: dict[str, str | None]) -> dict[str, str | None]:
-    """Asks for GPUs in the words of gpu.sbatch, because Slurm adds --gpus-per-node to a --gres."""
+def gpus_as_gres(asked: dict[str, str | None]) -> dict[str, str | None]:
+    """Replace --gpus-per-node by --gres, which gpu.sbatch uses: with both, Slurm would add the two numbers."""
     if "gpus-per-node" not in asked:
         return asked
     number, other = asked.pop("gpus-per-node") or "", asked.get("gres")
     if not re.fullmatch(r"([A-Za-z][\w.-]*:)?\d+", number):
         raise LaunchError(
-            f"--gpus-per-node={number} is no number of GPUs: type 4, or with their kind a100:4."
+            f"--gpus-per-node={number} is not a number of GPUs: type 4, or with their kind a100:4."
         )
     wanted = "" if gpus(f"gpu:{number}")[1] == 0 else f"gpu:{number}"
     return {**asked, "gres": ",".join(filter(None, (wanted, other))) or "none"}

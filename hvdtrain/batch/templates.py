@@ -1,4 +1,4 @@
-"""The batch scripts that `sbatch` takes: where they are, and what sbatch's own options in them say."""
+"""Find the batch scripts for `sbatch`, and parse and write options of sbatch."""
 
 import shlex
 from collections.abc import Iterable
@@ -37,13 +37,13 @@ SHORT = {
 
 @dataclass(frozen=True)
 class Template:
-    """A batch script.
+    """A batch script for `sbatch`.
 
     Args:
-        name: What it is called on the command line.
-        path: Where it is.
+        name: Its name on the command line.
+        path: Its file.
         defaults: The options in its `#SBATCH` lines.
-        proves: Whether its success is a file that the training writes.
+        proves: Whether the job writes a done file when it succeeded.
     """
 
     name: str
@@ -53,19 +53,19 @@ class Template:
 
 
 def find_template(named: str) -> Template:
-    """Finds a template by its name, or takes the file that is named.
+    """Return the template of a name, or the file if a path is given.
 
     Raises:
-        LaunchError: If there is none.
+        LaunchError: If the file cannot be read.
     """
     own = "/" in named or named.endswith((".sbatch", ".sh"))
     path = Path(named) if own else _folder() / f"{named}.sbatch"
     try:
         text = path.read_text(errors="replace")
     except OSError as error:
-        there = ", ".join(sorted(each.stem for each in _folder().glob("*.sbatch")))
+        names = ", ".join(sorted(template.stem for template in _folder().glob("*.sbatch")))
         raise LaunchError(
-            f"The template {path} cannot be read: {error.strerror}. There are {there}; or name a file of your own."
+            f"The template {path} cannot be read: {error.strerror}. There are {names}; or name your own file."
         ) from error
     words = [line.removeprefix("#SBATCH") for line in text.splitlines() if line.startswith("#SBATCH")]
     options = read_options(word for line in words for word in shlex.split(line, comments=True))
@@ -73,31 +73,31 @@ def find_template(named: str) -> Template:
 
 
 def read_options(words: Iterable[str]) -> dict[str, str | None]:
-    """Reads options as sbatch does, by their long names; the value of a flag is None.
+    """Parse options as sbatch does, and return them by their long names; the value of a flag is None.
 
     Raises:
-        LaunchError: For a word that belongs to no option: sbatch would take it for the script to submit.
+        LaunchError: For a word that does not belong to an option: sbatch would take it for the script to submit.
     """
     options: dict[str, str | None] = {}
-    waiting = ""
+    incomplete = ""  # the name of an option that may have its value in the next word
     for word in words:
-        if waiting and not word.startswith("-"):
-            options[waiting], waiting = word, ""
+        if incomplete and not word.startswith("-"):
+            options[incomplete], incomplete = word, ""
             continue
         if not word.startswith("-") or word in ("-", "--"):
             raise LaunchError(
-                f"{word!r} among the options for sbatch is none: sbatch would take it for the script. "
+                f"{word!r} among the options for sbatch is not an option: sbatch would take it for the script. "
                 "Options begin with a dash, as in --sbatch='--constraint=skylake --exclusive'."
             )
         name, value = _split(word)
         options[name] = value
-        waiting = name if value is None else ""
+        incomplete = name if value is None else ""
     return options
 
 
 def write_options(options: dict[str, str | None]) -> list[str]:
-    """Writes options so that sbatch takes each value for what it is, whatever it begins with."""
-    return [_written(name, value) for name, value in options.items()]
+    """Return options as `--name=value`, so that sbatch also reads values that begin with a dash."""
+    return [_joined(name, value) for name, value in options.items()]
 
 
 def _split(word: str) -> tuple[str, str | None]:
@@ -108,14 +108,14 @@ def _split(word: str) -> tuple[str, str | None]:
     return SHORT.get(letter, f"-{letter}"), value or None
 
 
-def _written(name: str, value: str | None) -> str:
+def _joined(name: str, value: str | None) -> str:
     if name.startswith("-"):
         return name + (value or "")
     return f"--{name}" if value is None else f"--{name}={value}"
 
 
 def _folder() -> Path:
-    """Beside the package in a checkout, and inside it where it was installed."""
+    """Return the folder of the templates: beside the package in a checkout, inside it after an installation."""
     package = Path(hvdtrain.__file__).parent
     inside = package / "slurm"
     return inside if inside.is_dir() else package.parent / "slurm"

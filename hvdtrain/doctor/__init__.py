@@ -1,1 +1,1 @@
-"""What tells the truth when something is wrong: before a run, at its first step, and while it hangs."""
+"""Examine the environment of a training: installation, MPI, network, GPUs, and real allreduces."""

@@ -1,4 +1,4 @@
-"""What a check found: one row of `hvdtrain doctor`."""
+"""Define a finding, one row of `hvdtrain doctor` and of `hvdtrain submit --dry-run`, and run checks."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -9,13 +9,13 @@ Status = Literal["ok", "note", "wrong"]
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that training depends on, how it stands, and what to type where it stands badly.
+    """The result of one check, with the command that fixes a problem.
 
     Args:
-        name: What was looked at.
-        status: `ok`, `note` for what is worth knowing, `wrong` for what would make training fail or lie.
-        found: What was seen, as a sentence or a short fact.
-        mend: The line that mends it; empty where nothing needs mending.
+        name: The subject of the check.
+        status: `ok`; `note` for useful information; `wrong` if training would fail or give wrong results.
+        found: The observation, as a sentence or a short fact.
+        mend: The command that fixes the problem; empty if there is none.
     """
 
     name: str
@@ -25,28 +25,28 @@ class Finding:
 
 
 def ok(name: str, found: str) -> Finding:
-    """Says that nothing needs to be done."""
+    """Return a finding that needs no action."""
     return Finding(name, "ok", found)
 
 
 def note(name: str, found: str, mend: str = "") -> Finding:
-    """Says what is worth knowing though training would be right."""
+    """Return a finding that the user should know, although training would be right."""
     return Finding(name, "note", found, mend)
 
 
 def wrong(name: str, found: str, mend: str) -> Finding:
-    """Says what would make training fail or lie, and what mends it."""
+    """Return a problem that makes training fail or give wrong results, and the command that fixes it."""
     return Finding(name, "wrong", found, mend)
 
 
 def examine(checks: Iterable[tuple[str, Callable[[], Finding]]]) -> list[Finding]:
-    """Runs every check to its end, so that one broken tool never hides the other findings.
+    """Run every check, also after one of them raised an exception.
 
     Args:
-        checks: The name of each row and the function that finds it.
+        checks: The name of each row and its check.
 
     Returns:
-        One finding a check, in order; a check that raised is a `wrong` row that names the exception.
+        One finding for each check, in order; a check that raised is a `wrong` row that names the exception.
     """
     return [_examine(name, check) for name, check in checks]
 
@@ -54,6 +54,6 @@ def examine(checks: Iterable[tuple[str, Callable[[], Finding]]]) -> list[Finding
 def _examine(name: str, check: Callable[[], Finding]) -> Finding:
     try:
         return check()
-    except Exception as error:  # whatever a strange machine makes of a check, the others must still run
+    except Exception as error:  # an unusual machine may break a check in any way; the others must still run
         found = f"This check itself failed with {type(error).__name__}: {error}"
         return wrong(name, found, "report it, with what `hvdtrain doctor --json` prints")

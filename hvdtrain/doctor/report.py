@@ -1,4 +1,4 @@
-"""`hvdtrain doctor`: everything training depends on, each with what mends it, on one screen."""
+"""Run all checks of `hvdtrain doctor` and print their findings as a table or as JSON."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -23,28 +23,28 @@ from hvdtrain.doctor.checks import (
     software,
 )
 from hvdtrain.doctor.finding import Finding, examine
-from hvdtrain.doctor.inquiry import Inquiry
+from hvdtrain.doctor.probe_runner import ProbeRunner
 
 MARKS = {"ok": ("✓", "ok", "green"), "note": ("!", "!", "yellow"), "wrong": ("✗", "x", "bold red")}
 
 
 def doctor(as_json: bool = False) -> int:
-    """Finds what would make training fail or lie, before hours of it are spent.
+    """Check this environment and print what would make training fail or give wrong results.
 
     Args:
         as_json: Whether to print a JSON list of `{name, status, found, mend}` in place of the table;
             `status` is `ok`, `note` or `wrong`.
 
     Returns:
-        1 when something would make training wrong, else 0.
+        The exit code: 1 if a finding is `wrong`, else 0.
     """
     built = horovod.installed()
     engines = ("mpi", "horovod") if built and built.tensorflow else ("mpi",)
     with (
-        Console(stderr=True).status("Looking; this takes half a minute …"),
-        Inquiry(engines=engines) as inquiry,
+        Console(stderr=True).status("Running the checks; this takes half a minute …"),
+        ProbeRunner(engines=engines) as probes,
     ):
-        findings = examine(checks(inquiry, built))
+        findings = examine(checks(probes, built))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -52,32 +52,32 @@ def doctor(as_json: bool = False) -> int:
     return int(any(finding.status == "wrong" for finding in findings))
 
 
-def checks(inquiry: Inquiry, built: horovod.Horovod | None) -> Sequence[tuple[str, Callable[[], Finding]]]:
-    """Lists every check, in the order in which its row appears."""
+def checks(probes: ProbeRunner, built: horovod.Horovod | None) -> Sequence[tuple[str, Callable[[], Finding]]]:
+    """Return the name and the function of every check, in the order of the rows."""
     return (
         ("Python", software.python),
-        ("TensorFlow", partial(software.tensorflow, inquiry)),
-        ("Keras", partial(software.keras, inquiry)),
-        ("MPI library", partial(mpi.library, inquiry)),
-        ("Launcher", partial(mpi.launcher, inquiry)),
-        ("Horovod", partial(horovod.horovod, inquiry, built)),
-        ("One MPI", partial(mpi.agreement, inquiry, built)),
-        ("Engine", partial(engine.engine, inquiry)),
-        ("Allreduce, mpi", partial(allreduce.allreduce, inquiry, "mpi")),
-        ("Allreduce, horovod", partial(allreduce.allreduce, inquiry, "horovod", built)),
-        ("Cores and threads", partial(cores.cores, inquiry.environ)),
-        ("GPUs", partial(gpus.gpus, inquiry)),
+        ("TensorFlow", partial(software.tensorflow, probes)),
+        ("Keras", partial(software.keras, probes)),
+        ("MPI library", partial(mpi.library, probes)),
+        ("Launcher", partial(mpi.launcher, probes)),
+        ("Horovod", partial(horovod.horovod, probes, built)),
+        ("One MPI", partial(mpi.agreement, probes, built)),
+        ("Engine", partial(engine.engine, probes)),
+        ("Allreduce, mpi", partial(allreduce.allreduce, probes, "mpi")),
+        ("Allreduce, horovod", partial(allreduce.allreduce, probes, "horovod", built)),
+        ("Cores and threads", partial(cores.cores, probes.environ)),
+        ("GPUs", partial(gpus.gpus, probes)),
         ("Shared memory", memory.shared),
         ("Locked memory", memory.locked),
-        ("Network", partial(network.network, inquiry)),
-        ("Host name", partial(network.hostname, inquiry)),
-        ("ssh", partial(network.ssh, inquiry.environ)),
-        ("Slurm", partial(slurm.slurm, inquiry)),
+        ("Network", partial(network.network, probes)),
+        ("Host name", partial(network.hostname, probes)),
+        ("ssh", partial(network.ssh, probes.environ)),
+        ("Slurm", partial(slurm.slurm, probes)),
     )
 
 
 def render(findings: Sequence[Finding], console: Console) -> None:
-    """Draws the table: what was found, and beneath it the line that mends it, wrapped but never cut."""
+    """Print the table: each finding, and below it the command that fixes it, wrapped but never cut."""
     plain = not (console.encoding or "").lower().startswith("utf")
     table = Table(title=f"hvdtrain {__version__} doctor", title_justify="left", show_header=False)
     table.add_column(no_wrap=True)
@@ -94,8 +94,8 @@ def render(findings: Sequence[Finding], console: Console) -> None:
 
 
 def summary(findings: Sequence[Finding]) -> str:
-    """Says in one line whether to train."""
+    """Return one line that says whether training would be right."""
     wrong = [finding.name for finding in findings if finding.status == "wrong"]
     if wrong:
-        return f"Training would be wrong or fail here: mend {', '.join(wrong)}."
+        return f"Training would be wrong or fail here: fix {', '.join(wrong)}."
     return "Training would be right here."

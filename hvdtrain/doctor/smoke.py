@@ -1,4 +1,4 @@
-"""`hvdtrain smoke`: what a user runs first on a new machine, in a minute."""
+"""Run the smoke test on several ranks: `hvdtrain smoke`."""
 
 import os
 from pathlib import Path
@@ -10,14 +10,14 @@ _PROBE = Path(__file__).parent / "probes" / "smoke.py"
 
 
 def smoke(num_proc: int | None = None, hosts: str | None = None) -> int:
-    """Starts ranks as `hvdtrain run` does; each sums, checks, times, and trains ten steps.
+    """Start ranks as `hvdtrain run` does; each times and checks three allreduces and trains ten steps.
 
     Args:
-        num_proc: How many ranks; all slots of the scheduler's job, or 2, if not given.
+        num_proc: Number of ranks; by default all slots of the scheduler's job, or 2.
         hosts: Hosts and their slots, as for `hvdtrain run`.
 
     Returns:
-        0 if every sum was right and all ranks hold the same weights; else the code of the rank that failed.
+        The exit code: 0 if every sum is right and all ranks hold the same weights, else that of the failed rank.
     """
     ranks = num_proc if num_proc is not None else slots_of_job(os.environ) or 2
     return run(RunOptions(ranks, str(_PROBE), hosts=hosts))

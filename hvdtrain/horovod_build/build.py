@@ -1,4 +1,4 @@
-"""`hvdtrain build-horovod`: Horovod's native core for the TensorFlow and the MPI of this environment."""
+"""Build, verify and install Horovod for this environment: `hvdtrain build-horovod`."""
 
 import json
 import os
@@ -17,20 +17,20 @@ from rich.console import Console
 
 from hvdtrain.horovod_build.progress import BuildProgress, Steps
 from hvdtrain.horovod_build.target import HOROVOD, RECORD, CannotBuild, Target, inspect, installed_record
-from hvdtrain.horovod_build.wheel import build_wheel, install, prove
+from hvdtrain.horovod_build.wheel import build_wheel, install, verify
 
-_ENDINGS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `hvdtrain build-horovod` was asked for.
+    """The options of `hvdtrain build-horovod`.
 
     Args:
         mpi: Name or path of MPI's C++ compiler wrapper.
-        gpu: "none", or "nccl" for reductions between GPUs.
-        wheel_dir: The cache of built wheels; `~/.cache/hvdtrain/wheels` by default.
-        verbose: Whether to show what the compiler prints.
+        gpu: "none", or "nccl" for allreduces between GPUs.
+        wheel_dir: The cache of built wheels; by default `~/.cache/hvdtrain/wheels`.
+        verbose: Whether to show the output of pip and the compiler.
     """
 
     mpi: str = "mpicxx"
@@ -40,20 +40,20 @@ class BuildOptions:
 
 
 def build(options: BuildOptions) -> int:
-    """Gives this environment a Horovod that was seen to sum right on two ranks.
+    """Build Horovod, verify an allreduce over two ranks, and install it in this environment.
 
-    Nothing is installed before the proof, so a failed or interrupted build leaves the environment as it was.
+    Nothing is installed before the verification, so a failed or interrupted build leaves the environment unchanged.
 
     Args:
-        options: What was asked for.
+        options: The options of the command.
 
     Returns:
-        The exit code: 0 ready, 1 the build or its proof failed, 2 a piece is missing, 130 interrupted.
+        The exit code: 0 ready, 1 build or verification failed, 2 a requirement is missing, 130 interrupted.
     """
     console = Console(stderr=True)
     try:
         with (
-            _endings_interrupt(),
+            _signals_interrupt(),
             tempfile.TemporaryDirectory(prefix="hvdtrain-", dir=_plain_folder()) as name,
         ):
             started = time.monotonic()
@@ -66,7 +66,7 @@ def build(options: BuildOptions) -> int:
         console.print(str(error), markup=False, highlight=False, soft_wrap=True)
         return error.exit_code
     except KeyboardInterrupt:
-        console.print("Interrupted: Horovod was not built, and the environment is as it was.")
+        console.print("Interrupted: Horovod was not built, and the environment is unchanged.")
         return 130
     return 0
 
@@ -76,39 +76,39 @@ def _build_and_install(target: Target, options: BuildOptions, folder: Path, cons
     with BuildProgress(console, options.verbose) as progress:
         steps = Steps(cache / "build.log", progress)
         wheel = _cached_wheel(cache, target)
-        fresh = wheel is None
+        cached = wheel is not None
         wheel = wheel or build_wheel(target, folder, steps, progress)
-        progress.phase("proving it: two ranks sum")
-        wheels = prove(wheel, target, folder, steps)
-        if fresh:
-            _keep(wheel, cache)
+        progress.phase("verifying an allreduce of two ranks")
+        wheels = verify(wheel, target, folder, steps)
+        if not cached:
+            _add_to_cache(wheel, cache)
         progress.phase("installing")
-        _ignore_endings()
+        _ignore_signals()
         install(wheels, steps)
 
 
 def _cache_folder(asked: str | None) -> Path:
-    """Finds a folder for wheels that may be written: asked for, in the home, or in the environment."""
+    """Return a writable folder for wheels: the one asked for, else in the home, else in the environment."""
     if asked:
-        places = [Path(asked).expanduser().absolute()]
+        folders = [Path(asked).expanduser().absolute()]
     else:
         home = os.environ.get("XDG_CACHE_HOME") or Path(os.environ.get("HOME") or "/nonexistent", ".cache")
-        places = [Path(home, "hvdtrain/wheels"), Path(sys.prefix, "var/hvdtrain/wheels")]
-    for place in places:
+        folders = [Path(home, "hvdtrain/wheels"), Path(sys.prefix, "var/hvdtrain/wheels")]
+    for folder in folders:
         try:
-            place.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         except OSError:
             continue
-        if os.access(place, os.W_OK):
-            return place
+        if os.access(folder, os.W_OK):
+            return folder
     raise CannotBuild(
-        f"No wheel can be kept in {places[-1]}: it cannot be made or written. "
-        "Name a folder of yours: `hvdtrain build-horovod --wheel-dir FOLDER`."
+        f"Wheels cannot be stored in {folders[-1]}: the folder cannot be created or written. "
+        "Name a writable folder: `hvdtrain build-horovod --wheel-dir FOLDER`."
     )
 
 
 def _cached_wheel(cache: Path, target: Target) -> Path | None:
-    """Finds the wheel of an earlier build that says of itself that it was built for this target."""
+    """Return the wheel of an earlier build whose record names this target; None if there is none."""
     for wheel in cache.glob("*.whl"):
         try:
             with zipfile.ZipFile(wheel) as archive:
@@ -120,23 +120,23 @@ def _cached_wheel(cache: Path, target: Target) -> Path | None:
     return None
 
 
-def _keep(wheel: Path, cache: Path) -> None:
-    """Moves the wheel into the cache in one stroke, so that nobody finds half of it."""
-    half = cache / f".{os.getpid()}.{wheel.name}"
-    half.write_bytes(wheel.read_bytes())
-    half.replace(cache / wheel.name)
+def _add_to_cache(wheel: Path, cache: Path) -> None:
+    """Copy the wheel into the cache by an atomic rename, so that no other process reads an incomplete file."""
+    part = cache / f".{os.getpid()}.{wheel.name}"
+    part.write_bytes(wheel.read_bytes())
+    part.replace(cache / wheel.name)
 
 
 def _plain_folder() -> str:
-    """Names a folder for temporary files whose path compiler flags can carry."""
-    usual = tempfile.gettempdir()
-    return "/tmp" if " " in usual else usual
+    """Return a folder for temporary files without spaces in its path, which would split compiler flags."""
+    folder = tempfile.gettempdir()
+    return "/tmp" if " " in folder else folder
 
 
 @contextmanager
-def _endings_interrupt() -> Iterator[None]:
-    """Makes every polite way to end this process a KeyboardInterrupt, so that what it began is taken down."""
-    before = {number: signal.signal(number, _interrupt_once) for number in _ENDINGS}
+def _signals_interrupt() -> Iterator[None]:
+    """Raise KeyboardInterrupt on SIGINT, SIGTERM and SIGHUP, so that processes and temporary files are removed."""
+    before = {number: signal.signal(number, _interrupt_once) for number in _SIGNALS}
     try:
         yield
     finally:
@@ -145,11 +145,11 @@ def _endings_interrupt() -> Iterator[None]:
 
 
 def _interrupt_once(*_: object) -> NoReturn:
-    _ignore_endings()
+    _ignore_signals()
     raise KeyboardInterrupt
 
 
-def _ignore_endings() -> None:
-    """Lets what takes a moment and must be whole run to its end: installing, and clearing up."""
-    for number in _ENDINGS:
+def _ignore_signals() -> None:
+    """Ignore further signals, so that the installation or the cleanup is completed."""
+    for number in _SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -1,4 +1,4 @@
-"""Which MPI a compiler wrapper belongs to, and settings under which any MPI starts."""
+"""Find the MPI of a compiler wrapper, and provide settings with which every MPI starts ranks."""
 
 import subprocess
 from pathlib import Path
@@ -7,7 +7,7 @@ from hvdtrain.collectives.mpi.library import mpi_name
 
 __all__ = ["lenient_settings", "mpi_behind", "mpi_name"]
 
-_ASK_THE_LIBRARY = r"""
+_PRINT_MPI_VERSION = r"""
 #include <mpi.h>
 #include <cstdio>
 int main() {
@@ -20,10 +20,10 @@ int main() {
 
 
 def lenient_settings() -> dict[str, str]:
-    """Lets any MPI start more ranks than there are cores, as root too; for proofs and tests, not for speed.
+    """Return settings that allow more ranks than cores, also as root; for verification and tests, not for speed.
 
     Returns:
-        Environment variables for the launcher. Each MPI reads its own and ignores the others.
+        Environment variables for the launcher. Each MPI reads its own variables and ignores the others.
     """
     settings = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}
     settings |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
@@ -34,22 +34,22 @@ def lenient_settings() -> dict[str, str]:
 
 
 def mpi_behind(wrapper: Path, folder: Path) -> str:
-    """Tells which MPI a compiler wrapper links, by linking a program and asking it.
+    """Return the MPI that a compiler wrapper links, by compiling and running a program that prints it.
 
-    The program asks before `MPI_Init`, which the standard allows, so it runs where no job may start.
+    The program does not call `MPI_Init`, as the standard allows, so it also runs where no job may start.
 
     Args:
         wrapper: The C++ compiler wrapper, such as `mpicxx`.
         folder: An existing folder for the program.
 
     Returns:
-        The name that `mpi_name` makes of the library's own text.
+        The name of the MPI and its version, in the form of `mpi_name`.
 
     Raises:
-        RuntimeError: The wrapper cannot compile, or its program does not run; says why.
+        RuntimeError: The wrapper cannot compile the program, or the program fails; the text is the reason.
     """
     source, program = folder / "which_mpi.cc", folder / "which_mpi"
-    source.write_text(_ASK_THE_LIBRARY)
+    source.write_text(_PRINT_MPI_VERSION)
     _output([str(wrapper), str(source), "-o", str(program)])
     return mpi_name(_output([str(program)]))
 

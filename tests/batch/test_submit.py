@@ -147,20 +147,20 @@ def test_a_template_of_ones_own(login):
 
 REFUSED = [
     ([], "There is no script to run", "hvdtrain submit --nodes=2 train.py"),
-    (["gone.py"], "The script gone.py is not there (looked for from", "ls"),
+    (["gone.py"], "The script gone.py is not there (searched from", "ls"),
     (["."], "The script . is a folder", "ls"),
-    (["python", "train.py"], "Ranks and their Python are started for you", "without python"),
+    (["python", "train.py"], "hvdtrain starts the ranks and their Python", "without python"),
     (["--", "-train.py"], "-train.py looks like an option", "./-train.py"),
     (["--nodes=4", "train.py"], "--nodes=4 is more than partition main gives to a job: 3", "--nodes=3"),
-    (["--nodes=x", "train.py"], "--nodes=x is no number", "--nodes=2"),
+    (["--nodes=x", "train.py"], "--nodes=x is not a number", "--nodes=2"),
     (["--nodes=", "train.py"], "--nodes is empty", "Is a shell variable not set?"),
-    (["-t", "8h", "train.py"], "--time=8h is no time", "--time=8:00:00"),
+    (["-t", "8h", "train.py"], "--time=8h is not a time", "--time=8:00:00"),
     (
         ["-t", "2-0", "train.py"],
         "--time=2-0 is more than the 1-00:00:00",
         "--time=1-00:00:00, with --preemptible",
     ),
-    (["--mem=lots", "train.py"], "--mem=lots is no amount", "--mem=32G"),
+    (["--mem=lots", "train.py"], "--mem=lots is not an amount", "--mem=32G"),
     (["--mem=20G", "-N2", "train.py"], "20480 MiB of memory a node", "--mem=16000M"),
     (
         ["-c", "9", "-N2", "train.py"],
@@ -177,7 +177,7 @@ REFUSED = [
     (["-p", "old", "-N2", "train.py"], "Partition old is in state INACTIVE", "sinfo"),
     (
         ["-p", "gpu", "train.py"],
-        "takes jobs of the accounts deep,learning, and none is named",
+        "accepts jobs of the accounts deep,learning, and none is given",
         "--account=deep",
     ),
     (["--gpus-per-node=1", "train.py"], "1 GPU(s) a node are asked for", "--partition=gpu"),
@@ -192,36 +192,40 @@ REFUSED = [
         "3 rank(s) and 2 GPU(s) a node",
         "--ntasks-per-node=2",
     ),
-    (["--gpus-per-task=some", "train.py"], "--gpus-per-task=some is no number of GPUs", "a100:1"),
+    (["--gpus-per-task=some", "train.py"], "--gpus-per-task=some is not a number of GPUs", "a100:1"),
     (["--gpus-per-task=1", "--gpus-per-node=2", "train.py"], "means --gpus-per-node=1", "type one"),
     (["--cpus-per-gpu=4", "train.py"], "counts by GPUs, and none are asked for", "--cpus-per-task"),
     (["--mem-per-gpu=4G", "train.py"], "counts by GPUs, and none are asked for", "--mem"),
-    (["--mem-per-gpu=x", "--gpus-per-node=1", "train.py"], "--mem-per-gpu=x is no amount", "16G"),
+    (["--mem-per-gpu=x", "--gpus-per-node=1", "train.py"], "--mem-per-gpu=x is not an amount", "16G"),
     (
         ["--cpus-per-gpu=4", "-c2", "--gpus-per-node=1", "train.py"],
-        "--cpus-per-task say the same",
+        "--cpus-per-task set the same",
         "type one",
     ),
-    (["--mem-per-gpu=4G", "--mem=9G", "--gpus-per-node=1", "train.py"], "and --mem say the same", "type one"),
+    (["--mem-per-gpu=4G", "--mem=9G", "--gpus-per-node=1", "train.py"], "and --mem set the same", "type one"),
     (["--sbatch=--cpu-bind=cores", "train.py"], "--sbatch has --cpu-bind", "before the script"),
     (["-n20", "train.py"], "40 CPUs a node (20 x 2)", "--ntasks-per-node=16"),
-    (["--gpus-per-node=many", "train.py"], "--gpus-per-node=many is no number of GPUs", "a100:4"),
-    (["--template=cpu", "--gpus-per-node=2", "train.py"], "leaves the GPUs that are asked for idle", "gpu"),
+    (["--gpus-per-node=many", "train.py"], "--gpus-per-node=many is not a number of GPUs", "a100:4"),
+    (["--template=cpu", "--gpus-per-node=2", "train.py"], "does not use the GPUs that are asked for", "gpu"),
     (
         ["--template=cqu", "train.py"],
         "cqu.sbatch cannot be read: No such file",
         "array_sweep, container, cpu",
     ),
-    (["--template=smoke", "train.py"], "The smoke test brings its own script", "leave them out"),
+    (["--template=smoke", "train.py"], "The smoke test has its own script", "leave them out"),
     (["--template=cpu", "--preemptible", "train.py"], "contradict each other", "type one"),
     (["--template=container", "train.py"], "The template container needs an image", "--image="),
     (["--image=gone.sif", "train.py"], "The image gone.sif cannot be read", "--image="),
     (["-N2", "--sbatch=-N3", "train.py"], "--nodes is given twice, as 2 and as 3", "type one"),
-    (["--sbatch=train.py", "x.py"], "'train.py' among the options for sbatch is none", "begin with a dash"),
+    (
+        ["--sbatch=train.py", "x.py"],
+        "'train.py' among the options for sbatch is not an option",
+        "begin with a dash",
+    ),
     (["--sbatch=--wrap=date", "train.py"], "--sbatch has --wrap", "name a Python script"),
     (["--sbatch=--test-only", "train.py"], "--sbatch has --test-only", "--dry-run"),
     (["--sbatch=--gpus=8", "train.py"], "--sbatch has --gpus", "--gpus-per-node"),
-    (["--sbatch='", "train.py"], "cannot be taken apart", "No closing quotation"),
+    (["--sbatch='", "train.py"], "cannot be parsed", "No closing quotation"),
     (["--sbatch=-o logs/%j.log", "train.py"], "The log's folder logs is not there", "mkdir -p logs"),
     (["--sbatch=-e err/%x.err", "train.py"], "The log's folder err is not there", "mkdir -p err"),
     (["-J", "fit", "--sbatch=-o logs/%x/out.log", "train.py"], "folder logs/fit is not", "mkdir -p logs/fit"),
@@ -239,10 +243,10 @@ REFUSED = [
         "The file of trials gone.txt cannot be read",
         "trials.txt train.py",
     ),
-    (["-a", "0"], "A sweep wants a file of trials, then a script.", "trials.txt train.py"),
+    (["-a", "0"], "A sweep needs a file of trials, then a script.", "trials.txt train.py"),
     (["-a", "0", "train.py"], "then a script, and only train.py was given", "trials.txt train.py"),
     (["-t", "0", "train.py"], "--time=0 is more than the 1-00:00:00", "--time=1-00:00:00"),
-    (["srun", "-n2", "train.py"], "so srun is no script", "without srun"),
+    (["srun", "-n2", "train.py"], "so srun is not needed", "without srun"),
     (["--scale-batch", "train.py"], "--scale-batch says how --wrap divides", "--wrap --scale-batch"),
     (["--wrap", "--as-horovod", "train.py"], "type one of them", "--as-horovod is for a script"),
 ]
@@ -267,15 +271,15 @@ def test_what_is_worth_a_word_does_not_stop_the_job(login):
         "-p", "gpu", "-A", "deep", "--gpus-per-node=2", "--ntasks-per-node=1", "train.py", "--nodes=2"
     )
     assert done.returncode == 0
-    assert "1 rank(s) and 2 GPU(s) a node: 1 would idle" in done.stderr
-    assert "--nodes=2 after the script is the script's" in done.stderr
+    assert "1 rank(s) and 2 GPU(s) a node: 1 GPU(s) would be idle" in done.stderr
+    assert "--nodes=2 after the script is passed to the script" in done.stderr
 
 
 def test_no_slurm_here(login):
     (login.bin / "sbatch").unlink()
     assert "There is no sbatch on PATH" in login.refused("train.py")
     dry = login.submit("--dry-run", "train.py")
-    assert dry.returncode == 0 and "nothing was asked of Slurm" in dry.stdout
+    assert dry.returncode == 0 and "the checks that need Slurm were skipped" in dry.stdout
     assert dry.stdout.splitlines()[-1] == shlex.join(
         ["sbatch", "--parsable", login.template("cpu"), "train.py"]
     )

@@ -69,7 +69,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
     requeued = night.submit(20, "requeued")
 
     assert capped.ended() == "FAILED" and capped.facts()["ExitCode"] == "75:0"
-    assert "is not requeued (exit code 75): it was 0 times already" in capped.output
+    assert "is not requeued (exit code 75): it was requeued 0 times already" in capped.output
     ranks = [line for line in (night.folder / "started").read_text().splitlines() if "supervise" in line]
     assert len(ranks) == 2 and {line.partition(" -c ")[0] for line in ranks} == {
         f"exec --nv {night.folder}/an image.sif python3"
@@ -94,7 +94,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
 
     assert limited.ended(timeout=300) == "COMPLETED", limited.output
     assert "(exit code 75, no failure)" in limited.output
-    assert "is requeued, for the 1. of at most 20 times (exit code 75)" in limited.output
+    assert "is requeued (requeue 1 of at most 20, exit code 75)" in limited.output
     assert "start 0, 1 min" in limited.output  # the ranks know the time limit without being told
     assert int(limited.facts()["Restarts"]) == len(resumed(limited)) - 1 > 0
     assert (night.folder / f"hvdtrain-{limited.number}.done").exists()
@@ -104,7 +104,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
 def test_the_templates_that_requeue_decide_alike():
     both = [(SLURM / f"{name}.sbatch").read_text() for name in ("preemptible", "container")]
     first, second = (
-        text.partition("# ---- the same in preemptible.sbatch and container.sbatch")[2] for text in both
+        text.partition("# ---- identical in preemptible.sbatch and container.sbatch")[2] for text in both
     )
     assert first and first == second
 
@@ -119,7 +119,7 @@ def test_a_job_of_more_weight_takes_the_nodes(cluster, night):
     cluster.submit(urgent, options=["--partition=urgent", "--nodes=4"]).ended()
     for job in pushed:
         assert job.ended() == "COMPLETED", job.output
-        assert "is requeued, for the 1. of at most 20 times" in job.output, job.output
+        assert "is requeued (requeue 1 of at most 20" in job.output, job.output
         assert len(resumed(job)) == 2 and resumed(job)[1] > 0, job.output
     assert "stopped at step" in pushed[0].output
 
@@ -163,5 +163,5 @@ def test_the_controller_is_away_when_the_training_stops(cluster, night):
     job.prints("stopped at step")
     cluster.start_controller()
     assert job.ended() == "COMPLETED", job.output
-    assert "is requeued, for the 1. of at most 20 times" in job.output, job.output
+    assert "is requeued (requeue 1 of at most 20" in job.output, job.output
     assert len(resumed(job)) == 2

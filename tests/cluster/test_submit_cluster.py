@@ -125,7 +125,7 @@ def test_ctrl_c_leaves_the_job_running(login):
     job.prints("turn 1")
     process.send_signal(signal.SIGINT)
     done = login.ended(process)
-    assert done.returncode == 130 and f"job {job.number} goes on" in done.stderr
+    assert done.returncode == 130 and f"job {job.number} continues" in done.stderr
     assert job.state == "RUNNING"
     login.cluster.ask("scancel", job.number)
     assert job.ended() == "CANCELLED"

@@ -114,7 +114,7 @@ def test_a_sweep_runs_each_trial_with_its_words(cluster, workplace):
     assert [each.ended() for each in ended] == ["COMPLETED", "COMPLETED", "FAILED"]
     assert '["0", ["--epochs", "1", "--rate", "0.1", "--name", "first one"]]' in ended[0].output
     assert '["1", ["--epochs", "1", "--rate", "$(false)"]]' in ended[1].output
-    assert "trials.txt has 2 trials, so there is none of number 2" in ended[2].output
+    assert "trials.txt has 2 trials, so there is no trial 2" in ended[2].output
 
 
 def test_without_hvdtrain_on_the_node(cluster, workplace):

@@ -132,7 +132,7 @@ def test_no_mpi_library(why, mend):
             Horovod("2.21.0", HERE, "Open MPI 4.1.8", "none", True),
             {"tensorflow": "2.21.0", "gpus": ["GPU:0"]},
             "note",
-            "leave the GPU",
+            "copy gradients from the GPU",
         ),
         (
             Horovod("2.21.0", HERE, "Open MPI 4.1.8", "nccl", True),
@@ -312,7 +312,7 @@ def test_pmi_types(text, present, absent):
     [
         (("pmix",), {}, "ok", "srun --mpi=pmix"),
         (("pmix",), {"SLURM_JOB_ID": "7"}, "ok", "in allocation 7"),
-        (("pmi1",), {}, "note", "each alone"),
+        (("pmi1",), {}, "note", "each be rank 0 of 1"),
     ],
 )
 def test_slurm(wanted, environ, status, says):

@@ -17,11 +17,11 @@ import pytest
 from rich.console import Console
 
 import hvdtrain
-from hvdtrain.doctor import inquiry as inquiry_module
+from hvdtrain.doctor import probe_runner
 from hvdtrain.doctor import report as module
 from hvdtrain.doctor.checks import allreduce
 from hvdtrain.doctor.finding import Finding, examine, ok, wrong
-from hvdtrain.doctor.inquiry import Inquiry
+from hvdtrain.doctor.probe_runner import ProbeRunner
 
 REPOSITORY = Path(hvdtrain.__file__).parent.parent
 START = "import sys; from hvdtrain.cli import main; sys.argv[0] = 'hvdtrain'; main()"
@@ -259,10 +259,10 @@ def test_an_engine_that_fails_names_its_exception(environment):
 
 def test_a_sum_that_never_comes(environment, monkeypatch):
     environment.mpirun(allreduce="exec /bin/sleep 600")
-    monkeypatch.setattr(inquiry_module, "SLOW", 1)
+    monkeypatch.setattr(probe_runner, "SLOW", 1)
     monkeypatch.setattr(sys, "executable", str(environment.python))
-    with Inquiry(environment.environ) as inquiry:
-        finding = allreduce.allreduce(inquiry, "mpi")
+    with ProbeRunner(environment.environ) as probes:
+        finding = allreduce.allreduce(probes, "mpi")
     assert finding.status == "wrong"
     assert "still running after 1 s" in finding.found
 

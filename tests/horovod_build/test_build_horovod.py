@@ -24,8 +24,8 @@ import pytest
 from rich.console import Console
 
 from hvdtrain.horovod_build.mpi_wrapper import mpi_behind, mpi_name
-from hvdtrain.horovod_build.progress import BuildProgress, Steps, telling_lines
-from hvdtrain.horovod_build.source_patches import mend
+from hvdtrain.horovod_build.progress import BuildProgress, Steps, error_lines
+from hvdtrain.horovod_build.source_patches import patch_source
 from hvdtrain.horovod_build.target import HOROVOD, RECORD, SDIST_SHA256, CannotBuild, Target
 from hvdtrain.horovod_build.wheel import fetch_source
 
@@ -312,7 +312,7 @@ def test_the_mended_source_carries_its_record_and_names_only_an_mpi_wheel_relati
     lists.write_text("keep(mpi_ops.cc)\nlist(APPEND S horovod/tensorflow/xla_mpi_ops.cc)\nkeep(this)\n")
     operations.write_text("GpuStreamHandle AsGpuStreamValue(Stream* stream);\n")
     target = Target("9.9.9", "Open MPI 4.1.8", "none", wrapper, wrapper)
-    mend(tmp_path, target)
+    patch_source(tmp_path, target)
     assert json.loads((tmp_path / RECORD).read_text())["key"] == target.key
     assert lists.read_text().startswith("keep(mpi_ops.cc)\nkeep(this)\n")
     assert ("$ORIGIN/../../../.." in lists.read_text()) == target.mpi_is_in_environment
@@ -345,10 +345,9 @@ def test_the_log_keeps_everything_and_the_error_only_what_tells(tmp_path):
 
 def test_the_first_errors_tell_and_where_there_is_none_the_last_lines():
     assert (
-        telling_lines("x\nImportError: no y\nround-off errors\nImportError: no y\nend")
-        == "  ImportError: no y"
+        error_lines("x\nImportError: no y\nround-off errors\nImportError: no y\nend") == "  ImportError: no y"
     )
-    assert telling_lines("1\n2\n\n3\n", most=2) == "  2\n  3"
+    assert error_lines("1\n2\n\n3\n", most=2) == "  2\n  3"
 
 
 def test_a_step_that_does_not_end_is_ended(tmp_path):

@@ -1,5 +1,5 @@
-"""What doctor looks at: one subject a file, each check a function that returns a `Finding`.
+"""Check one subject of the environment in each file; a check is a function that returns a `Finding`.
 
-A check judges; what it judges was asked by `doctor.inquiry` or is read from this host in a line or
-two. Whatever parses a text takes the text, so that the tests can hand it recorded ones.
+A check judges facts that `doctor.probe_runner` collected or that it reads from this host in a line or
+two. Functions that parse output take the text as an argument, so that tests can pass recorded output.
 """

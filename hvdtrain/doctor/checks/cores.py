@@ -1,4 +1,4 @@
-"""Cores: how many this process may use, who says so, and what that leaves for a rank."""
+"""Check how many cores this process may use, what limits them, and how many threads a rank gets."""
 
 import math
 from collections.abc import Mapping
@@ -11,37 +11,35 @@ THREAD_SETTINGS = ("OMP_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 
 
 def cores(environ: Mapping[str, str]) -> Finding:
-    """Tells how many threads a rank gets on this host."""
+    """Return the number of cores and threads for ranks on this host."""
     return judge_cores(len(limits.allowed()), limits.quota(), environ)
 
 
 def judge_cores(affinity: int, quota: float | None, environ: Mapping[str, str]) -> Finding:
-    """Judges what the scheduler's mask, the container's quota, Slurm and the user's settings say together.
+    """Judge the CPU affinity, the container's quota, Slurm's settings and the user's settings together.
 
     Args:
-        affinity: How many CPUs the process may run on.
-        quota: CPU time in cores that the container grants, None for all of it.
-        environ: Where Slurm and the user speak.
+        affinity: Number of CPUs on which the process may run.
+        quota: CPU time that the container grants, in cores; None without a limit.
+        environ: The environment variables, with those of Slurm and the user.
     """
     usable = affinity if quota is None else max(1, min(affinity, math.floor(quota)))
-    found = (
-        f"{_count(usable, 'core')} here, so {_count(usable, 'rank')} with one thread each, or fewer with more"
-    )
+    ranks = f"{_count(usable, 'rank')} with one thread each, or fewer ranks with more"
+    found = f"{_count(usable, 'core')} here: {ranks}"
     if quota is not None and quota < affinity:
         found += f" ({affinity} are visible, but the container grants the time of {quota:g})"
-    a_task = environ.get("SLURM_CPUS_PER_TASK", "")
-    if a_task.isdigit():
-        found += f"; Slurm gives each task {_count(int(a_task), 'CPU')}"
+    cpus_per_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    if cpus_per_task.isdigit():
+        found += f"; Slurm gives each task {_count(int(cpus_per_task), 'CPU')}"
     return _with_settings(found, usable, environ)
 
 
 def _with_settings(found: str, usable: int, environ: Mapping[str, str]) -> Finding:
-    set_here = {name: environ[name] for name in THREAD_SETTINGS if environ.get(name, "").isdigit()}
-    named = ", ".join(f"{name}={value}" for name, value in set_here.items())
-    if any(int(value) > usable for value in set_here.values()):
-        return note(
-            NAME, f"{found}. But {named} asks for more than there are.", f"unset {' '.join(set_here)}"
-        )
+    settings = {name: environ[name] for name in THREAD_SETTINGS if environ.get(name, "").isdigit()}
+    named = ", ".join(f"{name}={value}" for name, value in settings.items())
+    if any(int(value) > usable for value in settings.values()):
+        problem = f"{found}. But {named} asks for more than there are."
+        return note(NAME, problem, f"unset {' '.join(settings)}")
     return ok(NAME, f"{found}; {named} stays as you set it" if named else found)
 
 

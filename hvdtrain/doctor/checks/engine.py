@@ -1,31 +1,31 @@
-"""Which engine a training started here would take, and why."""
+"""Check which engine a training started here would use, and why."""
 
 from hvdtrain.collectives.horovod.engine import reason_not_to_use
 from hvdtrain.collectives.mpi.library import mpi_name
 from hvdtrain.doctor.checks.horovod import BUILD
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
-from hvdtrain.doctor.inquiry import Inquiry, NoAnswerError
+from hvdtrain.doctor.probe_runner import ProbeError, ProbeRunner
 from hvdtrain.runtime import CHOICES
 
 NAME = "Engine"
 
 
-def engine(inquiry: Inquiry) -> Finding:
-    """Says what `HVDTRAIN_ENGINE`, or its absence, leads to."""
-    chosen = inquiry.environ.get("HVDTRAIN_ENGINE", "").lower() or "auto"
+def engine(probes: ProbeRunner) -> Finding:
+    """Return the engine that `HVDTRAIN_ENGINE` selects, or the one used if it is not set."""
+    chosen = probes.environ.get("HVDTRAIN_ENGINE", "").lower() or "auto"
     try:
-        reason = reason_not_to_use(inquiry.stack["tensorflow"], mpi_name(inquiry.mpi["library"]))
-    except (NoAnswerError, KeyError):
+        reason = reason_not_to_use(probes.stack["tensorflow"], mpi_name(probes.mpi["library"]))
+    except (ProbeError, KeyError):
         reason = "TensorFlow or MPI is missing"
     return judge_engine(chosen, reason)
 
 
 def judge_engine(chosen: str, reason: str | None) -> Finding:
-    """Judges the user's choice.
+    """Judge the selected engine.
 
     Args:
-        chosen: The value of HVDTRAIN_ENGINE.
-        reason: Why Horovod cannot serve here; None where it can.
+        chosen: The value of HVDTRAIN_ENGINE, or "auto".
+        reason: Why Horovod cannot be used here; None if it can.
     """
     if chosen not in CHOICES:
         found = f"HVDTRAIN_ENGINE={chosen!r} is none of {', '.join(CHOICES)}."
@@ -38,6 +38,6 @@ def judge_engine(chosen: str, reason: str | None) -> Finding:
         )
     if chosen == "auto" and reason:
         return ok(NAME, f"mpi, because {reason}")
-    return ok(
-        NAME, "horovod, built for this TensorFlow and MPI" if chosen == "auto" else f"{chosen}, as you chose"
-    )
+    if chosen == "auto":
+        return ok(NAME, "horovod, built for this TensorFlow and MPI")
+    return ok(NAME, f"{chosen}, as you chose")

@@ -1,45 +1,46 @@
-"""GPUs: what the driver has, what TensorFlow sees, and what hides one from the other."""
+"""Check that TensorFlow sees the GPUs of the driver."""
 
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from hvdtrain.doctor.finding import Finding, note, ok
-from hvdtrain.doctor.inquiry import Inquiry, NoAnswerError
+from hvdtrain.doctor.probe_runner import ProbeError, ProbeRunner
 
 QUERY = ("nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader")
 GPU_TENSORFLOW = "pip install 'tensorflow[and-cuda]'"
 
 
-def gpus(inquiry: Inquiry) -> Finding:
-    """Compares the driver's GPUs with those that TensorFlow sees."""
-    answer = inquiry.ask(*QUERY)
-    cards = answer.out.strip().splitlines() if answer.code == 0 else []
-    failure = answer.last_line if answer.code not in (0, 127) else ""
+def gpus(probes: ProbeRunner) -> Finding:
+    """Compare the driver's GPUs with those that TensorFlow sees."""
+    result = probes.run(*QUERY)
+    cards = result.out.strip().splitlines() if result.code == 0 else []
+    failure = result.last_line if result.code not in (0, 127) else ""
     try:
-        stack = inquiry.stack
-    except NoAnswerError:
+        stack = probes.stack
+    except ProbeError:
         stack = {}
-    return judge_gpus(cards, failure, stack, inquiry.environ)
+    return judge_gpus(cards, failure, stack, probes.environ)
 
 
 def judge_gpus(
     cards: Sequence[str], failure: str, stack: Mapping[str, Any], environ: Mapping[str, str]
 ) -> Finding:
-    """Judges the GPUs of this host.
+    """Judge the GPUs of this host.
 
     Args:
-        cards: One line of `nvidia-smi` a GPU; none where there is no nvidia-smi.
-        failure: What nvidia-smi said instead.
-        stack: What TensorFlow saw: `gpus`, and `cuda` where it was built for them.
-        environ: Where CUDA_VISIBLE_DEVICES is read.
+        cards: One line of `nvidia-smi` for each GPU; empty without nvidia-smi.
+        failure: The error of nvidia-smi; empty if it did not fail.
+        stack: What TensorFlow reports: the list `gpus`, and whether it was built with `cuda`.
+        environ: The environment variables, of which CUDA_VISIBLE_DEVICES is read.
     """
     seen = len(stack.get("gpus", ()))
     visible = environ.get("CUDA_VISIBLE_DEVICES")
     setting = "" if visible is None else f"; CUDA_VISIBLE_DEVICES={visible!r}"
     if failure:
-        mend = "modprobe nvidia   # as root, or ask who runs this machine"
-        return note("GPUs", f"nvidia-smi fails: {failure}. TensorFlow sees {seen}{setting}.", mend)
+        fix = "modprobe nvidia   # as root, or ask the administrator of this machine"
+        return note("GPUs", f"nvidia-smi fails: {failure}. TensorFlow sees {seen}{setting}.", fix)
     if not cards and not seen:
         return ok("GPUs", f"none here; training runs on the cores{setting}")
     found = f"{_summary(cards)}; TensorFlow sees {seen}{setting}"
@@ -54,8 +55,5 @@ def judge_gpus(
 
 
 def _summary(cards: Sequence[str]) -> str:
-    kinds = dict.fromkeys(card.strip() for card in cards)
-    return (
-        ", ".join(f"{sum(card.strip() == kind for card in cards)} x {kind}" for kind in kinds)
-        or "no nvidia-smi"
-    )
+    models = Counter(card.strip() for card in cards)
+    return ", ".join(f"{count} x {model}" for model, count in models.items()) or "no nvidia-smi"

@@ -1,4 +1,4 @@
-"""Networks: over which interface gradients would travel to other hosts, and how this host is found."""
+"""Check the network interface for gradients between hosts, the name of this host, and ssh."""
 
 import fcntl
 import shutil
@@ -11,13 +11,13 @@ from pathlib import Path
 
 from hvdtrain import safe_path
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
-from hvdtrain.doctor.inquiry import Inquiry
+from hvdtrain.doctor.probe_runner import ProbeRunner
 
 SIOCGIFADDR = 0x8915
 INTERFACES = Path("/sys/class/net")
 
-# Bridges and tunnels of containers and virtual machines: often the same address on every host, so a rank
-# that calls another through them reaches itself.
+# Bridges and tunnels of containers and virtual machines. They often have the same address on every host, so a
+# rank that connects to another host through them reaches itself.
 PRIVATE = (
     "docker",
     "br-",
@@ -33,7 +33,7 @@ PRIVATE = (
     "vboxnet",
 )
 
-# The variables with which a user names the interface, by the family of MPI.
+# The variables with which a user selects the interface, by the family of MPI.
 CHOOSING = {
     "Open MPI": ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include"),
     "Open MPI 5": ("OMPI_MCA_btl_tcp_if_include", "PRTE_MCA_prte_if_include"),
@@ -43,100 +43,106 @@ CHOOSING = {
 
 @dataclass(frozen=True)
 class Interface:
-    """A network interface that is up; `speed` is in Mbit/s, None where the kernel does not know."""
+    """A network interface with its IPv4 address and its speed in Mbit/s, None if the kernel does not know it."""
 
     name: str
     address: str
     speed: int | None
+
+    @property
+    def private(self) -> bool:
+        """Whether it belongs to containers or virtual machines of this host."""
+        return self.name.startswith(PRIVATE)
 
     def __str__(self) -> str:
         rate = "" if self.speed is None else f", {self.speed / 1000:g} Gbit/s"
         return f"{self.name} ({self.address}{rate})"
 
 
-def network(inquiry: Inquiry) -> Finding:
-    """Says which interfaces MPI would use between hosts."""
-    mpi = inquiry.launcher.mpi.name if inquiry.launcher else ""
-    return judge_network(interfaces(), CHOOSING[_family(mpi)], inquiry.environ)
+def network(probes: ProbeRunner) -> Finding:
+    """Return which interfaces MPI would use between hosts."""
+    mpi = probes.launcher.mpi.name if probes.launcher else ""
+    return judge_network(interfaces(), CHOOSING[_family(mpi)], probes.environ)
 
 
 def interfaces() -> list[Interface]:
-    """Lists the interfaces that have an address and lead to other hosts."""
+    """Return the interfaces that have an address and lead to other hosts."""
     found = [Interface(path.name, _address(path.name), _speed(path)) for path in sorted(INTERFACES.iterdir())]
-    return [each for each in found if each.address and not each.address.startswith("127.")]
+    return [
+        interface for interface in found if interface.address and not interface.address.startswith("127.")
+    ]
 
 
 def judge_network(found: Sequence[Interface], choosing: Sequence[str], environ: Mapping[str, str]) -> Finding:
-    """Judges which interfaces would carry gradients between hosts.
+    """Judge which interfaces MPI would use between hosts.
 
     Args:
-        found: Those that lead to other hosts.
-        choosing: The variables in which this MPI looks for the user's choice.
-        environ: Where they are read.
+        found: The interfaces that lead to other hosts.
+        choosing: The variables with which the user selects an interface for this MPI.
+        environ: The environment variables.
     """
     name, listed = "Network", ", ".join(map(str, found))
     chosen = next((environ[variable] for variable in choosing if environ.get(variable)), "")
     if chosen:
         return _judge_chosen(chosen, found, listed, choosing)
     if not found:
-        return note(name, "No interface leads to other hosts; ranks on this one talk through memory.")
+        return note(name, "No interface leads to other hosts; ranks on this host communicate through memory.")
     if len(found) == 1:
         return ok(name, f"{listed}; it would be used between hosts")
-    best = max(found, key=lambda each: (not each.name.startswith(PRIVATE), each.speed or 0))
+    best = max(found, key=lambda interface: (not interface.private, interface.speed or 0))
     settings = "export " + " ".join(f"{variable}={best.name}" for variable in choosing)
-    if any(each.name.startswith(PRIVATE) for each in found):
+    if any(interface.private for interface in found):
         return note(name, f"{listed}. Between hosts MPI may try those of containers and hang.", settings)
-    return note(name, f"{listed}. Between hosts MPI would use any of them; to have one:", settings)
+    return note(name, f"{listed}. Between hosts MPI would use any of them; to select one:", settings)
 
 
 def _judge_chosen(chosen: str, found: Sequence[Interface], listed: str, choosing: Sequence[str]) -> Finding:
-    names = [each.name for each in found]
-    # A network may be named in place of an interface, as in 10.1.0.0/16: that is for MPI to match.
-    strange = [word for word in chosen.split(",") if word not in names and "/" not in word and word != "lo"]
-    if strange:
-        told = f"Ranks are told to use {', '.join(strange)}, which has no address here"
-        said = f"{told}; there is: {listed or 'none'}."
-        return wrong("Network", said, f"unset {' '.join(choosing)}")
+    # A network such as 10.1.0.0/16 may be given in place of an interface; MPI matches it.
+    known = {"lo", *(interface.name for interface in found)}
+    unknown = [name for name in chosen.split(",") if name not in known and "/" not in name]
+    if unknown:
+        problem = f"Ranks are told to use {', '.join(unknown)}, which has no address here"
+        return wrong("Network", f"{problem}; there is: {listed or 'none'}.", f"unset {' '.join(choosing)}")
     return ok("Network", f"{listed}; between hosts {chosen} is used, as you chose")
 
 
-def hostname(inquiry: Inquiry) -> Finding:
-    """Checks that this host's name leads to an address, and one that other hosts can reach."""
+def hostname(probes: ProbeRunner) -> Finding:
+    """Check that the name of this host resolves to an address that other hosts can reach."""
     host = socket.gethostname()
-    # Asked elsewhere because a name server that does not answer can hold a process for a minute.
-    question = "import socket; print(socket.gethostbyname(sys.argv[1]))"
-    answer = inquiry.ask(sys.executable, *safe_path.code(question), host)
-    outward = sorted(interfaces(), key=lambda each: each.name.startswith(PRIVATE))
+    # In another process, because a name server that does not answer can block the call for a minute.
+    resolve = "import socket; print(socket.gethostbyname(sys.argv[1]))"
+    result = probes.run(sys.executable, *safe_path.code(resolve), host)
+    outward = sorted(interfaces(), key=lambda interface: interface.private)
     reachable = outward[0].address if outward else ""
-    return judge_hostname(host, answer.out.strip() if answer.code == 0 else "", reachable)
+    return judge_hostname(host, result.out.strip() if result.code == 0 else "", reachable)
 
 
 def judge_hostname(host: str, address: str, reachable: str) -> Finding:
-    """Judges a host's name.
+    """Judge the name of a host.
 
     Args:
         host: The name.
-        address: What it resolves to; empty for nothing.
-        reachable: The address under which other hosts would find it; empty where none does.
+        address: The address to which it resolves; empty if it does not.
+        reachable: The address under which other hosts reach it; empty if there is none.
     """
-    mend = f"sed -i '1i {reachable or '127.0.0.1'} {host}' /etc/hosts   # as root"
+    fix = f"sed -i '1i {reachable or '127.0.0.1'} {host}' /etc/hosts   # as root"
     if not address:
-        return note(
-            "Host name", f"{host} resolves to no address: MPI may wait for a name server or fail.", mend
-        )
+        found = f"{host} resolves to no address: MPI may wait for a name server or fail."
+        return note("Host name", found, fix)
     if address.startswith("127.") and reachable:
-        return note("Host name", f"{host} is {address}: enough alone, not to be found by other hosts.", mend)
+        return note(
+            "Host name", f"{host} is {address}: enough on one host, but other hosts cannot use it.", fix
+        )
     return ok("Host name", f"{host} is {address}")
 
 
 def ssh(environ: Mapping[str, str]) -> Finding:
-    """Checks for ssh, with which launchers reach other hosts where Slurm does not."""
-    found = shutil.which("ssh", path=environ.get("PATH"))
-    if found:
-        return ok("ssh", f"{found}, to start ranks on other hosts")
-    return note(
-        "ssh", "Not found: no ranks on other hosts, except by Slurm.", "apt-get install openssh-client"
-    )
+    """Check for ssh, with which launchers start ranks on other hosts outside of Slurm."""
+    program = shutil.which("ssh", path=environ.get("PATH"))
+    if program:
+        return ok("ssh", f"{program}, to start ranks on other hosts")
+    found = "Not found: no ranks on other hosts, except with Slurm."
+    return note("ssh", found, "apt-get install openssh-client")
 
 
 def _family(mpi: str) -> str:

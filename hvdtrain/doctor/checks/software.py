@@ -1,40 +1,34 @@
-"""Python, TensorFlow and Keras: what a training script stands on."""
+"""Check the versions of Python, TensorFlow and Keras."""
 
 import sys
 
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
-from hvdtrain.doctor.inquiry import Inquiry, NoAnswerError
+from hvdtrain.doctor.probe_runner import ProbeError, ProbeRunner
 
 OLDEST_PYTHON, OLDEST_TENSORFLOW, OLDEST_KERAS = (3, 10), "2.16", "3.3"
 
 
 def python() -> Finding:
-    """Checks the Python that runs doctor, which is the one that will train."""
+    """Check the Python that runs doctor, which is also the one that runs the training."""
     found = f"{sys.version.split()[0]} ({sys.executable})"
     if sys.version_info < OLDEST_PYTHON:
-        return wrong(
-            "Python",
-            f"{found}; hvdtrain needs 3.10 or later.",
-            "python3.12 -m venv .venv   # and install hvdtrain there",
-        )
+        fix = "python3.12 -m venv .venv   # and install hvdtrain there"
+        return wrong("Python", f"{found}; hvdtrain needs 3.10 or later.", fix)
     return ok("Python", found)
 
 
-def tensorflow(inquiry: Inquiry) -> Finding:
-    """Checks that TensorFlow is there, new enough, and can be imported."""
+def tensorflow(probes: ProbeRunner) -> Finding:
+    """Check that TensorFlow is installed, new enough, and can be imported."""
     try:
-        stack = inquiry.stack
-    except NoAnswerError as why:
-        return wrong(
-            "TensorFlow",
-            f"Importing it ended the process: {why}.",
-            "pip install --force-reinstall tensorflow-cpu",
-        )
+        stack = probes.stack
+    except ProbeError as error:
+        found = f"Importing it ended the process: {error}."
+        return wrong("TensorFlow", found, "pip install --force-reinstall tensorflow-cpu")
     return judge_tensorflow(stack.get("tensorflow"), stack.get("tensorflow_error", ""))
 
 
 def judge_tensorflow(version: str | None, error: str) -> Finding:
-    """Judges TensorFlow by its version, or by the error that its import raised."""
+    """Judge TensorFlow by its version, or by the error that its import raised."""
     if version is None and "No module named 'tensorflow'" in error:
         return wrong(
             "TensorFlow", "It is not installed for this Python.", "pip install 'tensorflow-cpu>=2.16'"
@@ -48,29 +42,29 @@ def judge_tensorflow(version: str | None, error: str) -> Finding:
     return ok("TensorFlow", version)
 
 
-def keras(inquiry: Inquiry) -> Finding:
-    """Checks that Keras is Keras 3, new enough, and runs on TensorFlow."""
-    if inquiry.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
-        found = "TF_USE_LEGACY_KERAS makes tf.keras Keras 2, whose optimizers hvdtrain does not know."
+def keras(probes: ProbeRunner) -> Finding:
+    """Check that Keras is Keras 3, new enough, and uses TensorFlow."""
+    if probes.environ.get("TF_USE_LEGACY_KERAS", "").lower() in ("1", "true"):
+        found = "TF_USE_LEGACY_KERAS makes tf.keras Keras 2, whose optimizers hvdtrain does not support."
         return wrong("Keras", found, "unset TF_USE_LEGACY_KERAS")
     try:
-        stack = inquiry.stack
-    except NoAnswerError as why:
-        return note("Keras", f"Not tried: with TensorFlow, {why}.")
-    backend = stack.get("backend") or inquiry.environ.get("KERAS_BACKEND", "")
+        stack = probes.stack
+    except ProbeError as error:
+        return note("Keras", f"Not tried: with TensorFlow, {error}.")
+    backend = stack.get("backend") or probes.environ.get("KERAS_BACKEND", "")
     return judge_keras(stack.get("keras"), backend, stack.get("keras_error", ""))
 
 
 def judge_keras(version: str | None, backend: str, error: str) -> Finding:
-    """Judges Keras by its version and the backend in use or wanted, or by the error of its import."""
+    """Judge Keras by its version and its backend, or by the error that its import raised."""
     if version is None and "No module named 'keras'" in error:
         return wrong("Keras", "It is not installed for this Python.", "pip install 'keras>=3.3'")
     if version is None and backend not in ("", "tensorflow"):
         found = f"It cannot be imported with KERAS_BACKEND={backend}: {error}."
         return wrong("Keras", found, "export KERAS_BACKEND=tensorflow")
     if version is None:
-        mend = "pip install 'tensorflow-cpu>=2.16' 'keras>=3.3'"
-        return wrong("Keras", f"It is installed but cannot be imported: {error}.", mend)
+        found = f"It is installed but cannot be imported: {error}."
+        return wrong("Keras", found, "pip install 'tensorflow-cpu>=2.16' 'keras>=3.3'")
     if older(version, OLDEST_KERAS):
         found = f"{version} is here; hvdtrain needs {OLDEST_KERAS} or later."
         return wrong("Keras", found, "pip install --upgrade 'keras>=3.3'")
@@ -81,7 +75,7 @@ def judge_keras(version: str | None, backend: str, error: str) -> Finding:
 
 
 def older(version: str, oldest: str) -> bool:
-    """Compares release numbers; what follows them, as in 2.21.0rc1, plays no part."""
+    """Return whether a version is older, comparing major and minor only."""
     return _numbers(version) < _numbers(oldest)
 
 

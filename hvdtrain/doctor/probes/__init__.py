@@ -1,5 +1,5 @@
-"""Programs that doctor starts in processes of their own and that answer with one line of JSON.
+"""Examine TensorFlow, MPI and an allreduce in separate processes, each of which prints one line of JSON.
 
-The line begins afresh, because whoever spoke before may have ended without a newline.
-TensorFlow is noisy and slow, MPI may abort the process that loads it: neither belongs in doctor's own.
+A newline precedes the JSON, because earlier output of a library may have ended without one.
+Doctor itself loads neither TensorFlow, which is slow and prints much, nor MPI, which may abort the process.
 """

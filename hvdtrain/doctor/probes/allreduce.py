@@ -1,4 +1,4 @@
-"""One rank of a real allreduce: the way a gradient will go, with numbers whose sum is known."""
+"""Run one rank of an allreduce of numbers whose sum is known, over the engine that training would use."""
 
 import json
 import os
@@ -11,9 +11,9 @@ ELEMENTS = 1 << 20  # 4 MiB: beyond every eager limit, so the transport that tra
 
 
 def main() -> None:
-    """Sums rank + 1 over all ranks, within the seconds on the command line; rank 0 prints what it saw as JSON."""
+    """Sum rank + 1 over all ranks, within the seconds on the command line; rank 0 prints the result as JSON."""
     seconds = int(sys.argv[1])
-    signal.alarm(seconds)  # a rank that hangs inside MPI dies by itself even where its launcher does not
+    signal.alarm(seconds)  # ends a rank that hangs inside MPI, also if its launcher does not end it
     if os.environ["HVDTRAIN_ENGINE"] == "horovod":
         import tensorflow  # noqa: F401  # before MPI, as in a training script
 

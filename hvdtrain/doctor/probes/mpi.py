@@ -1,13 +1,13 @@
-"""Loads the MPI library that mpi4py finds, without initialising it, and tells which one it is.
+"""Load the MPI library that mpi4py finds, without initialising it, and print its name and version.
 
-Without MPI_Init this is safe under a launcher of another MPI, and under none.
+Without MPI_Init this is safe under the launcher of another MPI and without a launcher.
 """
 
 import json
 
 
 def main() -> None:
-    """Prints one JSON object: mpi4py's version and what the MPI library says of itself."""
+    """Print one JSON object: the version of mpi4py and the version text of the MPI library."""
     import mpi4py
 
     mpi4py.rc.initialize = False

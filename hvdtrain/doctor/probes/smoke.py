@@ -1,4 +1,4 @@
-"""One rank of the smoke test: sums of three sizes, checked and timed, and ten steps of training one model."""
+"""Run one rank of the smoke test: check and time allreduces of three sizes, and train a model for ten steps."""
 
 import socket
 import time
@@ -17,36 +17,32 @@ STEPS = 10
 
 
 def main() -> None:
-    """Raises where a sum or the training is wrong; rank 0 prints a line for each thing that is right."""
+    """Raise an error if a sum or the training is wrong; rank 0 prints a line for each part that passed."""
     hvd.init()
     engine = runtime.engine()
     for name, elements in SIZES.items():
         seconds = _timed_sum(engine, elements)
         moved = 2 * (engine.size - 1) / engine.size * elements * 4
-        _say(
-            engine,
-            f"allreduce of {name}: right, {seconds * 1e3:.2f} ms, {moved / seconds / 1e9:.2f} GB/s a rank",
-        )
+        figures = f"{seconds * 1e3:.2f} ms, {moved / seconds / 1e9:.2f} GB/s a rank"
+        _print_on_rank_0(engine, f"allreduce of {name}: right, {figures}")
     loss = _train()
-    _say(
-        engine,
-        f"{STEPS} steps of training: the same weights on all ranks, loss {loss[0]:.3f} to {loss[-1]:.3f}",
-    )
+    figures = f"loss {loss[0]:.3f} to {loss[-1]:.3f}"
+    _print_on_rank_0(engine, f"{STEPS} steps of training: the same weights on all ranks, {figures}")
     hosts = sorted(set(engine.allgather_object(socket.gethostname())))
     where = f"{len(hosts)} host{'s' * (len(hosts) > 1)} ({', '.join(hosts[:8])})"
-    _say(engine, f"smoke test passed: {engine.size} ranks on {where}")
+    _print_on_rank_0(engine, f"smoke test passed: {engine.size} ranks on {where}")
     hvd.shutdown()
 
 
 def _timed_sum(engine: Engine, elements: int) -> float:
-    """Returns the median time of a sum over ranks, in seconds, on the slowest rank."""
-    mine = np.full(elements, engine.rank + 1, np.float32)
+    """Return the median time of an allreduce in seconds, on the slowest rank."""
+    numbers = np.full(elements, engine.rank + 1, np.float32)
     expected = engine.size * (engine.size + 1) / 2
     times = []
     for _ in range(ROUNDS):
         engine.barrier()
         started = time.perf_counter()
-        summed = engine.allreduce(mine, op="sum")
+        summed = engine.allreduce(numbers, op="sum")
         times.append(time.perf_counter() - started)
         if not np.all(summed == expected):
             raise RuntimeError(
@@ -57,7 +53,7 @@ def _timed_sum(engine: Engine, elements: int) -> float:
 
 
 def _train() -> list[float]:
-    """Trains a small model on numbers of each rank's own, and returns the loss of each step."""
+    """Train a small model on different data on each rank, and return the loss of each step."""
     keras.utils.set_random_seed(hvd.rank())
     x = np.random.default_rng(hvd.rank()).normal(size=(STEPS * 32, 16)).astype("float32")
     y = x.sum(1, keepdims=True)
@@ -66,30 +62,29 @@ def _train() -> list[float]:
     losses = _Losses()
     broadcast = hvd.callbacks.BroadcastGlobalVariablesCallback(0)
     model.fit(x, y, batch_size=32, callbacks=[broadcast, losses], verbose=0)
-    sums = runtime.engine().allgather_object(
-        zlib.crc32(b"".join(each.numpy().tobytes() for each in model.weights))
-    )
-    if len(set(sums)) > 1:
+    weights = b"".join(var.numpy().tobytes() for var in model.weights)
+    checksums = runtime.engine().allgather_object(zlib.crc32(weights))
+    if len(set(checksums)) > 1:
         raise RuntimeError(
-            f"hvdtrain: after {STEPS} steps the weights differ between ranks; checksums: {sums}."
+            f"hvdtrain: after {STEPS} steps the weights differ between ranks; checksums: {checksums}."
         )
-    return losses.seen
+    return losses.steps
 
 
-def _say(engine: Engine, text: str) -> None:
+def _print_on_rank_0(engine: Engine, text: str) -> None:
     if engine.rank == 0:
         print(text, flush=True)
 
 
 class _Losses(keras.callbacks.Callback):
-    """Remembers the loss after each step."""
+    """Record the loss of each step."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: list[float] = []
+        self.steps: list[float] = []
 
     def on_train_batch_end(self, batch: int, logs: dict | None = None) -> None:
-        self.seen.append(float((logs or {})["loss"]))
+        self.steps.append(float((logs or {})["loss"]))
 
 
 if __name__ == "__main__":

@@ -1,19 +1,19 @@
-"""Imports TensorFlow and Keras as a training script would, and tells what came of it."""
+"""Import TensorFlow and Keras as a training script would, and print their versions or errors."""
 
 import json
 import os
 
 
 def main() -> None:
-    """Prints one JSON object: versions, backend and GPUs, or the error that each import raised."""
+    """Print one JSON object: versions, backend and GPUs, or the error that each import raised."""
     facts: dict[str, object] = {}
-    for look in (_tensorflow, _keras):
+    for examine in (_tensorflow, _keras):
         try:
-            facts |= look()
+            facts |= examine()
         except BaseException as error:  # a broken wheel may raise anything, SystemExit too
-            facts[f"{look.__name__[1:]}_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            facts[f"{examine.__name__[1:]}_error"] = f"{type(error).__name__}: {error}".splitlines()[0]
     print("\n" + json.dumps(facts), flush=True)
-    os._exit(0)  # skips the slow and sometimes noisy end of TensorFlow
+    os._exit(0)  # skips TensorFlow's shutdown, which is slow and may print messages
 
 
 def _tensorflow() -> dict[str, object]:

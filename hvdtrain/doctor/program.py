@@ -1,4 +1,4 @@
-"""A question put to another program, which may be absent, fail, talk nonsense or never answer."""
+"""Run other programs with a time limit, several at the same time, and end everything they started."""
 
 import contextlib
 import os
@@ -10,18 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import IO, final
 
-GRACE = 3  # seconds between asking a program to end and ending it
+GRACE = 3  # seconds between SIGTERM and SIGKILL
 
 
 @dataclass(frozen=True)
-class Answer:
-    """What a program said.
+class Result:
+    """The exit code and the output of a program.
 
     Args:
-        code: Its exit code; None when it was still running when its `seconds` were over.
+        code: Its exit code; None if it was still running at its time limit.
         out: Its standard output.
         err: Its standard error.
-        seconds: How long it was given.
+        seconds: Its time limit.
     """
 
     code: int | None
@@ -31,29 +31,29 @@ class Answer:
 
     @property
     def last_line(self) -> str:
-        """The last line that says anything, where programs put the reason for a failure."""
+        """The last line with a letter or a digit, where programs usually print the reason for a failure."""
         lines = [line.strip() for line in (self.out + self.err).splitlines()]
         return next((line for line in reversed(lines) if any(map(str.isalnum, line))), "")
 
 
 @final
-class Question:
-    """Asks at once and lets the caller collect the answer later, so that slow questions overlap.
+class Program:
+    """A running program whose result is collected later, so that slow programs run at the same time.
 
-    The program gets a process group of its own, and nothing of that group outlives the answer. One that
-    cannot be started answers with code 127, as in a shell.
+    The program runs in its own process group, and all processes of the group are ended before the result is
+    returned. A program that cannot be started has the exit code 127, as in a shell.
 
     Args:
         command: The program and its arguments.
-        environ: The environment it sees.
-        seconds: How long it may take, from now.
+        environ: Its environment variables.
+        seconds: Its time limit, counted from now.
     """
 
     def __init__(self, command: Sequence[str], environ: Mapping[str, str], seconds: float):
         self._seconds, self._deadline = seconds, time.monotonic() + seconds
         # Files, not pipes: nobody reads while the program runs, and a full pipe would stop it.
         self._out, self._err = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
-        self._answer: Answer | None = None
+        self._result: Result | None = None
         self._process: subprocess.Popen | None = None
         try:
             self._process = subprocess.Popen(
@@ -65,22 +65,22 @@ class Question:
                 start_new_session=True,
             )
         except OSError as error:
-            self._answer = Answer(127, "", str(error))
+            self._result = Result(127, "", str(error))
 
-    def answer(self) -> Answer:
-        """Waits for the program, at most until its deadline; asked again, it gives the same answer."""
-        if self._answer is None and self._process:
+    def result(self) -> Result:
+        """Wait for the program, at most until its time limit, and return its result, also in later calls."""
+        if self._result is None and self._process:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(max(0.0, self._deadline - time.monotonic()))
             code = self._process.poll()
             self.close()
-            self._answer = Answer(code, _read(self._out), _read(self._err), self._seconds)
-        assert self._answer
-        return self._answer
+            self._result = Result(code, _read(self._out), _read(self._err), self._seconds)
+        assert self._result
+        return self._result
 
     def close(self) -> None:
-        """Ends the program and all that it started; an MPI launcher is given a moment to end its ranks."""
-        if self._answer or not self._process:
+        """End the program and all that it started; an MPI launcher gets a few seconds to end its ranks."""
+        if self._result or not self._process:
             return
         _end(self._process, signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -89,13 +89,13 @@ class Question:
         self._process.wait()
 
 
-def ask(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> Answer:
-    """Asks and waits, for a program that answers quickly."""
-    question = Question(command, environ, seconds)
+def run_program(command: Sequence[str], environ: Mapping[str, str], seconds: float) -> Result:
+    """Run a program to its end, at most for `seconds`, and return its result."""
+    program = Program(command, environ, seconds)
     try:
-        return question.answer()
+        return program.result()
     finally:
-        question.close()
+        program.close()
 
 
 def _end(process: subprocess.Popen, number: int) -> None:

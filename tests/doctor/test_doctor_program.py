@@ -6,50 +6,50 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.doctor.inquiry import NoAnswerError, fresh, read_json, reason
-from hvdtrain.doctor.question import Answer, Question, ask
+from hvdtrain.doctor.probe_runner import ProbeError, failure_reason, rank_environment, read_json
+from hvdtrain.doctor.program import Program, Result, run_program
 
 
 def test_an_answer_has_both_streams_and_the_exit_code():
-    answer = ask(["sh", "-c", "echo out; echo err >&2; exit 3"], os.environ, 20)
-    assert (answer.code, answer.out, answer.err) == (3, "out\n", "err\n")
+    result = run_program(["sh", "-c", "echo out; echo err >&2; exit 3"], os.environ, 20)
+    assert (result.code, result.out, result.err) == (3, "out\n", "err\n")
 
 
 def test_a_program_that_is_not_there_answers_as_in_a_shell():
-    assert ask(["/no/such/program"], os.environ, 20).code == 127
+    assert run_program(["/no/such/program"], os.environ, 20).code == 127
 
 
 def test_much_output_does_not_stop_a_program():
-    answer = ask(["sh", "-c", "head -c 3000000 /dev/zero"], os.environ, 20)
-    assert answer.code == 0
-    assert len(answer.out) == 3_000_000
+    result = run_program(["sh", "-c", "head -c 3000000 /dev/zero"], os.environ, 20)
+    assert result.code == 0
+    assert len(result.out) == 3_000_000
 
 
 def test_output_that_is_not_text_is_no_error():
-    assert ask(["printf", r"a\377b"], os.environ, 20).out == "a\ufffdb"
+    assert run_program(["printf", r"a\377b"], os.environ, 20).out == "a\ufffdb"
 
 
 def test_a_program_that_hangs_is_ended_with_all_that_it_started(tmp_path):
     script = f"sleep 600 & echo $! > {tmp_path}/child; echo before; wait"
-    answer = ask(["sh", "-c", script], os.environ, 1)
-    assert answer.code is None
-    assert answer.out == "before\n"
-    assert reason(answer) == "it was still running after 1 s"
+    result = run_program(["sh", "-c", script], os.environ, 1)
+    assert result.code is None
+    assert result.out == "before\n"
+    assert failure_reason(result) == "it was still running after 1 s"
     assert _ends(int((tmp_path / "child").read_text()))
 
 
 def test_a_program_that_ignores_the_request_to_end_is_ended_all_the_same(tmp_path):
-    answer = ask(
+    result = run_program(
         ["sh", "-c", f"trap '' TERM; echo $$ > {tmp_path}/pid; while :; do sleep 1; done"], os.environ, 1
     )
-    assert answer.code is None
+    assert result.code is None
     assert _ends(int((tmp_path / "pid").read_text()))
 
 
-def test_a_question_nobody_waits_for_leaves_nothing_behind():
-    question = Question(["sleep", "600"], os.environ, 600)
-    question.close()
-    assert question.answer().code is not None
+def test_a_program_nobody_waits_for_leaves_nothing_behind():
+    program = Program(["sleep", "600"], os.environ, 600)
+    program.close()
+    assert program.result().code is not None
 
 
 @pytest.mark.parametrize(
@@ -72,26 +72,30 @@ def test_a_question_nobody_waits_for_leaves_nothing_behind():
     ],
 )
 def test_reasons(err, expected):
-    assert reason(Answer(9, "", err)).startswith(expected)
+    assert failure_reason(Result(9, "", err)).startswith(expected)
 
 
 def test_a_signal_is_named():
-    assert reason(ask(["sh", "-c", "kill -ILL $$"], os.environ, 20)) == "it was killed by SIGILL"
+    assert (
+        failure_reason(run_program(["sh", "-c", "kill -ILL $$"], os.environ, 20)) == "it was killed by SIGILL"
+    )
 
 
 def test_a_probes_answer_is_found_among_noise():
-    assert read_json(Answer(0, 'noise\n{"size": 2}\nmore\n', "")) == {"size": 2}
+    assert read_json(Result(0, 'noise\n{"size": 2}\nmore\n', "")) == {"size": 2}
 
 
-@pytest.mark.parametrize("answer", [Answer(1, '{"size": 2}\n', "ValueError: no"), Answer(0, "nothing\n", "")])
-def test_an_answer_counts_only_from_a_probe_that_ended_well(answer):
-    with pytest.raises(NoAnswerError):
-        read_json(answer)
+@pytest.mark.parametrize("result", [Result(1, '{"size": 2}\n', "ValueError: no"), Result(0, "nothing\n", "")])
+def test_an_answer_counts_only_from_a_probe_that_ended_well(result):
+    with pytest.raises(ProbeError):
+        read_json(result)
 
 
 def test_new_ranks_do_not_inherit_the_place_of_the_process_that_starts_them():
     inherited = {"OMPI_COMM_WORLD_RANK": "1", "OMPI_COMM_WORLD_SIZE": "4", "PMIX_RANK": "1", "PMI_FD": "7"}
-    environ = fresh({**inherited, "SLURM_STEP_ID": "0", "OMPI_MCA_btl": "self,vader", "PYTHONPATH": "/mine"})
+    environ = rank_environment(
+        {**inherited, "SLURM_STEP_ID": "0", "OMPI_MCA_btl": "self,vader", "PYTHONPATH": "/mine"}
+    )
     assert not inherited.keys() & environ.keys()
     assert environ["SLURM_STEP_ID"] == "0"
     assert environ["OMPI_MCA_btl"] == "self,vader"
