@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdtrain.bench.work.step_worker import Stepping
+from hvdtrain.bench.work.step_worker import StepWorker
 
 
 def prepare(settings):
@@ -24,4 +24,4 @@ def prepare(settings):
         return float("nan") if settings.get("diverges") else 1.0
 
     assert os.environ.get("RANK") == (None if settings["name"] == "alone" else str(rank))
-    return Stepping(run, lambda: weights, rank)
+    return StepWorker(run, lambda: weights, rank)
