@@ -1,4 +1,4 @@
-"""A worker for the tests of `bench step`: its model is one number, and it goes wrong as models do."""
+"""Worker for the tests of `bench step`: its model is one array, and it fails in the ways that models fail."""
 
 import json
 import os

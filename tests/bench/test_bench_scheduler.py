@@ -1,4 +1,4 @@
-"""The field: one at work while all others stand still, and nothing left behind, however it ends."""
+"""Test the scheduler: one contender runs while all others are stopped, and no process is left behind."""
 
 import os
 import signal
