@@ -110,7 +110,7 @@ if os.environ.get("RANK") == "1":
 
 @pytest.fixture
 def begins_with(bench, tmp_path):
-    """Runs the command where every process begins with some code."""
+    """Return a function that runs the command with code that every process executes first."""
 
     def run(code, *words):
         (tmp_path / "sitecustomize.py").write_text(code)

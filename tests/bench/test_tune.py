@@ -25,7 +25,7 @@ STEPPING = Knob("stepping", "fourth", {"HVDTRAIN_TEST_FACTOR_D": "0.5"}, shows=S
 
 @pytest.fixture
 def tuning(monkeypatch, marked, tmp_path):
-    """Tunes with workers whose speed the variables of the knobs make; returns the exit code and the file."""
+    """Tune with workers whose speed depends on the variables of the settings; return the exit code and the file."""
     file = tmp_path / "found" / "tuned.json"
 
     def contender(shows, engine, model, name, environ):
