@@ -1,1 +1,1 @@
-"""What measures: each contender at work while all others stand still, in alternating rounds of one run."""
+"""Measure contenders in alternating rounds of one run; only one of them runs at a time."""

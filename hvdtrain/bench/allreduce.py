@@ -1,4 +1,4 @@
-"""`hvdtrain bench allreduce`: what a sum over ranks costs with each engine and with whatever else sums."""
+"""Measure allreduce with each engine, plain MPI, stock Horovod and torch (`hvdtrain bench allreduce`)."""
 
 import itertools
 import os
@@ -13,19 +13,19 @@ from hvdtrain.bench.allreduce_table import ADD, COPY, LIMITS, LINK, OURS, RAW
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.output import run
 from hvdtrain.bench.report import Report, Row, Spread
-from hvdtrain.bench.scheduler import Answers, Field
+from hvdtrain.bench.scheduler import Answers, Scheduler
 from hvdtrain.launch.hosts import Host, LaunchError, all_local, read_hosts
 from hvdtrain.launch.launchers import mpirun, slurm
 
 WORK = "hvdtrain.bench.work."
 
-SECONDS = 0.2  # what one contender's round shall take
-MOST, FEWEST = 5000, 2  # sums a round
-SMALL = 1 << 20  # below this many bytes a first sum says little about the next
+TURN_SECONDS = 0.2  # aimed duration of one contender's turn
+MIN_REPEATS, MAX_REPEATS = 2, 5000  # allreduces in one turn
+SMALL_BYTES = 1 << 20  # for smaller arrays the first allreduce alone says little about the next
 MIB = 1 << 20
-COPIES = 4  # arrays that a rank holds at a time: in, out, and what a framework makes of them
+COPIES = 4  # arrays that a rank holds at the same time: input, output, and copies of the framework
 
-# Open MPI's ring in segments that stay in the cache (coll_tuned, algorithm 5).
+# Open MPI's ring (coll_tuned, algorithm 5) in segments that fit into the cache.
 _RING = {
     "OMPI_MCA_coll_tuned_use_dynamic_rules": "1",
     "OMPI_MCA_coll_tuned_allreduce_algorithm": "5",
@@ -33,24 +33,18 @@ _RING = {
     "OMPI_MCA_btl_sm_eager_limit": "32768",
 }
 
-# Who has no sum of which dtype.
-_LACKING = {
-    "float16": (f"{WORK}mpi_allreduce", "MPI has no sum of float16"),
-    "bfloat16": (f"{WORK}mpi_allreduce", "MPI has no sum of bfloat16"),
-}
-
 
 @dataclass(frozen=True)
 class Options:
-    """What was asked of `hvdtrain bench allreduce`.
+    """Options of `hvdtrain bench allreduce`.
 
     Args:
-        num_proc: How many ranks; all tasks of the Slurm job, or 2, if not given.
+        num_proc: Number of ranks; all tasks of the Slurm job, or 2, if not given.
         hosts: Hosts and their slots, as for `hvdtrain run`.
         sizes: Sizes in bytes: "4K:256M", "64K,16M".
-        dtype: What is summed.
-        rounds: How often each contender's turn comes, for each size.
-        engines: Which engines of hvdtrain take part.
+        dtype: Data type of the arrays.
+        rounds: Number of turns of each contender, for each size.
+        engines: The engines of hvdtrain that take part.
         peers: Whether stock Horovod and torch.distributed take part.
     """
 
@@ -64,7 +58,7 @@ class Options:
 
     @property
     def ranks(self) -> int:
-        """How many ranks sum."""
+        """Number of ranks."""
         return self.num_proc if self.num_proc is not None else int(os.environ.get("SLURM_NTASKS", 2))
 
     @property
@@ -74,46 +68,50 @@ class Options:
 
 
 def allreduce(options: Options, as_json: bool = False, save: str | None = None) -> int:
-    """Measures, and shows, prints or writes what was found.
+    """Measure, and show, print or write the report.
 
     Args:
-        options: What was asked for.
-        as_json: Whether to print JSON in place of the tables.
+        options: The options of the command.
+        as_json: Whether to print JSON instead of the tables.
         save: A file for the JSON; a plot is written beside it.
 
     Returns:
         0; 1 if a sum was wrong or an engine of hvdtrain failed; 2 if nothing could be measured; 128 plus the
-        number of a signal that ended it.
+        number of the signal that ended the measurement.
     """
-    return run(lambda say: measure(options, say), allreduce_table.render, as_json, save)
+    return run(lambda progress: measure(options, progress), allreduce_table.render, as_json, save)
 
 
-def measure(options: Options, say: Callable[[str], None]) -> Report:
-    """Lets all contenders sum arrays of all sizes, by turns.
+def measure(options: Options, progress: Callable[[str], None]) -> Report:
+    """Let all contenders reduce arrays of all sizes, one contender at a time.
 
     Args:
-        options: What was asked for.
-        say: Takes a line of progress.
+        options: The options of the command.
+        progress: Is called with a line about the current state.
 
     Returns:
         The report; `values` are `latency_us`, `algorithm_gb_s` and `bus_gb_s`.
 
     Raises:
-        LaunchError: If what was asked for cannot be measured here.
+        LaunchError: If the options cannot be measured on this machine.
     """
     check(options)
-    asked = list(contenders(options))
-    lacking = {each.name: why for each in asked if (why := _lacking(each, options.dtype))}
-    with Field(
-        [each for each in asked if each.name not in lacking], options.ranks, options.hosts, say
-    ) as field:
-        rows = [row for size in options.bytes for row in _rows(field, options, size, say)]
-        described = machine.describe(field)
-    return Report("allreduce", options.ranks, described, asdict(options), rows, {**lacking, **field.left_out})
+    left_out, supported = dict[str, str](), list[Contender]()
+    for contender in contenders(options):
+        reason = _unsupported(contender, options.dtype)
+        if reason:
+            left_out[contender.name] = reason
+        else:
+            supported.append(contender)
+    with Scheduler(supported, options.ranks, options.hosts, progress) as scheduler:
+        rows = [row for size in options.bytes for row in _rows(scheduler, options, size, progress)]
+        description = machine.describe(scheduler)
+    left_out |= scheduler.left_out
+    return Report("allreduce", options.ranks, description, asdict(options), rows, left_out)
 
 
 def contenders(options: Options) -> Iterator[Contender]:
-    """Lists everything that sums over ranks, and what bounds it."""
+    """Yield all ways of reducing an array over ranks, and the limits of the machine."""
     for engine in options.engines:
         environ = {"HVDTRAIN_ENGINE": engine}
         ours, needs = f"{WORK}engine_allreduce", ("horovod",) if engine == "horovod" else ()
@@ -128,46 +126,44 @@ def contenders(options: Options) -> Iterator[Contender]:
         )
         yield Contender("torch Gloo", f"{WORK}gloo_allreduce", needs=("torch",))
     for name in (COPY, ADD):
-        yield Contender(name, f"{WORK}one_core", {"what": name.removeprefix("one core ")}, ranks=1)
+        yield Contender(name, f"{WORK}one_core", {"operation": name.removeprefix("one core ")}, ranks=1)
     if _several_hosts(options):
         yield Contender(LINK, f"{WORK}mpi_link", stock=True)
 
 
 def check(options: Options) -> None:
-    """Refuses what cannot be measured, before anything is started.
+    """Reject options that cannot be measured, before anything is started.
 
     Raises:
-        LaunchError: If something is wrong; the message says what to type.
+        LaunchError: If an option is wrong; the message says what to type.
     """
     if options.ranks < 2:
-        raise LaunchError(
-            f"-np {options.ranks} leaves nothing to sum over; bench allreduce wants 2 ranks or more."
-        )
+        raise LaunchError(f"-np {options.ranks}: bench allreduce needs 2 ranks or more.")
     if options.rounds < 1:
         raise LaunchError(f"--rounds {options.rounds} measures nothing; it must be 1 or more.")
     if not set(options.engines) <= {"mpi", "horovod"}:
         raise LaunchError(f"--engines {','.join(options.engines)}: expected mpi, horovod or mpi,horovod.")
     try:
-        wanted = options.bytes
+        array_sizes = options.bytes
     except ValueError as error:
         raise LaunchError(str(error)) from None
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    here = -(-options.ranks // slurm.node_count())  # ranks of this host
-    if not options.hosts and COPIES * max(wanted) * here > memory:
+    local_ranks = -(-options.ranks // slurm.node_count())
+    if not options.hosts and COPIES * max(array_sizes) * local_ranks > memory:
         raise LaunchError(
-            f"--sizes: {here} ranks need {COPIES} arrays of {sizes.shown(max(wanted))} each, and this "
-            f"host has {memory / 2**30:.0f} GiB of memory; type smaller sizes."
+            f"--sizes: {local_ranks} ranks need {COPIES} arrays of {sizes.format_size(max(array_sizes))} each, "
+            f"and this host has {memory / 2**30:.0f} GiB of memory; type smaller sizes."
         )
     width = 2 if options.dtype == "bfloat16" else np.dtype(options.dtype).itemsize
-    odd = [size for size in wanted if size % width]
+    odd = [size for size in array_sizes if size % width]
     if odd:
         raise LaunchError(
-            f"--sizes: {odd[0]} bytes are no whole number of {options.dtype}; expected multiples of {width}."
+            f"--sizes: {odd[0]} bytes are not a whole number of {options.dtype}; expected multiples of {width}."
         )
 
 
 def _raw_mpi() -> Iterator[Contender]:
-    """MPI called from Python with its default settings, and the other ways of calling it."""
+    """Yield MPI called from Python with its default settings, and other ways of calling it."""
     yield Contender(RAW, f"{WORK}mpi_allreduce", stock=True)
     for mib in (1, 4, 16):
         yield Contender(f"MPI, {mib} MiB pieces", f"{WORK}mpi_allreduce", {"piece": mib * MIB}, stock=True)
@@ -176,10 +172,10 @@ def _raw_mpi() -> Iterator[Contender]:
         yield Contender("MPI, segmented ring", f"{WORK}mpi_allreduce", environ=_RING, stock=True)
 
 
-def _lacking(contender: Contender, dtype: str) -> str:
-    module, why = _LACKING.get(dtype, ("", ""))
-    if contender.module == module:
-        return why
+def _unsupported(contender: Contender, dtype: str) -> str:
+    """Return why a contender cannot reduce a dtype; an empty string if it can."""
+    if dtype in ("float16", "bfloat16") and contender.module == f"{WORK}mpi_allreduce":
+        return f"MPI has no sum of {dtype}"
     if dtype == "bfloat16" and contender.module.endswith(("horovod_allreduce", "gloo_allreduce")):
         return f"it does not take {dtype} from NumPy"
     return ""
@@ -187,56 +183,57 @@ def _lacking(contender: Contender, dtype: str) -> str:
 
 def _several_hosts(options: Options) -> bool:
     if options.hosts:
-        used = _filled(read_hosts(options.hosts, None, options.ranks), options.ranks)
+        used = _used(read_hosts(options.hosts, None, options.ranks), options.ranks)
         return len({host.name for host in used}) > 1 and not all_local(used)
     return slurm.node_count() > 1
 
 
-def _filled(hosts: Sequence[Host], ranks: int) -> list[Host]:
-    """Returns the hosts that get ranks, where each is filled before the next."""
-    before = itertools.accumulate((host.slots for host in hosts), initial=0)
-    return [host for host, taken in zip(hosts, before, strict=False) if taken < ranks]
+def _used(hosts: Sequence[Host], ranks: int) -> list[Host]:
+    """Return the hosts that get ranks, if each host is filled before the next."""
+    slots_before = itertools.accumulate((host.slots for host in hosts), initial=0)
+    return [host for host, before in zip(hosts, slots_before, strict=False) if before < ranks]
 
 
-def _rows(field: Field, options: Options, size: int, say: Callable[[str], None]) -> list[Row]:
-    """Measures one size: each contender warms up, then the rounds."""
+def _rows(scheduler: Scheduler, options: Options, size: int, progress: Callable[[str], None]) -> list[Row]:
+    """Measure one size: each contender warms up, then the rounds follow."""
     work = {"bytes": size, "dtype": options.dtype}
-    repeat, seconds, right = dict[str, int](), dict[str, list[float]](), dict[str, bool]()
-    say(f"{sizes.shown(size)}: warming up")
-    for contender in field.present:
+    repeats, seconds, right = dict[str, int](), dict[str, list[float]](), dict[str, bool]()
+    progress(f"{sizes.format_size(size)}: warming up")
+    for contender in scheduler.present:
         if contender.settings.get("piece", 0) >= size:
             continue
-        answers = field.ask(contender, {**work, "seed": 0, "repeat": 20 if size < SMALL else 1})
+        answers = scheduler.ask(contender, {**work, "seed": 0, "repeat": 20 if size < SMALL_BYTES else 1})
         if answers is not None:
-            repeat[contender.name] = _repeat(_slowest(answers))
+            repeats[contender.name] = _repeats(_slowest(answers))
 
     def request(contender: Contender, number: int) -> dict[str, Any] | None:
-        times = repeat.get(contender.name)
-        return {**work, "seed": 1 + number, "repeat": times} if times else None
+        count = repeats.get(contender.name)
+        return {**work, "seed": 1 + number, "repeat": count} if count else None
 
-    for number, contender, answers in field.rounds(request, options.rounds):
-        say(f"{sizes.shown(size)}: round {number + 1} of {options.rounds}, {contender.name}")
-        seconds.setdefault(contender.name, []).append(_slowest(answers))
-        right[contender.name] = right.get(contender.name, True) and all(each["right"] for each in answers)
+    for number, contender, answers in scheduler.rounds(request, options.rounds):
+        name = contender.name
+        progress(f"{sizes.format_size(size)}: round {number + 1} of {options.rounds}, {name}")
+        seconds.setdefault(name, []).append(_slowest(answers))
+        right[name] = right.get(name, True) and all(answer["right"] for answer in answers)
     return [
         Row({"bytes": size}, name, _values(size, options.ranks, name, times), right[name])
         for name, times in seconds.items()
     ]
 
 
-def _repeat(seconds: float) -> int:
-    return int(min(max(SECONDS / max(seconds, 1e-9), FEWEST), MOST))
+def _repeats(seconds: float) -> int:
+    return int(min(max(TURN_SECONDS / max(seconds, 1e-9), MIN_REPEATS), MAX_REPEATS))
 
 
 def _slowest(answers: Answers) -> float:
-    return max(each["seconds"] for each in answers)
+    return max(answer["seconds"] for answer in answers)
 
 
 def _values(size: int, ranks: int, name: str, seconds: Sequence[float]) -> dict[str, Spread]:
-    # What crosses a bus a rank in a ring; a copy crosses it once.
+    # Bytes that each rank must send and receive in a ring; a copy moves the array once.
     moved = size if name in LIMITS else 2 * (ranks - 1) / ranks * size
     return {
-        "latency_us": Spread.of([1e6 * each for each in seconds]),
-        "algorithm_gb_s": Spread.of([size / each / 1e9 for each in seconds]),
-        "bus_gb_s": Spread.of([moved / each / 1e9 for each in seconds]),
+        "latency_us": Spread.of([1e6 * time for time in seconds]),
+        "algorithm_gb_s": Spread.of([size / time / 1e9 for time in seconds]),
+        "bus_gb_s": Spread.of([moved / time / 1e9 for time in seconds]),
     }

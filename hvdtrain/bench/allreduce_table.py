@@ -1,4 +1,4 @@
-"""What `hvdtrain bench allreduce` shows: each size with all contenders, and our engine's lead over them."""
+"""Print the tables of `hvdtrain bench allreduce`: all contenders at each size, and ratios of bus bandwidths."""
 
 from collections.abc import Iterator, Sequence
 
@@ -10,31 +10,32 @@ from hvdtrain.bench.report import Report, Row, Spread
 
 OURS = "hvdtrain mpi"
 RAW, BEST = "raw MPI", "best MPI"
+VARIANT = "MPI, "  # prefix of the contenders that call MPI in another way than one plain call
 COPY, ADD, LINK = "one core copies", "one core adds", "link between hosts"
 LIMITS = (COPY, ADD, LINK)
 
 
 def render(report: Report, console: Console) -> None:
-    """Prints the tables."""
-    console.print(_measured(report))
-    lead = _lead(report)
-    if lead is not None:
-        console.print(lead)
+    """Print the tables."""
+    console.print(_time_table(report))
+    ratios = _ratio_table(report)
+    if ratios is not None:
+        console.print(ratios)
 
 
 def best_mpi(rows: Sequence[Row]) -> Row | None:
-    """Finds the way of calling MPI that was the fastest, among the rows of one size."""
-    ways = [row for row in rows if row.contender == RAW or row.contender.startswith("MPI, ")]
-    return min(ways, key=_latency, default=None)
+    """Return the fastest way of calling MPI, among the rows of one size."""
+    ways = [row for row in rows if row.contender == RAW or row.contender.startswith(VARIANT)]
+    return min(ways, key=lambda row: row.values["latency_us"].median, default=None)
 
 
-def of_sizes(report: Report) -> Iterator[tuple[int, list[Row]]]:
-    """Gives the rows of each size, the smallest first."""
+def rows_by_size(report: Report) -> Iterator[tuple[int, list[Row]]]:
+    """Yield each size in bytes and its rows, in ascending order."""
     for size in sorted({row.key["bytes"] for row in report.rows}):
         yield size, [row for row in report.rows if row.key["bytes"] == size]
 
 
-def _measured(report: Report) -> Table:
+def _time_table(report: Report) -> Table:
     table = Table(
         title=f"allreduce of {report.options['dtype']}, {report.ranks} ranks: medians of "
         f"{report.options['rounds']} rounds, and quartiles",
@@ -51,23 +52,23 @@ def _measured(report: Report) -> Table:
         "right",
     ):
         table.add_column(heading, justify="left" if heading in ("", "right") else "right")
-    for size, rows in of_sizes(report):
-        best = best_mpi(rows)
-        shown = [row for row in rows if not row.contender.startswith("MPI, ")]
-        shown[_after_raw(shown) : _after_raw(shown)] = [best] if best else []
-        for number, row in enumerate(shown):
-            name = f"{BEST} ({_way(row)})" if row is best and number == _after_raw(shown) else row.contender
-            table.add_row(sizes.shown(size) if number == 0 else "", name, *_cells(row))
+    for size, rows in rows_by_size(report):
+        for number, (name, row) in enumerate(_named_rows(rows)):
+            table.add_row(sizes.format_size(size) if number == 0 else "", name, *_cells(row))
         table.add_section()
     return table
 
 
-def _after_raw(rows: Sequence[Row]) -> int:
-    return next((index + 1 for index, row in enumerate(rows) if row.contender == RAW), len(rows))
-
-
-def _way(row: Row) -> str:
-    return "one call" if row.contender == RAW else row.contender.removeprefix("MPI, ")
+def _named_rows(rows: Sequence[Row]) -> list[tuple[str, Row]]:
+    """Return the rows of one size with their names; "best MPI" follows raw MPI and replaces all variants."""
+    named = [(row.contender, row) for row in rows if not row.contender.startswith(VARIANT)]
+    best = best_mpi(rows)
+    if best is not None:
+        way = "one call" if best.contender == RAW else best.contender.removeprefix(VARIANT)
+        names = [name for name, _ in named]
+        position = names.index(RAW) + 1 if RAW in names else len(names)
+        named.insert(position, (f"{BEST} ({way})", best))
+    return named
 
 
 def _cells(row: Row) -> tuple[str, ...]:
@@ -84,36 +85,33 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-def _lead(report: Report) -> Table | None:
-    """Sets our engine's bus bandwidth over that of each other, by size."""
-    others = [
-        name for name in dict.fromkeys(row.contender for row in report.rows) if not name.startswith("MPI, ")
-    ]
-    others = [name for name in others if name != OURS]
-    if len(others) == len({row.contender for row in report.rows if not row.contender.startswith("MPI, ")}):
+def _ratio_table(report: Report) -> Table | None:
+    """Return the bus bandwidth of our engine over that of each other contender, by size; None without ours."""
+    names = dict.fromkeys(row.contender for row in report.rows if not row.contender.startswith(VARIANT))
+    if OURS not in names:
         return None
+    others = [name for name in names if name != OURS]
     if RAW in others:
         others.insert(others.index(RAW) + 1, BEST)
     table = Table(title=f"bus bandwidth of {OURS}, as a multiple of", title_justify="left")
     table.add_column("size", justify="right", no_wrap=True)
     for name in others:
         table.add_column(name, justify="right")
-    for size, rows in of_sizes(report):
-        buses = {row.contender: row.values["bus_gb_s"].median for row in rows}
+    for size, rows in rows_by_size(report):
+        bandwidths = {row.contender: row.values["bus_gb_s"].median for row in rows}
         best = best_mpi(rows)
         if best:
-            buses[BEST] = buses[best.contender]
-        cells = [f"{buses[OURS] / buses[each]:.2f}" if {each, OURS} <= set(buses) else "" for each in others]
-        table.add_row(sizes.shown(size), *cells)
+            bandwidths[BEST] = bandwidths[best.contender]
+        cells = []
+        for name in others:
+            both = name in bandwidths and OURS in bandwidths
+            cells.append(f"{bandwidths[OURS] / bandwidths[name]:.2f}" if both else "")
+        table.add_row(sizes.format_size(size), *cells)
     return table
 
 
-def _latency(row: Row) -> float:
-    return row.values["latency_us"].median
-
-
 def _number(value: float) -> str:
-    """Writes three figures, or all there are before the point."""
+    """Return a number with three significant figures, or all its figures before the decimal point."""
     digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3
     return f"{value:.{digits}f}"
 

@@ -1,9 +1,8 @@
-"""The ranks of one contender: a job of `hvdtrain run`, and a line to the holder of each rank."""
+"""Start the ranks of one contender with `hvdtrain run`, and exchange messages with the agent of each rank."""
 
 import contextlib
-import hmac
+import json
 import os
-import secrets
 import selectors
 import signal
 import socket
@@ -11,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -19,42 +18,64 @@ from typing import Any, final
 from hvdtrain import safe_path
 from hvdtrain.bench import rank_agent
 from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.json_lines import Lines, packed
-from hvdtrain.launch.supervision.rank_guard import keep_alive
+from hvdtrain.bench.json_lines import pack_message
+from hvdtrain.launch.supervision import protocol
+from hvdtrain.launch.supervision.guard_server import CLOSED, Server
 
 _RUN = [sys.executable, *safe_path.main_of("hvdtrain.cli"), "run"]
 
-UP = 120.0  # seconds for a job to start its ranks
-LATE = 2.0  # seconds for a rank that failed to say so, once another rank's line is cut
-ENDING = 15.0  # seconds for a job to end once its ranks have been told to
+START_SECONDS = 120.0  # for a job to start its ranks
+LATE_SECONDS = 2.0  # for a failed rank to report its failure, after the connection of another rank was closed
+END_SECONDS = 15.0  # for a job to end after its ranks were told to end
 
 
 class FailedError(Exception):
-    """A contender cannot go on; the message says which rank failed, and with what words."""
+    """A contender cannot continue; the message names the rank that failed and quotes its last output."""
 
 
 @dataclass
 class _Rank:
-    """One holder: its line, what it said of itself, and what has come from it and was not yet taken."""
+    """State of one rank.
 
-    socket: socket.socket
-    lines: Lines = field(default_factory=Lines)
-    hello: dict[str, Any] = field(default_factory=dict)
+    Args:
+        info: The first message of its agent: host, port, CPUs.
+        inbox: Messages that were received and not yet read.
+        closed: Whether the connection to its agent is closed.
+    """
+
+    info: dict[str, Any]
     inbox: list[dict[str, Any]] = field(default_factory=list)
-    cut: bool = False
+    closed: bool = False
+
+
+class _AgentServer(Server):
+    """The launcher's server for guards, which here also sends messages to the agents of the ranks."""
+
+    def send(self, message: Mapping[str, Any]) -> None:
+        """Send a message to every authenticated agent; a closed connection is noticed by the next read."""
+        for peer in self._peers:
+            if peer.rank is not None:
+                with contextlib.suppress(OSError):
+                    peer.socket.sendall(pack_message(message))
+
+    def stop_sending(self) -> None:
+        """Close the connections in one direction, which tells the agents to end."""
+        for peer in self._peers:
+            with contextlib.suppress(OSError):
+                peer.socket.shutdown(socket.SHUT_WR)
 
 
 @final
-class Crew:
-    """Starts a contender's job and speaks for all its ranks.
+class ContenderJob:
+    """Starts the job of a contender and communicates with all its ranks.
 
     Args:
-        contender: Whose ranks they are.
-        ranks: How many.
-        hosts: Hosts and their slots, as `hvdtrain run -H` takes them.
-        bind: How ranks are bound to cores, as `hvdtrain run --bind` takes it.
-        addresses: Names of this host for ranks on other hosts; empty when all are here.
-        limit: How many seconds the worker may take to get ready, or to answer.
+        contender: The contender.
+        ranks: Number of ranks.
+        hosts: Hosts and their slots, as for `hvdtrain run -H`.
+        bind: How ranks are bound to cores, as for `hvdtrain run --bind`.
+        addresses: Names of this host for ranks on other hosts; empty when all ranks are on this host.
+        limit: Seconds that a worker may take to get ready, or to answer.
     """
 
     def __init__(
@@ -68,41 +89,37 @@ class Crew:
     ) -> None:
         self.contender, self.ranks, self._limit = contender, ranks, limit
         self._hosts, self._remote = hosts, bool(addresses)
-        self._listener = socket.create_server(("" if addresses else "127.0.0.1", 0), backlog=1024)
-        self._token = secrets.token_hex(16)
         self._selector = selectors.DefaultSelector()
-        self._selector.register(self._listener, selectors.EVENT_READ, self._accept)
-        self._callers: list[_Rank] = []
-        self._line: dict[int, _Rank] = {}
-        self._said = tempfile.TemporaryFile()  # noqa: SIM115
-        port = self._listener.getsockname()[1]
-        calls = ",".join(f"{name}:{port}" for name in addresses or ["127.0.0.1"])
-        self._process = self._launch(calls, bind)
+        self._server = _AgentServer(self._selector, addresses)
+        self._ranks: dict[int, _Rank] = {}
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115
+        self._process = self._launch(bind)
 
     @property
-    def hellos(self) -> list[dict[str, Any]]:
-        """What each rank has said of itself: its host, the CPUs on which it may run."""
-        return [rank.hello for _, rank in sorted(self._line.items())]
+    def rank_infos(self) -> list[dict[str, Any]]:
+        """The first message of each rank's agent: its host, the CPUs on which it may run."""
+        return [rank.info for _, rank in sorted(self._ranks.items())]
 
     def start(self) -> None:
-        """Lets the workers get ready, and stops them again.
+        """Start the workers, wait until they are ready, and stop them until they are asked.
 
         Raises:
             FailedError: If the job does not start, or a worker does not get ready.
         """
-        self._gather_ranks()
+        self._await_ranks()
         contender = self.contender
-        order = {"module": contender.module, "settings": dict(contender.settings), "alone": contender.alone}
+        order: dict[str, Any] = {"module": contender.module, "settings": dict(contender.settings)}
         order |= {"environ": dict(contender.environ), "stock": contender.stock}
-        self._tell({"do": "start", **order, "addresses": self._addresses()})
-        self._hear("get ready")
+        order |= {"independent": contender.independent, "addresses": self._addresses()}
+        self._server.send({"do": "start", **order})
+        self._read_all("get ready")
         self._pause()
 
     def ask(self, request: dict[str, Any]) -> list[dict[str, Any]]:
-        """Gives the workers the floor for one request.
+        """Let the workers run for one request.
 
         Args:
-            request: What they are asked; JSON carries it.
+            request: The request to each worker; it must be serializable as JSON.
 
         Returns:
             The answers by rank.
@@ -110,150 +127,127 @@ class Crew:
         Raises:
             FailedError: If a rank fails or does not answer in time.
         """
-        self._tell({"do": "go", "request": request})
-        answers = self._hear(f"answer {request}")
+        self._server.send({"do": "go", "request": request})
+        answers = self._read_all(f"answer {request}")
         self._pause()
         return answers
 
     def close(self, at_once: bool = False) -> None:
-        """Ends workers, holders and the job.
+        """End the workers, the agents and the job.
 
         Args:
-            at_once: Whether to do so without the workers' help.
+            at_once: Whether to kill the workers instead of letting them end by themselves.
         """
-        self.leave(at_once)
-        for rank in self._callers:
-            rank.socket.close()
+        self.request_end(at_once)
+        self._server.close()
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._process.wait(ENDING if not at_once else LATE)
+            self._process.wait(END_SECONDS if not at_once else LATE_SECONDS)
         for number in (signal.SIGTERM, signal.SIGKILL):
             if self._process.poll() is None:
                 with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
                     os.killpg(self._process.pid, number)
-                    self._process.wait(ENDING)
+                    self._process.wait(END_SECONDS)
         self._selector.close()
-        self._listener.close()
-        self._said.close()
+        self._output.close()
 
-    def leave(self, at_once: bool = False) -> None:
-        """Tells the workers to end, without waiting for it; a line that is cut means: at once."""
-        for rank in self._callers:
-            with contextlib.suppress(OSError):
-                if not at_once:
-                    rank.socket.sendall(packed({"do": "end"}))
-                rank.socket.shutdown(socket.SHUT_WR)
+    def request_end(self, at_once: bool = False) -> None:
+        """Tell the workers to end, without waiting for them; a connection closed without `end` means: at once."""
+        if not at_once:
+            self._server.send({"do": "end"})
+        self._server.stop_sending()
 
-    def _launch(self, calls: str, bind: str) -> subprocess.Popen[bytes]:
+    def _launch(self, bind: str) -> subprocess.Popen[bytes]:
         hosts = ["-H", self._hosts] if self._hosts else []
         script = str(Path(rank_agent.__file__))
-        told = {rank_agent.ADDRESS: calls, rank_agent.TOKEN: self._token, "HVDTRAIN_STALL_SECONDS": "0"}
-        # Jobs of several contenders are there at a time, and only one of them works.
-        told |= {"SLURM_OVERLAP": "1"} if "SLURM_JOB_ID" in os.environ else {}
+        server = self._server.environ
+        variables = {rank_agent.ADDRESS: server[protocol.ADDRESS], rank_agent.TOKEN: server[protocol.TOKEN]}
+        variables["HVDTRAIN_STALL_SECONDS"] = "0"
+        if "SLURM_JOB_ID" in os.environ:
+            # The jobs of several contenders exist at the same time, but only one of them runs.
+            variables["SLURM_OVERLAP"] = "1"
         return subprocess.Popen(
             [*_RUN, "-np", str(self.ranks), *hosts, "--bind", bind, script],
-            env={**os.environ, **told},
+            env={**os.environ, **variables},
             stdin=subprocess.DEVNULL,
-            stdout=self._said,
-            stderr=self._said,
-            start_new_session=True,  # so that Ctrl-C reaches the ranks only through here
+            stdout=self._output,
+            stderr=self._output,
+            start_new_session=True,  # so that Ctrl-C reaches the ranks only through this process
         )
 
-    def _gather_ranks(self) -> None:
-        deadline = time.monotonic() + UP
-        while len(self._line) < self.ranks:
-            self._turn()
+    def _await_ranks(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        while len(self._ranks) < self.ranks:
+            self._receive()
             if self._process.poll() is not None:
-                raise FailedError(f"its ranks did not start: {self._last_words()}")
+                raise FailedError(f"its ranks did not start: {self._last_output()}")
             if time.monotonic() > deadline:
-                raise FailedError(f"only {len(self._line)} of its {self.ranks} ranks were up after {UP:g} s.")
+                raise FailedError(
+                    f"only {len(self._ranks)} of its {self.ranks} ranks were up after {START_SECONDS:g} s."
+                )
 
     def _addresses(self) -> list[str]:
-        """Writes where each rank may open a server, under a name by which the other ranks find it."""
-        several = len({hello["host"] for hello in self.hellos}) > 1 or self._remote
-        first = self._hosts.partition(",")[0].rpartition(":") if self._hosts else ("", "", "")
-        named = [hello["host"] if several else "127.0.0.1" for hello in self.hellos]
-        named[0] = (first[0] or first[2] or named[0]) if several else named[0]
-        return [f"{name}:{hello['port']}" for name, hello in zip(named, self.hellos, strict=True)]
-
-    def _tell(self, message: dict[str, Any]) -> None:
-        for rank in self._line.values():
-            with contextlib.suppress(OSError):  # that line is cut, as will be seen
-                rank.socket.sendall(packed(message))
+        """Return `host:port` of each rank, where it may open a server, with a name that the other ranks know."""
+        infos = self.rank_infos
+        if not self._remote and len({info["host"] for info in infos}) == 1:
+            return [f"127.0.0.1:{info['port']}" for info in infos]
+        names = [info["host"] for info in infos]
+        if self._hosts:
+            # Rank 0 is on the first of the hosts, whose name may be one that only the user knows.
+            name, _, slots = self._hosts.partition(",")[0].rpartition(":")
+            names[0] = name or slots or names[0]  # without a colon the name comes last
+        return [f"{name}:{info['port']}" for name, info in zip(names, infos, strict=True)]
 
     def _pause(self) -> None:
-        self._tell({"do": "pause"})
-        self._hear("pause")
+        self._server.send({"do": "pause"})
+        self._read_all("pause")
 
-    def _hear(self, what: str) -> list[dict[str, Any]]:
-        """Waits until each rank has said one thing."""
+    def _read_all(self, action: str) -> list[dict[str, Any]]:
+        """Wait for one message of each rank and return these messages by rank."""
         deadline = time.monotonic() + self._limit
-        cut_at = None
-        while not all(rank.inbox for rank in self._line.values()):
-            self._turn()
+        closed_at = None
+        while not all(rank.inbox for rank in self._ranks.values()):
+            self._receive()
             self._raise_if_failed()
-            if cut_at is None and any(rank.cut for rank in self._line.values()):
-                cut_at = time.monotonic()
-            if cut_at is not None and time.monotonic() > cut_at + LATE:
-                raise FailedError(f"its job ended: {self._last_words()}")
+            if closed_at is None and any(rank.closed for rank in self._ranks.values()):
+                closed_at = time.monotonic()
+            if closed_at is not None and time.monotonic() > closed_at + LATE_SECONDS:
+                raise FailedError(f"its job ended: {self._last_output()}")
             if time.monotonic() > deadline:
-                late = [str(number) for number, rank in sorted(self._line.items()) if not rank.inbox]
-                raise FailedError(f"rank {', '.join(late)} did not {what} within {self._limit:g} s.")
+                late = [str(number) for number, rank in sorted(self._ranks.items()) if not rank.inbox]
+                raise FailedError(f"rank {', '.join(late)} did not {action} within {self._limit:g} s.")
         self._raise_if_failed()
-        return [rank.inbox.pop(0) for _, rank in sorted(self._line.items())]
+        return [rank.inbox.pop(0) for _, rank in sorted(self._ranks.items())]
 
     def _raise_if_failed(self) -> None:
-        for number, rank in sorted(self._line.items()):
+        for number, rank in sorted(self._ranks.items()):
             for message in rank.inbox:
                 if "failed" in message:
-                    raise FailedError(f"rank {number} {_how(message['failed'])}{_quoted(message['words'])}")
+                    how = _describe_exit(message["failed"])
+                    raise FailedError(f"rank {number} {how}{_quote(message['output'])}")
 
-    def _turn(self) -> None:
+    def _receive(self) -> None:
+        """Store the messages that arrive within 0.2 s."""
         for key, _ in self._selector.select(timeout=0.2):
-            key.data()
+            for number, kind, payload in key.data():
+                if kind == protocol.HELLO:
+                    self._ranks[number] = _Rank(json.loads(payload))
+                elif kind == CLOSED:
+                    self._ranks[number].closed = True
+                else:
+                    self._ranks[number].inbox.append(json.loads(payload))
 
-    def _accept(self) -> None:
-        sock, _ = self._listener.accept()
-        keep_alive(sock)
-        rank = _Rank(sock)
-        self._callers.append(rank)
-        self._selector.register(sock, selectors.EVENT_READ, lambda: self._take(rank))
-
-    def _take(self, rank: _Rank) -> None:
-        try:
-            data = rank.socket.recv(1 << 18)
-        except OSError:
-            data = b""
-        if not data:
-            rank.cut = True
-            self._selector.unregister(rank.socket)
-            return
-        try:
-            messages = rank.lines.feed(data)
-            if not rank.hello and messages:
-                self._admit(rank, messages.pop(0))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            self._selector.unregister(rank.socket)
-            return
-        rank.inbox.extend(messages)
-
-    def _admit(self, rank: _Rank, hello: dict[str, Any]) -> None:
-        if not hmac.compare_digest(hello["token"], self._token):
-            raise ValueError("a stranger")
-        rank.hello = hello
-        self._line[int(hello["rank"])] = rank
-
-    def _last_words(self) -> str:
-        self._said.seek(0)
-        lines = self._said.read().decode(errors="replace").strip().splitlines()
+    def _last_output(self) -> str:
+        self._output.seek(0)
+        lines = self._output.read().decode(errors="replace").strip().splitlines()
         return "\n".join(lines[-10:]) or f"`hvdtrain run` ended with code {self._process.poll()}."
 
 
-def _how(code: int) -> str:
+def _describe_exit(code: int) -> str:
     if code < 0:
         with contextlib.suppress(ValueError):
             return f"was ended by {signal.Signals(-code).name}"
     return f"ended with exit code {code}"
 
 
-def _quoted(words: Sequence[str]) -> str:
-    return ":\n" + "\n".join(f"    {line}" for line in words[-12:]) if words else "."
+def _quote(lines: Sequence[str]) -> str:
+    return ":\n" + "\n".join(f"    {line}" for line in lines[-12:]) if lines else "."

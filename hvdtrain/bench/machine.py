@@ -1,4 +1,4 @@
-"""Which machine a measurement was made on, so that numbers are not compared that cannot be."""
+"""Describe the machine, the software and the placement of ranks, so that only comparable results are compared."""
 
 import os
 import platform
@@ -7,7 +7,7 @@ from importlib import metadata
 from typing import Any
 
 from hvdtrain import cores
-from hvdtrain.bench.scheduler import Field
+from hvdtrain.bench.scheduler import Scheduler
 from hvdtrain.collectives.mpi.library import mpi_name
 from hvdtrain.launch.launchers import binding, mpirun
 from hvdtrain.launch.run_program import ask
@@ -23,11 +23,11 @@ _PACKAGES = {
 }
 
 
-def describe(field: Field) -> dict[str, Any]:
-    """Describes the host that measures, the software, and how the ranks were placed.
+def describe(scheduler: Scheduler) -> dict[str, Any]:
+    """Return the host that measures, the software, and the placement of the ranks.
 
     Args:
-        field: Whose ranks they are.
+        scheduler: The scheduler whose ranks are described.
     """
     return {
         "host": platform.node(),
@@ -39,25 +39,23 @@ def describe(field: Field) -> dict[str, Any]:
         "python": platform.python_version(),
         "mpi": _mpi(),
         **{name: version for name, packages in _PACKAGES.items() if (version := _version(packages))},
-        "hosts": field.hosts,
-        "pinned": field.pinned,
+        "hosts": scheduler.hosts,
+        "pinned": scheduler.pinned,
     }
 
 
 def summary(machine: Mapping[str, Any]) -> str:
-    """Writes the description as one line."""
-    place = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']:g} GiB"
-    names = ("mpi", "tensorflow", "keras", "horovod", "torch")
-    software = [
-        str(machine[name]) if name == "mpi" else f"{name} {machine[name]}"
-        for name in names
-        if name in machine
-    ]
-    return f"{place}; {', '.join([*software, 'Python ' + machine['python']])}"
+    """Return the hardware and the software as one line."""
+    hardware = f"{machine['cores']} cores of {machine['cpu']}, {machine['memory_gib']:g} GiB"
+    software = [str(machine["mpi"])] if "mpi" in machine else []
+    for name in ("tensorflow", "keras", "horovod", "torch"):
+        if name in machine:
+            software.append(f"{name} {machine[name]}")
+    return f"{hardware}; {', '.join([*software, 'Python ' + machine['python']])}"
 
 
 def placement(machine: Mapping[str, Any]) -> str:
-    """Says on which hosts the ranks were, and whether each had cores of its own."""
+    """Return the hosts of the ranks, and whether each rank had its own cores."""
     hosts = machine["hosts"]
     where = f"{len(hosts)} host{'s' * (len(hosts) > 1)} ({', '.join(hosts[:8])})"
     if machine["pinned"]:
@@ -69,9 +67,8 @@ def _mpi() -> str:
     launcher = mpirun.find()
     if launcher is None:
         return "no MPI launcher"
-    return mpi_name(
-        ask([launcher.program, "--version"], {**os.environ, **launcher.settings(os.environ)}, 60).stdout
-    )
+    environ = {**os.environ, **launcher.settings(os.environ)}
+    return mpi_name(ask([launcher.program, "--version"], environ, 60).stdout)
 
 
 def _version(packages: tuple[str, ...]) -> str | None:

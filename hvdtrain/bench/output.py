@@ -1,4 +1,4 @@
-"""From a measurement to what its user gets: tables or JSON, files, one exit code."""
+"""Run a measurement, show its report as tables or JSON, write files, and return the exit code."""
 
 import contextlib
 import os
@@ -16,7 +16,7 @@ from hvdtrain.bench.scheduler import FAILED
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
 
-WIDE = 120  # columns where nobody looks on at a terminal
+MIN_WIDTH = 120  # columns, if the output is not a terminal
 
 
 def run(
@@ -25,81 +25,78 @@ def run(
     as_json: bool,
     save: str | None,
 ) -> int:
-    """Measures, and shows what was found.
+    """Measure, and show the report.
 
     Args:
-        measure: Makes the report; takes what takes a line of progress.
-        render: Draws its tables.
-        as_json: Whether to print JSON in place of the tables.
+        measure: Returns the report; its argument is a function that shows a line of progress.
+        render: Prints the tables of the report.
+        as_json: Whether to print JSON instead of the tables.
         save: A file for the JSON; a plot is written beside it.
 
     Returns:
-        0; 1 if a result was wrong or an engine of hvdtrain failed; 2 if nothing could be measured, or not be
-        written; 128 plus the number of a signal that ended it.
+        0; 1 if a result was wrong or an engine of hvdtrain failed; 2 if nothing could be measured, or the report
+        could not be written; 128 plus the number of the signal that ended the measurement.
     """
     try:
-        file = _target(save) if save is not None else None
-        with hearing(), _progress() as say:
-            report = measure(say)
+        path = _report_path(save) if save is not None else None
+        with hearing(), _progress() as progress:
+            report = measure(progress)
     except (LaunchError, ReportError) as error:
-        return _refused(str(error))
+        return _refuse(str(error))
     except Interrupted as stop:
         print(f"hvdtrain: {signal.Signals(stop.number).name} ended the measurement.", file=sys.stderr)
         return 128 + stop.number
-    failure = _write(report, file) if file else ""
+    failure = _write(report, path) if path else ""
     if as_json:
         print(report.to_json(), end="")
     else:
-        show(report, render, console())
-    return _refused(failure) if failure else _verdict(report)
+        show(report, render, open_console())
+    return _refuse(failure) if failure else _exit_code(report)
 
 
-def show(report: Report, render: Callable[[Report, Console], None], out: Console) -> None:
-    """Prints the tables between what machine it was and who did not take part."""
+def show(report: Report, render: Callable[[Report, Console], None], console: Console) -> None:
+    """Print the machine, the tables, and the contenders that were left out."""
     for line in (
         machine.summary(report.machine),
         f"{report.ranks} ranks on {machine.placement(report.machine)}",
     ):
-        out.print(line, markup=False)
-    render(report, out)
+        console.print(line, markup=False)
+    render(report, console)
     for name, reason in report.left_out.items():
-        out.print(f"Left out: {name}: {reason}", markup=False)
+        console.print(f"Left out: {name}: {reason}", markup=False)
 
 
-def console() -> Console:
-    """Opens standard output, wide enough for a table where it is no terminal."""
-    return Console(
-        width=None if sys.stdout.isatty() else max(WIDE, shutil.get_terminal_size((WIDE, 24)).columns),
-        highlight=False,
-        soft_wrap=False,
-    )
+def open_console() -> Console:
+    """Return a console on standard output, wide enough for a table if the output is not a terminal."""
+    columns = max(MIN_WIDTH, shutil.get_terminal_size((MIN_WIDTH, 24)).columns)
+    return Console(width=None if sys.stdout.isatty() else columns, highlight=False, soft_wrap=False)
 
 
-def _verdict(report: Report) -> int:
-    """Says on standard error what is wrong, and gives the exit code."""
+def _exit_code(report: Report) -> int:
+    """Return the exit code, and print what is wrong to standard error."""
     for row in report.wrong:
-        where = ", ".join(f"{name} {value}" for name, value in row.key.items())
-        print(f"hvdtrain: WRONG: {row.contender}, {where}: a result is not what it must be.", file=sys.stderr)
+        key = ", ".join(f"{name} {value}" for name, value in row.key.items())
+        print(f"hvdtrain: WRONG: {row.contender}, {key}: a result is not the expected one.", file=sys.stderr)
     if not report.rows:
-        return _refused("nobody was left to measure; what was left out is named above.")
-    ours = any(
-        name.startswith("hvdtrain") and why.startswith(FAILED) for name, why in report.left_out.items()
-    )
-    return int(bool(report.wrong or ours))
+        return _refuse("no contender could be measured; each is named above with the reason.")
+    for name, reason in report.left_out.items():
+        if name.startswith("hvdtrain") and reason.startswith(FAILED):
+            return 1
+    return 1 if report.wrong else 0
 
 
-def _target(save: str) -> Path:
-    """Finds out before the measurement whether its report can be written."""
+def _report_path(save: str) -> Path:
+    """Return the path of the JSON file, and check before the measurement that it can be written."""
     path = Path(save)
     path = path.with_suffix(".json") if path.suffix in (".json", ".png") else Path(f"{save}.json")
     if not save or save.endswith(os.sep) or path.is_dir() or not path.absolute().parent.is_dir():
         raise ReportError(
-            f"--save {save!r}: {path} cannot be written; expected the name of a file in a folder that is there."
+            f"--save {save!r}: {path} cannot be written; expected the name of a file in an existing folder."
         )
-    was_there = path.exists()
+    existed = path.exists()
     try:
         path.open("a").close()
-        if not was_there:
+        if not existed:
             path.unlink()
     except OSError as error:
         raise ReportError(f"--save {save}: {path} cannot be written: {error.strerror}.") from error
@@ -107,7 +104,7 @@ def _target(save: str) -> Path:
 
 
 def _write(report: Report, path: Path) -> str:
-    """Writes the report and a plot of it, and returns what went wrong."""
+    """Write the report and its plot; return an error message, empty if both are written."""
     picture = path.with_suffix(".png")
     try:
         path.write_text(report.to_json())
@@ -125,12 +122,11 @@ def _write(report: Report, path: Path) -> str:
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str], None]]:
-    """Shows what is going on while it goes on, and keeps only what somebody must know."""
-    err = Console(stderr=True, highlight=False)
-    with err.status("starting") as status:
+    """Show the current state on standard error while the measurement runs."""
+    with Console(stderr=True, highlight=False).status("starting") as status:
         yield lambda line: status.update(line)
 
 
-def _refused(sentence: str) -> int:
-    print(f"hvdtrain: {sentence}", file=sys.stderr)
+def _refuse(message: str) -> int:
+    print(f"hvdtrain: {message}", file=sys.stderr)
     return 2

@@ -1,11 +1,12 @@
-"""What `hvdtrain run` starts as each rank of a contender: it holds the worker still until it has the floor.
+"""Run the worker of one rank only when its contender is asked; `hvdtrain run` starts this script on each rank.
 
-The driver is called over TCP. Its lines say what to do: `start` the worker, `go` with a request, `pause`, `end`.
-When the driver is gone, so is the worker.
+It connects to the benchmark's process over TCP. Each message from there names what to do: `start` the worker, `go`
+with a request, `pause`, `end`. When the benchmark's process ends, the worker is killed.
 """
 
 import contextlib
 import ctypes
+import json
 import os
 import re
 import selectors
@@ -13,11 +14,11 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import IO, Any, final
 
 from hvdtrain import safe_path, topology
-from hvdtrain.bench.json_lines import Lines, packed
+from hvdtrain.bench.json_lines import MessageBuffer, pack_message
 from hvdtrain.launch.start_plan import clean_environ
 from hvdtrain.launch.supervision import protocol, rank_guard
 from hvdtrain.launch.supervision.console import NOISE
@@ -25,11 +26,11 @@ from hvdtrain.launch.supervision.rank_main import PR_SET_PDEATHSIG
 
 ADDRESS, TOKEN = "HVDTRAIN_BENCH_ADDRESS", "HVDTRAIN_BENCH_TOKEN"
 
-GRACE = 10.0  # seconds for a worker to end by itself, MPI_Finalize included
+END_SECONDS = 10.0  # for a worker to end by itself, MPI_Finalize included
 CHUNK = 1 << 16
-TAIL = 1 << 13  # bytes of a worker's last words
+KEPT = 1 << 13  # bytes of a worker's last output
 
-# What `hvdtrain run`, `hvdtrain tune` or the user sets to make MPI or Horovod faster than they come.
+# Variables by which `hvdtrain run`, `hvdtrain tune` or the user makes MPI or Horovod faster than by default.
 _TUNING = re.compile(
     r"OMPI_MCA_(mpi_yield_when_idle|coll_\w+|btl_(sm|vader|tcp)_\w+)|I_MPI_(THREAD_YIELD|ADJUST\w*|SHM_\w+)"
     r"|MPIR_CVAR_\w+|GLIBC_TUNABLES"
@@ -38,18 +39,18 @@ _TUNING = re.compile(
 
 
 def main() -> None:
-    """Serves the driver to its end."""
+    """Connect to the benchmark's process and obey it until it ends."""
     place = topology.detect()
-    # The guard's own way of calling finds its launcher by this name.
+    # `connect` of the rank guard reads the address from the launcher's variable.
     os.environ[protocol.ADDRESS] = os.environ.pop(ADDRESS)
-    line = rank_guard.connect()
-    if line is None:
+    sock = rank_guard.connect()
+    if sock is None:
         sys.exit(
             f"hvdtrain bench cannot be reached from {socket.gethostname()} at {os.environ[protocol.ADDRESS]}; "
             "expected that ranks can open TCP connections to the host that measures."
         )
     del os.environ[protocol.ADDRESS]
-    hello = {
+    info = {
         "token": os.environ.pop(TOKEN),
         "rank": place.rank if place else 0,
         "size": place.size if place else 1,
@@ -57,21 +58,21 @@ def main() -> None:
         "port": _free_port(),
         "cpus": sorted(os.sched_getaffinity(0)),
     }
-    line.sendall(packed(hello))
-    Holder(line, place).serve()
+    rank_guard.Connection(sock).send(protocol.HELLO, json.dumps(info).encode())
+    RankAgent(sock, place).serve()
 
 
 def environ_for(order: Mapping[str, Any], place: topology.Place | None) -> dict[str, str]:
-    """Makes the environment of a worker.
+    """Return the environment of a worker.
 
     Args:
-        order: What the driver says of the contender: `environ`, `alone`, `stock`, and everybody's `addresses`.
-        place: Where this rank stands.
+        order: The `start` message: `environ`, `independent` and `stock` of the contender, `addresses` of all ranks.
+        place: Rank, size and local rank of this process.
     """
     environ = dict(os.environ)
     if order["stock"]:
         environ = {name: value for name, value in environ.items() if not _TUNING.fullmatch(name)}
-    if order["alone"]:
+    if order["independent"]:
         names = topology.launcher_variables()
         environ = {name: value for name, value in clean_environ(environ).items() if name not in names}
     elif place:
@@ -87,40 +88,40 @@ def environ_for(order: Mapping[str, Any], place: topology.Place | None) -> dict[
 
 
 @final
-class Holder:
-    """Keeps one worker, which runs only while its contender has the floor.
+class RankAgent:
+    """Controls one worker, which runs only while its contender is asked.
 
     Args:
-        line: The connection to the driver.
-        place: Where this rank stands.
+        sock: The connection to the benchmark's process.
+        place: Rank, size and local rank of this process.
     """
 
-    def __init__(self, line: socket.socket, place: topology.Place | None) -> None:
-        self._line, self._place = line, place
-        self._orders, self._answers = Lines(), Lines()
-        self._said = b""
+    def __init__(self, sock: socket.socket, place: topology.Place | None) -> None:
+        self._socket, self._link, self._place = sock, rank_guard.Connection(sock), place
+        self._orders, self._answers = MessageBuffer(), MessageBuffer()
+        self._stderr = b""
         self._worker: subprocess.Popen[bytes] | None = None
-        self._over = False
+        self._done = False
         self._selector = selectors.DefaultSelector()
-        self._selector.register(line, selectors.EVENT_READ, self._hear_driver)
+        self._selector.register(sock, selectors.EVENT_READ, self._read_orders)
 
     def serve(self) -> None:
-        """Does what the driver says until it says `end`, or hangs up."""
+        """Obey the benchmark's process until it sends `end` or closes the connection."""
         try:
-            while not self._over:
+            while not self._done:
                 for key, _ in self._selector.select():
                     key.data()
         finally:
             self._kill()
 
-    def _hear_driver(self) -> None:
+    def _read_orders(self) -> None:
         try:
-            data = self._line.recv(CHUNK)
+            data = self._socket.recv(CHUNK)
         except OSError:
             data = b""
-        self._over = self._over or not data
-        for message in self._orders.feed(data):
-            getattr(self, f"_{message['do']}")(message)
+        self._done = self._done or not data
+        for order in self._orders.feed(data):
+            getattr(self, f"_{order['do']}")(order)
 
     def _start(self, order: Mapping[str, Any]) -> None:
         self._worker = subprocess.Popen(
@@ -130,16 +131,14 @@ class Holder:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             bufsize=0,
-            close_fds=False,  # MPICH's ranks talk to their launcher through a file descriptor
-            start_new_session=True,  # so that all it starts is stopped with it
+            close_fds=False,  # MPICH's ranks communicate with their launcher through a file descriptor
+            start_new_session=True,  # so that all processes that it starts are stopped with it
             preexec_fn=_die_with_parent,
         )
-        self._read(self._worker.stdout, self._hear_worker)
-        self._read(self._worker.stderr, self._hear_stderr)
-        place = (
-            {"rank": self._place.rank, "size": self._place.size} if self._place else {"rank": 0, "size": 1}
-        )
-        self._send({**order["settings"], **place, "addresses": order["addresses"]})
+        self._register(self._worker.stdout, self._read_answers)
+        self._register(self._worker.stderr, self._keep_stderr)
+        rank, size = (self._place.rank, self._place.size) if self._place else (0, 1)
+        self._send({**order["settings"], "rank": rank, "size": size, "addresses": order["addresses"]})
 
     def _go(self, order: Mapping[str, Any]) -> None:
         self._signal(signal.SIGCONT)
@@ -148,52 +147,60 @@ class Holder:
     def _pause(self, order: Mapping[str, Any]) -> None:
         assert self._worker
         self._signal(signal.SIGSTOP)
-        # Nobody else starts before this one has really stopped; its end, if it ended, is still to be seen.
+        # No other contender starts before this worker has really stopped. WNOWAIT: if it has ended instead, `_fail`
+        # still needs its exit status.
         os.waitid(os.P_PID, self._worker.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        self._line.sendall(packed({"paused": True}))
+        self._report({"paused": True})
 
     def _end(self, order: Mapping[str, Any]) -> None:
-        self._over = True
+        self._done = True
         self._signal(signal.SIGCONT)
         if self._worker:
             with contextlib.suppress(subprocess.TimeoutExpired, OSError, ValueError):
-                self._worker.communicate(timeout=GRACE)
+                self._worker.communicate(timeout=END_SECONDS)
 
-    def _hear_worker(self, data: bytes) -> None:
+    def _read_answers(self, data: bytes) -> None:
         if not data:
             self._fail()
-        for message in self._answers.feed(data):
-            self._line.sendall(packed(message))
+        for answer in self._answers.feed(data):
+            self._report(answer)
 
-    def _hear_stderr(self, data: bytes) -> None:
-        self._said = (self._said + data)[-TAIL:]
+    def _keep_stderr(self, data: bytes) -> None:
+        self._stderr = (self._stderr + data)[-KEPT:]
 
     def _fail(self) -> None:
-        """Tells the driver how the worker ended, with its last words."""
+        """Report the exit code of the worker and the last lines that it wrote."""
         assert self._worker and self._worker.stderr
         with contextlib.suppress(subprocess.TimeoutExpired):
-            self._worker.wait(GRACE)
+            self._worker.wait(END_SECONDS)
         os.set_blocking(self._worker.stderr.fileno(), False)
-        self._hear_stderr(self._worker.stderr.read() or b"")
-        lines = [line for line in re.split(rb"[\r\n]+", self._said) if line.strip() and not NOISE.match(line)]
-        words = [line.decode(errors="replace") for line in lines]
-        self._line.sendall(packed({"failed": self._worker.returncode, "words": words}))
+        self._keep_stderr(self._worker.stderr.read() or b"")
+        lines = []
+        for line in re.split(rb"[\r\n]+", self._stderr):
+            if line.strip() and not NOISE.match(line):
+                lines.append(line.decode(errors="replace"))
+        self._report({"failed": self._worker.returncode, "output": lines})
+
+    def _report(self, message: Mapping[str, Any]) -> None:
+        self._link.send(protocol.REPORT, json.dumps(message).encode())
 
     def _send(self, message: Mapping[str, Any]) -> None:
         assert self._worker and self._worker.stdin
-        with contextlib.suppress(BrokenPipeError):  # it has ended, and its end of the other pipe says so
-            self._worker.stdin.write(packed(message))
+        # A worker that has ended is noticed at its standard output.
+        with contextlib.suppress(BrokenPipeError):
+            self._worker.stdin.write(pack_message(message))
 
-    def _read(self, pipe: IO[bytes] | None, take: Any) -> None:
+    def _register(self, pipe: IO[bytes] | None, take: Callable[[bytes], None]) -> None:
+        """Pass to `take` what the worker writes into a pipe, and an empty string at its end."""
         assert pipe is not None
 
-        def hear() -> None:
+        def read() -> None:
             data = os.read(pipe.fileno(), CHUNK)
             if not data:
                 self._selector.unregister(pipe)
             take(data)
 
-        self._selector.register(pipe, selectors.EVENT_READ, hear)
+        self._selector.register(pipe, selectors.EVENT_READ, read)
 
     def _signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError):

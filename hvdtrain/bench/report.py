@@ -1,4 +1,4 @@
-"""What a benchmark found: a record that is printed, written as JSON, read back and compared."""
+"""Store the results of a benchmark, write them as JSON and read them back."""
 
 import json
 import shlex
@@ -14,15 +14,15 @@ from hvdtrain import __version__
 
 
 class ReportError(Exception):
-    """A file is no report, or cannot be written; the message says what to change."""
+    """A file is not a report, or cannot be written; the message says what to change."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """One quantity over all rounds.
+    """Median and quartiles of one quantity over all rounds.
 
     Args:
-        median: The middle one.
+        median: The median.
         low: The lower quartile.
         high: The upper quartile.
         rounds: The value of each round.
@@ -35,20 +35,20 @@ class Spread:
 
     @classmethod
     def of(cls, rounds: Sequence[float]) -> "Spread":
-        """Sums up the values of some rounds, at least one."""
-        low, median, high = (
-            statistics.quantiles(rounds, n=4, method="inclusive") if len(rounds) > 1 else [*rounds] * 3
-        )
+        """Return the spread of the values of one or more rounds."""
+        if len(rounds) == 1:
+            return cls(rounds[0], rounds[0], rounds[0], tuple(rounds))
+        low, median, high = statistics.quantiles(rounds, n=4, method="inclusive")
         return cls(median, low, high, tuple(rounds))
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one contender did on one piece of work.
+    """Results of one contender for one kind of work.
 
     Args:
-        key: Which work: bytes, say.
-        contender: Whose.
+        key: The kind of work, such as the number of bytes.
+        contender: The contender's name.
         values: The quantities, with their unit in their name.
         right: Whether all results were right, on every rank.
     """
@@ -61,18 +61,18 @@ class Row:
 
 @dataclass(frozen=True)
 class Report:
-    """What one run of a benchmark found, and where.
+    """Results of one run of a benchmark, and the conditions of that run.
 
     Args:
-        bench: Which benchmark: allreduce or step.
-        ranks: How many ranks a contender had.
-        machine: What `machine.describe` says.
-        options: What was asked for.
+        bench: Name of the benchmark: allreduce or step.
+        ranks: Number of ranks of a contender.
+        machine: The result of `machine.describe`.
+        options: The options of the command.
         rows: The measurements.
-        left_out: Who did not take part, and why.
-        command: What was typed.
-        date: When, with the time zone.
-        hvdtrain: The version that measured.
+        left_out: The contenders that did not take part, and why.
+        command: The command line.
+        date: Date and time, with the time zone.
+        hvdtrain: The version of hvdtrain that measured.
     """
 
     bench: str
@@ -91,22 +91,15 @@ class Report:
         return [row for row in self.rows if not row.right]
 
     def to_json(self) -> str:
-        """Writes the report as JSON."""
+        """Return the report as JSON."""
         return json.dumps(asdict(self), indent=1) + "\n"
-
-    def median(self, key: Mapping[str, Any], contender: str, value: str) -> float | None:
-        """Looks up one median; None where it was not measured."""
-        for row in self.rows:
-            if row.contender == contender and row.key == key and value in row.values:
-                return row.values[value].median
-        return None
 
 
 def load(path: str) -> Report:
-    """Reads a report that `--save` has written.
+    """Read a report that `--save` has written.
 
     Raises:
-        ReportError: If the file cannot be read or is none.
+        ReportError: If the file cannot be read or is not a report.
     """
     try:
         fields = json.loads(Path(path).read_text())
@@ -117,7 +110,7 @@ def load(path: str) -> Report:
         raise ReportError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ReportError(
-            f"{path} is no report of hvdtrain bench ({type(error).__name__}: {error}); expected a file that "
+            f"{path} is not a report of hvdtrain bench ({type(error).__name__}: {error}); expected a file that "
             "--save has written."
         ) from error
 

@@ -1,4 +1,4 @@
-"""All contenders of a measurement: each is at work only while all others stand still."""
+"""Start all contenders of a benchmark and let one of them run at a time."""
 
 import os
 import resource
@@ -7,33 +7,33 @@ from types import TracebackType
 from typing import Any, final
 
 from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.contender_job import Crew, FailedError
+from hvdtrain.bench.contender_job import ContenderJob, FailedError
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
 from hvdtrain.launch.launchers import binding, slurm
 
-LIMIT = 120.0  # seconds for one answer
-SPARE = 200  # files that this process opens beside its lines to ranks
-FAILED = "failed: "  # opens the reason why somebody is left out who was there
+ANSWER_SECONDS = 120.0  # limit for one answer
+OTHER_FILES = 200  # files that this process opens beside its connections to ranks
+FAILED = "failed: "  # prefix of the reason why a contender is left out that is installed
 
 Answers = list[dict[str, Any]]
 
 
 @final
-class Field:
-    """Measures contenders alike: processes of their own, pinned alike, at work by turns.
+class Scheduler:
+    """Measures all contenders under the same conditions: own processes, bound to cores alike, one at a time.
 
-    What was started is stopped (SIGSTOP) until it is asked, because a library's threads may turn even when idle.
-    One that cannot start or fails is left out, and the others go on.
+    All processes are stopped (SIGSTOP) until their contender is asked, because threads of a library may use the CPU
+    even when idle. A contender that cannot start or that fails is left out, and the others continue.
 
     Args:
-        contenders: Who takes part; names are unique.
-        ranks: How many ranks each has that does not say otherwise.
+        contenders: The contenders, with unique names.
+        ranks: Number of ranks of each contender that does not set its own.
         hosts: Hosts and their slots, "a:1,b:1"; this host if not given.
-        say: Takes a line of progress.
-        limit: How many seconds a contender may take to answer.
+        progress: Is called with a line about the current state.
+        limit: Seconds that a contender may take to answer.
 
     Raises:
-        LaunchError: If the hosts are not there or have too few slots, or this process may not open enough files.
+        LaunchError: If the hosts do not exist or have too few slots, or this process may not open enough files.
     """
 
     def __init__(
@@ -41,21 +41,21 @@ class Field:
         contenders: Sequence[Contender],
         ranks: int,
         hosts: str | None = None,
-        say: Callable[[str], None] = lambda line: None,
-        limit: float = LIMIT,
+        progress: Callable[[str], None] = lambda line: None,
+        limit: float = ANSWER_SECONDS,
     ) -> None:
         named = read_hosts(hosts, None, ranks)
-        _make_room(sum(each.ranks or ranks for each in contenders))
+        _allow_open_files(sum(contender.ranks or ranks for contender in contenders))
         self._addresses = _addresses(named)
-        self._asked, self._ranks, self._hosts = list(contenders), ranks, hosts
-        self._say, self._limit = say, limit
-        self._crews: dict[str, Crew] = {}
+        self._contenders, self._ranks, self._hosts = list(contenders), ranks, hosts
+        self._progress, self._limit = progress, limit
+        self._jobs: dict[str, ContenderJob] = {}
         self.left_out: dict[str, str] = {}
 
-    def __enter__(self) -> "Field":
-        """Starts one contender after the other."""
+    def __enter__(self) -> "Scheduler":
+        """Start one contender after the other."""
         try:
-            for contender in self._asked:
+            for contender in self._contenders:
                 self._start(contender)
         except BaseException:
             self.close(at_once=True)
@@ -65,122 +65,126 @@ class Field:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Ends all that was started."""
+        """End all jobs."""
         self.close(at_once=error is not None)
 
     @property
     def present(self) -> list[Contender]:
-        """Those who started and have not failed, in the order given."""
-        return [each for each in self._asked if each.name in self._crews]
+        """The contenders that have started and not failed, in the order given."""
+        return [contender for contender in self._contenders if contender.name in self._jobs]
 
     @property
     def pinned(self) -> bool:
-        """Whether every rank has cores that no other rank of its contender has."""
-        return all(_disjoint(crew.hellos) for crew in self._crews.values())
+        """Whether no two ranks of a contender may run on the same core."""
+        return all(_disjoint(job.rank_infos) for job in self._jobs.values())
 
     @property
     def hosts(self) -> list[str]:
-        """On which hosts the ranks are."""
-        return sorted({hello["host"] for crew in self._crews.values() for hello in crew.hellos})
+        """The hosts of the ranks."""
+        return sorted({info["host"] for job in self._jobs.values() for info in job.rank_infos})
 
     def ask(self, contender: Contender, request: dict[str, Any]) -> Answers | None:
-        """Gives one contender the floor, for one request to all its ranks.
+        """Let one contender run for one request to all its ranks.
 
         Args:
-            contender: Whom to ask.
-            request: What each of its workers is asked.
+            contender: The contender.
+            request: The request to each of its workers.
 
         Returns:
-            The answers by rank, or None where it has failed, now or before; `left_out` then says why.
+            The answers by rank, or None if the contender has failed, now or before; `left_out` holds the reason.
         """
-        crew = self._crews.get(contender.name)
-        if crew is None:
+        job = self._jobs.get(contender.name)
+        if job is None:
             return None
         try:
-            return crew.ask(request)
+            return job.ask(request)
         except FailedError as error:
-            self._leave_out(crew, error)
+            self._leave_out(job, error)
             return None
 
     def rounds(
         self, request: Callable[[Contender, int], dict[str, Any] | None], count: int
     ) -> Iterator[tuple[int, Contender, Answers]]:
-        """Asks all contenders in turn, round after round; who is first changes with each.
+        """Ask all contenders, round after round; each round starts with another contender.
 
         Args:
-            request: Says what a contender is asked in a round; None leaves it out of that round.
-            count: How many rounds.
+            request: Returns the request to a contender in a round; None to skip it in that round.
+            count: Number of rounds.
 
         Yields:
             The round, the contender and its answers by rank.
         """
         for number in range(count):
-            present = self.present
-            first = number % max(len(present), 1)
-            for contender in present[first:] + present[:first]:
-                asked = request(contender, number)
-                answers = self.ask(contender, asked) if asked is not None else None
+            for contender in self.in_turn(number):
+                message = request(contender, number)
+                answers = self.ask(contender, message) if message is not None else None
                 if answers is not None:
                     yield number, contender, answers
 
+    def in_turn(self, number: int) -> list[Contender]:
+        """Return the contenders in their order in a round, of which each starts with another one."""
+        present = self.present
+        first = number % max(len(present), 1)
+        return present[first:] + present[:first]
+
     def close(self, at_once: bool = False) -> None:
-        """Ends all that was started.
+        """End all jobs.
 
         Args:
-            at_once: Whether to do so without the workers' help.
+            at_once: Whether to kill the workers instead of letting them end by themselves.
         """
-        crews, self._crews = self._crews, {}
-        for crew in crews.values():
-            crew.leave(at_once)
-        for crew in crews.values():
-            crew.close(at_once)
+        jobs, self._jobs = self._jobs, {}
+        for job in jobs.values():
+            job.request_end(at_once)
+        for job in jobs.values():
+            job.close(at_once)
 
     def _start(self, contender: Contender) -> None:
         missing = contender.missing()
         if missing:
             self.left_out[contender.name] = missing
             return
-        self._say(f"starting {contender.name}")
+        self._progress(f"starting {contender.name}")
         ranks = contender.ranks or self._ranks
-        crew = Crew(contender, ranks, self._hosts, self._bind(ranks), self._addresses, self._limit)
-        self._crews[contender.name] = crew
+        job = ContenderJob(contender, ranks, self._hosts, self._bind(ranks), self._addresses, self._limit)
+        self._jobs[contender.name] = job
         try:
-            crew.start()
+            job.start()
         except FailedError as error:
-            self._leave_out(crew, error)
+            self._leave_out(job, error)
 
     def _bind(self, ranks: int) -> str:
-        """One core a rank; where this host has fewer, ranks roam."""
+        """Return the binding: one core a rank, or none if this host has fewer cores than ranks."""
         return "core" if self._addresses or ranks <= len(binding.cores()) else "none"
 
-    def _leave_out(self, crew: Crew, error: FailedError) -> None:
-        self.left_out[crew.contender.name] = f"{FAILED}{error}"
-        self._say(f"{crew.contender.name} is left out: {error}")
-        del self._crews[crew.contender.name]
-        crew.close(at_once=True)
+    def _leave_out(self, job: ContenderJob, error: FailedError) -> None:
+        self.left_out[job.contender.name] = f"{FAILED}{error}"
+        self._progress(f"{job.contender.name} is left out: {error}")
+        del self._jobs[job.contender.name]
+        job.close(at_once=True)
 
 
-def _addresses(named: Sequence[Host]) -> list[str]:
-    """Lists names of this host for ranks on others; none where all ranks are here."""
-    if not named and slurm.in_allocation(os.environ):
+def _addresses(hosts: Sequence[Host]) -> list[str]:
+    """Return names of this host for ranks on other hosts; none if all ranks are on this host."""
+    if not hosts and slurm.in_allocation(os.environ):
         return addresses_towards(slurm.first_hosts(os.environ))
-    return [] if all_local(named) else addresses_towards([host.name for host in named])
+    return [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
 
 
-def _make_room(lines: int) -> None:
-    """Lets this process keep a line open to each rank of each contender."""
+def _allow_open_files(ranks: int) -> None:
+    """Raise the limit of open files, so that this process can keep a connection to each rank of each contender."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    needed = lines + SPARE
+    needed = ranks + OTHER_FILES
     if soft >= needed or soft == resource.RLIM_INFINITY:
         return
     if hard != resource.RLIM_INFINITY and hard < needed:
         raise LaunchError(
-            f"{lines} ranks of all contenders together need {needed} open files, and this process may open {hard} "
+            f"{ranks} ranks of all contenders together need {needed} open files, and this process may open {hard} "
             "(`ulimit -Hn`): measure with fewer ranks, or with --no-peers and --engines mpi."
         )
     resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
 
 
-def _disjoint(hellos: Sequence[dict[str, Any]]) -> bool:
-    taken = [(hello["host"], cpu) for hello in hellos for cpu in hello["cpus"]]
-    return len(set(taken)) == len(taken)
+def _disjoint(rank_infos: Sequence[dict[str, Any]]) -> bool:
+    cores = [(info["host"], cpu) for info in rank_infos for cpu in info["cpus"]]
+    return len(set(cores)) == len(cores)

@@ -1,8 +1,8 @@
-"""The process that does a contender's work on one rank: requests come in by stdin, answers go out by stdout.
+"""Run a contender's work on one rank: read requests from standard input, write answers to standard output.
 
     python -m hvdtrain.bench.worker hvdtrain.bench.work.mpi_allreduce
 
-The first line holds the settings. What libraries print goes to stderr.
+The first line holds the settings. Everything that libraries print goes to standard error.
 """
 
 import importlib
@@ -10,17 +10,17 @@ import json
 import os
 import sys
 
-from hvdtrain.bench.json_lines import packed
+from hvdtrain.bench.json_lines import pack_message
 
 
 def main() -> None:
-    """Gets ready, says so, and answers each request in its turn, until there are no more."""
+    """Prepare the work, report that it is ready, and answer requests until standard input ends."""
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(2, 1)
-    act = importlib.import_module(sys.argv[1]).prepare(json.loads(sys.stdin.readline()))
-    answers.write(packed({"ready": True}))
+    answer = importlib.import_module(sys.argv[1]).prepare(json.loads(sys.stdin.readline()))
+    answers.write(pack_message({"ready": True}))
     for line in sys.stdin:
-        answers.write(packed(act(json.loads(line))))
+        answers.write(pack_message(answer(json.loads(line))))
 
 
 if __name__ == "__main__":

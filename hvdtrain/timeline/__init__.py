@@ -1,1 +1,1 @@
-"""Record what each rank does, and merge and read the recordings."""
+"""Record the collectives of each rank with their times, and merge and analyse the recordings."""

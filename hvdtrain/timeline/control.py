@@ -1,4 +1,4 @@
-"""Starting and stopping the timeline: by the script, or by the environment at `hvd.init()`."""
+"""Start and stop the timeline, by calls of the script or by environment variables at `hvd.init()`."""
 
 import os
 from collections.abc import Mapping
@@ -7,18 +7,18 @@ from hvdtrain import runtime
 from hvdtrain.messages import logger
 from hvdtrain.timeline.recorder import Timeline, path_of
 
-# Our own name comes first where both are set.
+# The first variable that is set is used.
 _PATHS = ("HVDTRAIN_TIMELINE", "HOROVOD_TIMELINE")
 _MARKS = ("HVDTRAIN_TIMELINE_MARK_CYCLES", "HOROVOD_TIMELINE_MARK_CYCLES")
-# The value by which Horovod's users say that the script will call start_timeline.
-_LATER = "DYNAMIC"
+# The value with which Horovod's users announce that the script will call start_timeline.
+_DYNAMIC = "DYNAMIC"
 
 
 def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
-    """Records from now on what each rank does, to see where time goes and for which rank the others wait.
+    """Record from now on what each rank does, to see where time goes and for which rank the others wait.
 
-    Call it on all ranks. Each writes a file of its own; `hvdtrain timeline merge` joins them and
-    https://ui.perfetto.dev shows them. A timeline that is being written to another path is ended first.
+    Call it on all ranks. Each rank writes its own file; `hvdtrain timeline merge` merges them, and
+    https://ui.perfetto.dev shows the result. A timeline that is being written to another path is ended first.
 
     Args:
         file_path: The file of rank 0; rank r writes `<stem>.rank<r><suffix>` beside it.
@@ -31,15 +31,15 @@ def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
     engine = runtime.engine()
     if engine.timeline is not None:
         if engine.timeline.path == path_of(file_path, engine.rank):
-            engine.say(f"the timeline {engine.timeline.path} is being written already; it goes on.")
+            engine.say(f"the timeline {engine.timeline.path} is already being written, and continues.")
             return
-        engine.say(f"the timeline {engine.timeline.path} ends here, and goes on in {file_path}.")
+        engine.say(f"the timeline {engine.timeline.path} ends here and continues in {file_path}.")
         stop_timeline()
     _record(Timeline(file_path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
 
 
 def stop_timeline() -> None:
-    """Ends the timeline, so that its file is complete; nothing happens where none is being written.
+    """End the timeline, so that its file is complete. Without a timeline it does nothing.
 
     Raises:
         ValueError: If `hvd.init()` was not called.
@@ -51,13 +51,13 @@ def stop_timeline() -> None:
 
 
 def start_if_asked(environ: Mapping[str, str] = os.environ) -> None:
-    """Starts the timeline that the environment asks for; one that cannot be written stops no training.
+    """Start the timeline that the environment asks for; if it cannot be written, print why and continue.
 
     Args:
-        environ: Where HVDTRAIN_TIMELINE and HOROVOD_TIMELINE, a path or DYNAMIC, are read.
+        environ: The environment with HVDTRAIN_TIMELINE or HOROVOD_TIMELINE, a path or DYNAMIC.
     """
     path = _first(environ, _PATHS)
-    if path in ("", _LATER):
+    if path in ("", _DYNAMIC):
         return
     mark_cycles = _first(environ, _MARKS) not in ("", "0")
     engine = runtime.engine()
@@ -68,9 +68,9 @@ def start_if_asked(environ: Mapping[str, str] = os.environ) -> None:
 
 
 def _record(timeline: Timeline | None) -> None:
-    """Gives the timeline to the engines of the world and of all process sets; later sets take the world's."""
-    sets = [engine for _, engine in runtime.engines_of_sets.values() if engine is not None]
-    for engine in (runtime.engine(), *sets):
+    """Set the timeline of the global engine and of all process sets; later process sets copy the global one."""
+    subsets = [engine for _, engine in runtime.engines_of_sets.values() if engine is not None]
+    for engine in (runtime.engine(), *subsets):
         engine.timeline = timeline
 
 

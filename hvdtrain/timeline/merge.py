@@ -1,4 +1,4 @@
-"""`hvdtrain timeline merge`: the ranks' timelines as one, and for which rank the others wait."""
+"""Merge the timelines of all ranks, and print for which rank the others wait (`hvdtrain timeline merge`)."""
 
 import json
 import sys
@@ -11,43 +11,56 @@ from rich.markup import escape
 from rich.table import Table
 
 from hvdtrain.timeline.recorder import native_path_of
-from hvdtrain.timeline.recordings import RankTimeline, aligned, drawn, left_by_core, load, siblings
+from hvdtrain.timeline.recordings import (
+    RankTimeline,
+    aligned_starts,
+    files_of_other_ranks,
+    load,
+    to_trace_events,
+    unmoved_native_events,
+)
 from hvdtrain.timeline.trace_format import TraceError
-from hvdtrain.timeline.waiting_times import Slice, Waiting, negotiates, sends, slices, time_in, waiting
+from hvdtrain.timeline.waiting_times import (
+    Slice,
+    Waiting,
+    is_negotiation,
+    is_transfer,
+    slices,
+    time_in,
+    waiting,
+)
 
-# From this share of the time on, waiting is worth a look.
+# A rank is named if the others wait for it for at least this share of the time.
 NOTABLE = 0.05
 
 
 def merge(files: Sequence[str], output: str | None = None) -> int:
-    """Makes one file for Perfetto of the ranks' files, and says for which rank the others wait.
+    """Merge the ranks' files to one file for Perfetto, and print for which rank the others wait.
 
     Args:
         files: The ranks' files; or that of rank 0 alone, beside which the others are found.
-        output: Where to write; `<stem>.merged<suffix>` beside the first by default.
+        output: The file to write; `<stem>.merged<suffix>` beside the first by default.
 
     Returns:
-        0, or 2 when nothing could be merged.
+        0, or 2 if nothing could be merged.
     """
     first = Path(files[0])
     target = Path(output) if output else first.with_name(f"{first.stem}.merged{first.suffix}")
-    paths = [Path(name) for name in files] if len(files) > 1 else [first, *siblings(first)]
+    paths = [Path(name) for name in files] if len(files) > 1 else [first, *files_of_other_ranks(first)]
     if target.resolve() in [path.resolve() for path in paths]:
-        return _refused(f"{target} is one of the files to merge; give another name with -o.")
+        return _refuse(f"{target} is one of the files to merge; give another name with -o.")
     timelines = _read(paths)
     if len(files) == 1:
-        timelines = _of_its_run(timelines)
+        timelines = _of_one_run(timelines)
     if not timelines:
-        return _refused("There is nothing to merge.")
-    events = [
-        event
-        for timeline, start in zip(timelines, aligned(timelines), strict=True)
-        for event in drawn(timeline, start)
-    ]
+        return _refuse("There is nothing to merge.")
+    events = []
+    for timeline, start in zip(timelines, aligned_starts(timelines), strict=True):
+        events += to_trace_events(timeline, start)
     try:
         target.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     except OSError as error:
-        return _refused(f"{target} cannot be written: {error.strerror}.")
+        return _refuse(f"{target} cannot be written: {error.strerror}.")
     count = sum(event["ph"] != "M" for event in events)
     print(f"Wrote {target}: {count} events of {len(timelines)} rank{'s' if len(timelines) > 1 else ''}.")
     print("To see it, open https://ui.perfetto.dev or chrome://tracing and drop the file there.")
@@ -56,13 +69,13 @@ def merge(files: Sequence[str], output: str | None = None) -> int:
 
 
 def verdict(waits: Mapping[int, Waiting], recorded: float) -> str:
-    """Says in one sentence whether a rank keeps the others waiting.
+    """Return one sentence on whether a rank keeps the others waiting.
 
     Args:
-        waits: How long the others waited for each rank.
-        recorded: How many microseconds were recorded.
+        waits: Time that the others waited for each rank.
+        recorded: Duration of the recording in microseconds.
     """
-    rank = max(waits, key=lambda each: waits[each].micros)
+    rank = max(waits, key=lambda rank: waits[rank].micros)
     worst = waits[rank]
     if worst.times == 0 or worst.micros < NOTABLE * recorded:
         return "No rank keeps the others waiting."
@@ -73,22 +86,22 @@ def verdict(waits: Mapping[int, Waiting], recorded: float) -> str:
 
 
 def _read(paths: Sequence[Path]) -> list[RankTimeline]:
-    """Reads what can be read, and names what cannot."""
+    """Read the files that can be read, and print a warning for each of the others."""
     read: dict[int, RankTimeline] = {}
     for path in paths:
-        with _named_if_bad(path):
+        with _warn_on_error(path):
             timeline = load(path)
             if timeline.rank in read:
                 _warn(f"{path} is of rank {timeline.rank}, as is {read[timeline.rank].path}; it is left out.")
                 continue
             read[timeline.rank] = timeline
-            with _named_if_bad(native_path_of(path)):
-                timeline.events.extend(left_by_core(timeline))
+            with _warn_on_error(native_path_of(path)):
+                timeline.events.extend(unmoved_native_events(timeline))
     return [read[rank] for rank in sorted(read)]
 
 
 @contextmanager
-def _named_if_bad(path: Path) -> Iterator[None]:
+def _warn_on_error(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -97,61 +110,73 @@ def _named_if_bad(path: Path) -> Iterator[None]:
         _warn(f"{path} {error}; it is left out.")
 
 
-def _of_its_run(timelines: list[RankTimeline]) -> list[RankTimeline]:
-    """Leaves out what an earlier run with more ranks has left beside, and says which ranks' files are not here."""
+def _of_one_run(timelines: list[RankTimeline]) -> list[RankTimeline]:
+    """Leave out files of an earlier run with more ranks, and name the ranks whose files were not found."""
     size = timelines[0].size if timelines else None
     if size is None:
         return timelines
-    for each in timelines:
-        if each.rank >= size:
-            _warn(f"{each.path} is of another run: {timelines[0].path} is one of {size}. It is left out.")
-    missing = sorted(set(range(size)) - {each.rank for each in timelines})
+    for timeline in timelines:
+        if timeline.rank >= size:
+            _warn(f"{timeline.path} is of another run: {timelines[0].path} is one of {size}. It is left out.")
+    missing = sorted(set(range(size)) - {timeline.rank for timeline in timelines})
     if missing:
         _warn(
             f"Not found: rank {', '.join(map(str, missing))}. A rank on another host writes on that host's disk, "
             "unless the path is in a shared folder; and HOROVOD_TIMELINE must be set there too."
         )
-    return [each for each in timelines if each.rank < size]
+    return [timeline for timeline in timelines if timeline.rank < size]
 
 
 def _report(timelines: Sequence[RankTimeline], console: Console) -> None:
-    """Prints where each rank's time went, and for whom the others wait."""
+    """Print how each rank spends its time, and for which rank the others wait."""
     found = {each.rank: slices(each.events, each.tensors, each.end) for each in timelines}
     waits = waiting(found)
     table = Table()
     for heading in ("rank", "host", "recorded", "waits for others", "on the wire", "others waited for it"):
         table.add_column(heading, justify="left" if heading == "host" else "right")
-    for each in timelines:
-        table.add_row(*_cells(each, found[each.rank], waits[each.rank]))
+    for timeline in timelines:
+        table.add_row(*_cells(timeline, found[timeline.rank], waits[timeline.rank]))
     console.print(table)
-    for rank, mine in found.items():
-        for cut in [each for each in mine if not each.ended and not each.native][:1]:
-            print(
-                f"Rank {rank}'s file ends during {cut.phase} of {cut.tensor!r}: killed there, or there still."
-            )
+    for rank, slices_of_rank in found.items():
+        _print_unfinished(rank, slices_of_rank)
     if len(timelines) > 1:
         print(verdict(waits, max(map(_recorded, found.values()))))
-    if len({each.clock for each in timelines}) > 1:
+    if len({timeline.clock for timeline in timelines}) > 1:
         print(
             "The hosts are aligned by the time of day, which may differ between them by milliseconds; "
             "the table does not depend on it."
         )
 
 
-def _cells(timeline: RankTimeline, mine: Sequence[Slice], wait: Waiting) -> tuple[str, ...]:
-    recorded = _recorded(mine)
+def _print_unfinished(rank: int, slices_of_rank: Sequence[Slice]) -> None:
+    """Print the innermost slice of a rank that has no end, if there is one."""
+    for slice_ in slices_of_rank:
+        if not slice_.ended and not slice_.native:
+            print(
+                f"Rank {rank}'s file ends during {slice_.phase} of {slice_.tensor!r}: "
+                "the rank was killed there, or is still there."
+            )
+            return
+
+
+def _cells(timeline: RankTimeline, slices_of_rank: Sequence[Slice], wait: Waiting) -> tuple[str, ...]:
+    recorded = _recorded(slices_of_rank)
+    transfer = "not seen"
+    if any(map(is_transfer, slices_of_rank)):
+        transfer = _share(time_in(slices_of_rank, is_transfer), recorded)
     return (
         str(timeline.rank),
         escape(timeline.host),
         _seconds(recorded),
-        _share(time_in(mine, negotiates), recorded),
-        _share(time_in(mine, sends), recorded) if any(map(sends, mine)) else "not seen",
+        _share(time_in(slices_of_rank, is_negotiation), recorded),
+        transfer,
         f"{_seconds(wait.micros)}, {wait.times} times",
     )
 
 
-def _recorded(mine: Sequence[Slice]) -> float:
-    return max((each.end for each in mine), default=0.0) - min((each.start for each in mine), default=0.0)
+def _recorded(slices_of_rank: Sequence[Slice]) -> float:
+    end = max((slice_.end for slice_ in slices_of_rank), default=0.0)
+    return end - min((slice_.start for slice_ in slices_of_rank), default=0.0)
 
 
 def _share(part: float, whole: float) -> str:
@@ -162,10 +187,10 @@ def _seconds(micros: float) -> str:
     return f"{micros / 1e6:.2f} s"
 
 
-def _warn(sentence: str) -> None:
-    print(f"hvdtrain: {sentence}", file=sys.stderr)
+def _warn(message: str) -> None:
+    print(f"hvdtrain: {message}", file=sys.stderr)
 
 
-def _refused(sentence: str) -> int:
-    _warn(sentence)
+def _refuse(message: str) -> int:
+    _warn(message)
     return 2

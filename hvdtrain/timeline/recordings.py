@@ -1,4 +1,4 @@
-"""What each rank has recorded, read from its file, put on one time and drawn as one trace."""
+"""Read the recording of each rank, align the recordings in time, and convert them to one trace."""
 
 import re
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from hvdtrain.timeline.trace_format import Event, TraceError, native_events, rea
 
 @dataclass(frozen=True)
 class RankTimeline:
-    """What one rank has recorded.
+    """The recording of one rank.
 
     Args:
         path: Its file.
-        rank: Its number.
-        size: How many ranks recorded; None if it does not say.
-        host: Where it ran.
-        clock: Ranks with the same clock can compare `on_clock`.
-        start: When the file starts, in microseconds since the epoch.
-        on_clock: The same moment on the monotonic clock.
-        events: What is in the file; times are microseconds since its start.
+        rank: The rank.
+        size: Number of ranks that recorded; None if unknown.
+        host: The host of the rank.
+        clock: Name of the monotonic clock; ranks with the same clock can compare `on_clock`.
+        start: Time at which the file starts, in microseconds since the epoch.
+        on_clock: The same time on the monotonic clock, in microseconds.
+        events: The events of the file; times are microseconds since its start.
     """
 
     path: Path
@@ -35,63 +35,62 @@ class RankTimeline:
 
     @property
     def end(self) -> float:
-        """Time of the last event."""
+        """Time of the last event, in microseconds since the start of the file."""
         return max((event["ts"] for event in self.events if event["ph"] != "M"), default=0.0)
 
     @property
     def tensors(self) -> dict[int, str]:
-        """The name of each row."""
-        return {
-            each["pid"]: each["args"]["name"] for each in self.events if each.get("name") == "process_name"
-        }
+        """The name of each row, by its number."""
+        named = [event for event in self.events if event.get("name") == "process_name"]
+        return {event["pid"]: event["args"]["name"] for event in named}
 
 
-def siblings(first: Path) -> list[Path]:
-    """Finds the files that the other ranks wrote beside that of rank 0, in the order of the ranks."""
+def files_of_other_ranks(first: Path) -> list[Path]:
+    """Return the files that the other ranks wrote beside that of rank 0, in the order of the ranks."""
     pattern = re.compile(rf"{re.escape(first.stem)}\.rank(\d+){re.escape(first.suffix)}")
-    names = [path for path in first.parent.iterdir()] if first.parent.is_dir() else []
-    found = {int(match[1]): path for path in names if (match := pattern.fullmatch(path.name))}
+    paths = list(first.parent.iterdir()) if first.parent.is_dir() else []
+    found = {int(match[1]): path for path in paths if (match := pattern.fullmatch(path.name))}
     return [found[rank] for rank in sorted(found)]
 
 
 def load(path: Path) -> RankTimeline:
-    """Reads one rank's file.
+    """Read the file of one rank.
 
     Args:
         path: The file.
 
     Returns:
-        Its events, and what is needed to compare their times with other ranks'.
+        Its events, and the clocks to compare their times with those of other ranks.
 
     Raises:
         OSError: If the file cannot be read.
         TraceError: If it is not the timeline of a rank, or is damaged.
     """
-    head, *events = read_trace(path) or [{}]
+    header, *events = read_trace(path) or [{}]
     try:
-        about = head["args"]
+        args = header["args"]
         return RankTimeline(
             path,
-            int(about["rank"]),
-            about.get("size"),
-            str(about["host"]),
-            str(about["clock"]),
-            float(about["start_time_since_epoch_in_micros"]),
-            float(about["start_on_clock_in_micros"]),
+            int(args["rank"]),
+            args.get("size"),
+            str(args["host"]),
+            str(args["clock"]),
+            float(args["start_time_since_epoch_in_micros"]),
+            float(args["start_on_clock_in_micros"]),
             events,
         )
     except (KeyError, TypeError, ValueError):
-        raise TraceError("is no timeline of hvdtrain: it does not begin with a rank and a host") from None
+        raise TraceError("is not a timeline of hvdtrain: it does not begin with a rank and a host") from None
 
 
-def left_by_core(timeline: RankTimeline) -> list[Event]:
-    """Reads what Horovod's core had recorded beside a rank's file when the rank was killed.
+def unmoved_native_events(timeline: RankTimeline) -> list[Event]:
+    """Read the file of Horovod's core beside a rank's file, which only a rank that was killed leaves there.
 
     Args:
-        timeline: What the rank itself recorded.
+        timeline: The recording of the rank.
 
     Returns:
-        Events in the time of `timeline`; none where the rank ended by itself, and has taken them over.
+        Events with times relative to the start of `timeline`; none if the rank has moved them into its own file.
 
     Raises:
         OSError: If the file cannot be read.
@@ -101,33 +100,34 @@ def left_by_core(timeline: RankTimeline) -> list[Event]:
     return native_events(path, timeline.start, max(timeline.tensors, default=0)) if path.is_file() else []
 
 
-def aligned(timelines: Sequence[RankTimeline]) -> list[float]:
-    """Puts all ranks on one time.
+def aligned_starts(timelines: Sequence[RankTimeline]) -> list[float]:
+    """Return the start of each recording on a common time axis.
 
-    Ranks of one host share a clock that nothing sets, to the microsecond. Between hosts there is only the
-    time of day, as good as the hosts keep it.
+    Ranks of one host share a monotonic clock, so they are aligned to the microsecond. Ranks of different hosts are
+    aligned by the time of day, as precisely as the hosts keep it.
 
     Args:
-        timelines: What to align.
+        timelines: The recordings.
 
     Returns:
-        When each file starts, in microseconds after the first does.
+        The start of each recording, in microseconds after the earliest one.
     """
-    reference: dict[str, RankTimeline] = {}
+    references: dict[str, RankTimeline] = {}
     for timeline in timelines:
-        reference.setdefault(timeline.clock, timeline)
-    starts = [
-        reference[each.clock].start + each.on_clock - reference[each.clock].on_clock for each in timelines
-    ]
+        references.setdefault(timeline.clock, timeline)
+    starts = []
+    for timeline in timelines:
+        reference = references[timeline.clock]
+        starts.append(reference.start + timeline.on_clock - reference.on_clock)
     return [start - min(starts) for start in starts]
 
 
-def drawn(timeline: RankTimeline, start: float) -> list[Event]:
-    """Draws a rank as a process, and each of its tensors as a row.
+def to_trace_events(timeline: RankTimeline, start: float) -> list[Event]:
+    """Convert a recording to a trace in which the rank is a process and each of its tensors a row.
 
     Args:
-        timeline: What the rank recorded.
-        start: When it begins, in microseconds.
+        timeline: The recording.
+        start: Its start on the time axis of the trace, in microseconds.
 
     Returns:
         Chrome's trace events.
@@ -140,15 +140,15 @@ def drawn(timeline: RankTimeline, start: float) -> list[Event]:
             row = rows.setdefault((event["pid"], event["tid"]), len(rows) + 1)
             events.append({**event, "pid": process, "tid": row, "ts": round(event["ts"] + start, 3)})
     label = f"rank {timeline.rank} ({timeline.host})"
-    about = [
-        _about(process, 0, "process_name", {"name": label}),
-        _about(process, 0, "process_sort_index", {"sort_index": timeline.rank}),
+    names = [
+        _metadata(process, 0, "process_name", {"name": label}),
+        _metadata(process, 0, "process_sort_index", {"sort_index": timeline.rank}),
     ]
     for (tensor, _), row in rows.items():
-        about.append(_about(process, row, "thread_name", {"name": tensors.get(tensor, "cycles")}))
-        about.append(_about(process, row, "thread_sort_index", {"sort_index": row}))
-    return about + events
+        names.append(_metadata(process, row, "thread_name", {"name": tensors.get(tensor, "cycles")}))
+        names.append(_metadata(process, row, "thread_sort_index", {"sort_index": row}))
+    return names + events
 
 
-def _about(process: int, row: int, name: str, args: Event) -> Event:
+def _metadata(process: int, row: int, name: str, args: Event) -> Event:
     return {"name": name, "ph": "M", "pid": process, "tid": row, "args": args}

@@ -1,4 +1,4 @@
-"""From slices of time to an answer: how much of it a rank waits or sends, and for whom the others wait."""
+"""Compute how long each rank waits and transfers data, and for which rank the others wait."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -7,23 +7,23 @@ from dataclasses import dataclass, field
 from hvdtrain.timeline.trace_format import Event
 
 NEGOTIATE = "NEGOTIATE_"
-# Phases in which nothing travels: the ranks agree, data is copied or awaited, buffers are made.
-_NOT_ON_THE_WIRE = (NEGOTIATE, "MEMCPY_", "QUEUE", "WAIT_", "ALLOCATE_", "INIT_", "COPY_")
-# Ranks never arrive at one instant; to be later by less than this many microseconds is not to be late.
+# Phases in which no data is transferred: ranks negotiate, data is copied or awaited, buffers are allocated.
+_NO_TRANSFER = (NEGOTIATE, "MEMCPY_", "QUEUE", "WAIT_", "ALLOCATE_", "INIT_", "COPY_")
+# Ranks never arrive at the same instant: a smaller difference, in microseconds, does not count as late.
 LATE = 1000.0
 
 
 @dataclass(frozen=True)
 class Slice:
-    """A phase of one tensor, in microseconds.
+    """A phase of one tensor; all times are in microseconds.
 
     Args:
-        tensor: The tensor's name.
-        phase: The phase's name.
-        start: When it began.
-        end: When it ended.
-        own: Beginnings and ends of the time in it that no slice within it takes.
-        native: True if Horovod's core recorded it.
+        tensor: Name of the tensor.
+        phase: Name of the phase.
+        start: Time of its beginning.
+        end: Time of its end.
+        own: Start and end of each interval in it that no nested slice covers.
+        native: Whether Horovod's core recorded it.
         ended: False if the recording ended before it.
     """
 
@@ -38,11 +38,11 @@ class Slice:
 
 @dataclass(frozen=True)
 class Waiting:
-    """How long the other ranks waited for one.
+    """Time that the other ranks waited for one rank.
 
     Args:
-        times: How often it came last, and late.
-        micros: How long another rank waited for it, all times together; the mean of the others.
+        times: Number of collectives in which it came last and late.
+        micros: Microseconds that another rank waited for it in total, as a mean over the other ranks.
     """
 
     times: int = 0
@@ -58,13 +58,13 @@ class _Running:
     own: list[tuple[float, float]] = field(default_factory=list)
 
     def pause(self, now: float) -> None:
-        """Ends a stretch of its own time."""
+        """End an interval of its own time, because a nested slice begins."""
         if now > self.since:
             self.own.append((self.since, now))
         self.since = float("inf")
 
     def ended(self, names: Mapping[int, str], now: float, at_end: bool = False) -> Slice:
-        """Makes the slice of it."""
+        """Return the slice, which ends now."""
         self.pause(now)
         return Slice(
             names.get(self.begin["pid"], ""),
@@ -78,15 +78,15 @@ class _Running:
 
 
 def slices(events: Iterable[Event], names: Mapping[int, str], end: float) -> list[Slice]:
-    """Pairs the beginnings and ends of a rank's slices.
+    """Match the beginnings and ends of a rank's slices.
 
     Args:
-        events: What the rank recorded.
-        names: The names of the tensors by their number in the file.
-        end: When the recording ended.
+        events: The recorded events of the rank.
+        names: Names of the tensors, by their number in the file.
+        end: Time at which the recording ended.
 
     Returns:
-        The slices, in the order of their ends; last those that had none, from the innermost.
+        The slices in the order of their ends; slices without an end come last, the innermost first.
     """
     rows: dict[tuple[int, int], list[_Running]] = defaultdict(list)
     done: list[Slice] = []
@@ -102,46 +102,48 @@ def slices(events: Iterable[Event], names: Mapping[int, str], end: float) -> lis
             done.append(row.pop().ended(names, event["ts"]))
             if row:
                 row[-1].since = event["ts"]
-    done.extend(each.ended(names, end, at_end=True) for row in rows.values() for each in reversed(row))
+    for row in rows.values():
+        done.extend(running.ended(names, end, at_end=True) for running in reversed(row))
     return done
 
 
-def negotiates(slice_: Slice) -> bool:
-    """True where a rank waits until all have come; of what Horovod's core sees of that, only rank 0 records."""
+def is_negotiation(slice_: Slice) -> bool:
+    """Return whether a rank waits in this slice until all ranks have come.
+
+    Negotiations of Horovod's core do not count, because only rank 0 records them.
+    """
     return slice_.phase.startswith(NEGOTIATE) and not slice_.native
 
 
-def sends(slice_: Slice) -> bool:
-    """True where data is on its way between ranks."""
-    return not slice_.phase.startswith(_NOT_ON_THE_WIRE)
+def is_transfer(slice_: Slice) -> bool:
+    """Return whether data is transferred between ranks in this slice."""
+    return not slice_.phase.startswith(_NO_TRANSFER)
 
 
-def time_in(these: Iterable[Slice], which: Callable[[Slice], bool]) -> float:
-    """Adds up the microseconds in which at least one such slice was running, and none within it."""
+def time_in(all_slices: Iterable[Slice], included: Callable[[Slice], bool]) -> float:
+    """Return the microseconds in which at least one included slice was running, without its nested slices."""
+    intervals = [interval for slice_ in all_slices if included(slice_) for interval in slice_.own]
     total, until = 0.0, float("-inf")
-    for start, end in sorted(part for each in these if which(each) for part in each.own):
+    for start, end in sorted(intervals):
         total += max(0.0, end - max(start, until))
         until = max(until, end)
     return total
 
 
-def waiting(found: Mapping[int, Sequence[Slice]]) -> dict[int, Waiting]:
-    """Tells for each rank how long the others waited for it.
+def waiting(slices_by_rank: Mapping[int, Sequence[Slice]]) -> dict[int, Waiting]:
+    """Return for each rank how long the others waited for it.
 
-    The last rank to come to a negotiation is the one that waits least in it, so no two clocks need agree.
+    The rank that comes last to a negotiation waits least in it, so the clocks of the ranks need not agree.
 
     Args:
-        found: For each rank, its slices; the n-th negotiation of a tensor is the same one on all ranks.
-
-    Returns:
-        For each rank, what the others waited.
+        slices_by_rank: The slices of each rank; the n-th negotiation of a tensor is the same one on all ranks.
     """
     negotiations: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for rank, mine in found.items():
-        for each in mine:
-            if negotiates(each) and each.ended:
-                negotiations[each.tensor][rank].append(each.end - each.start)
-    waits = dict.fromkeys(found, Waiting())
+    for rank, slices_of_rank in slices_by_rank.items():
+        for slice_ in slices_of_rank:
+            if is_negotiation(slice_) and slice_.ended:
+                negotiations[slice_.tensor][rank].append(slice_.end - slice_.start)
+    waits = dict.fromkeys(slices_by_rank, Waiting())
     for by_rank in negotiations.values():
         for times in zip(*by_rank.values(), strict=False):
             least = min(times)

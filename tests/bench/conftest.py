@@ -1,4 +1,4 @@
-"""The command as a user types it, and the processes that it must not leave behind."""
+"""Run the command as a user types it, and find processes that it must not leave behind."""
 
 import os
 import subprocess
@@ -17,7 +17,7 @@ MARK = "HVDTRAIN_TEST_MARK"
 
 @pytest.fixture
 def marked(monkeypatch):
-    """Marks all processes that a test starts; returns what lists those left once they had time to end."""
+    """Mark all processes that a test starts; return a function that waits for their end and lists those left."""
     mark = f"{MARK}={uuid.uuid4().hex}"
     monkeypatch.setenv(*mark.split("="))
     monkeypatch.setenv("PYTHONPATH", f"{ROOT}{os.pathsep}{HERE}")
@@ -45,13 +45,13 @@ def marked(monkeypatch):
 
 @pytest.fixture(scope="session")
 def command():
-    """What a user types, to be followed by options."""
+    """Return the command that a user types, without its options."""
     return BENCH
 
 
 @pytest.fixture
 def bench(marked, tmp_path):
-    """Runs `hvdtrain bench` in a folder of its own."""
+    """Return a function that runs `hvdtrain bench` in an empty folder."""
 
     def run(*words, **environ):
         return subprocess.run(

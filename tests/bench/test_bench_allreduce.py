@@ -12,7 +12,7 @@ import pytest
 from hvdtrain.bench.allreduce import Options, check, contenders
 from hvdtrain.bench.output import run
 from hvdtrain.bench.report import Report, Row, Spread
-from hvdtrain.bench.work.sums import Way, _table, measure
+from hvdtrain.bench.work.sums import Method, measure, summands
 from hvdtrain.launch.hosts import LaunchError
 
 MACHINE = {"cpu": "one", "cores": 2, "memory_gib": 4, "python": "3", "hosts": ["a"], "pinned": True}
@@ -110,7 +110,7 @@ if os.environ.get("RANK") == "1":
 
 @pytest.fixture
 def begins_with(bench, tmp_path):
-    """Runs the command where every process begins with some code."""
+    """Return a function that runs the command with code that every process executes first."""
 
     def run(code, *words):
         (tmp_path / "sitecustomize.py").write_text(code)
@@ -138,7 +138,7 @@ def test_who_is_not_installed_is_named_with_what_brings_it_and_the_others_are_me
 def test_a_wrong_sum_is_named_and_ends_with_1(begins_with, marked):
     done = begins_with(SPOILT, *QUICK, "--sizes", "4K", "--json")
     assert done.returncode == 1, done.stderr
-    assert done.stderr == "hvdtrain: WRONG: hvdtrain mpi, bytes 4096: a result is not what it must be.\n"
+    assert done.stderr == "hvdtrain: WRONG: hvdtrain mpi, bytes 4096: a result is not the expected one.\n"
     rows = {row["contender"]: row["right"] for row in json.loads(done.stdout)["rows"]}
     assert [name for name, right in rows.items() if not right] == ["hvdtrain mpi"]
     assert not marked()
@@ -177,19 +177,19 @@ def _works(pid):
 @pytest.mark.parametrize(
     "words, sentence",
     [
-        (["-np", "1"], "leaves nothing to sum over"),
-        (["-np", "0"], "leaves nothing to sum over"),
+        (["-np", "1"], "bench allreduce needs 2 ranks or more"),
+        (["-np", "0"], "bench allreduce needs 2 ranks or more"),
         (["--rounds", "0"], "--rounds 0 measures nothing"),
-        (["--sizes", "4X"], "'4X' is no size"),
-        (["--sizes", "6", "--dtype", "float64"], "no whole number of float64"),
+        (["--sizes", "4X"], "'4X' is not a size"),
+        (["--sizes", "6", "--dtype", "float64"], "not a whole number of float64"),
         (["--sizes", "100000G"], "type smaller sizes"),
         (["--engines", "nccl"], "--engines nccl"),
         (["-H", "localhost:1"], "fewer than the 2 ranks"),
         (["-H", "no-such-host.invalid:2"], "cannot find"),
-        (["--save", "nowhere/to/be/found.json"], "a folder that is there"),
+        (["--save", "nowhere/to/be/found.json"], "an existing folder"),
         (["--save", "taken"], "taken.json cannot be written"),
         (["--save", ""], "expected the name of a file"),
-        (["--save", "kept", "--sizes", "4X"], "'4X' is no size"),
+        (["--save", "kept", "--sizes", "4X"], "'4X' is not a size"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_starts(bench, marked, tmp_path, words, sentence):
@@ -242,8 +242,8 @@ def test_16_bit_floats_need_no_whole_number_of_more_than_2_bytes():
         check(Options(sizes="7", dtype="bfloat16"))
 
 
-def way(bound):
-    return Way(lambda: None, bound)
+def method(bound):
+    return Method(lambda: None, bound)
 
 
 @pytest.mark.parametrize(
@@ -251,7 +251,7 @@ def way(bound):
 )
 def test_a_sum_of_one_rank_is_the_array_itself(dtype):
     request = {"bytes": 8 * 3001, "dtype": dtype, "seed": 3, "repeat": 2}
-    assert measure(way(lambda array: lambda: array), request, 0, 1)["right"] is True
+    assert measure(method(lambda array: lambda: array), request, 0, 1)["right"] is True
 
 
 @pytest.mark.parametrize(
@@ -264,12 +264,12 @@ def test_a_sum_of_one_rank_is_the_array_itself(dtype):
 )
 def test_no_other_array_passes_for_the_sum(spoil):
     request = {"bytes": 4 * 2048, "dtype": "float32", "seed": 5, "repeat": 1}
-    assert measure(way(lambda array: lambda: spoil(array)), request, 0, 1)["right"] is False
+    assert measure(method(lambda array: lambda: spoil(array)), request, 0, 1)["right"] is False
 
 
 def test_the_sum_of_another_round_is_wrong():
     first = []
-    keep = way(lambda array: lambda: first.append(array) or first[0])
+    keep = method(lambda array: lambda: first.append(array) or first[0])
     request = {"bytes": 4096, "dtype": "float32", "repeat": 1}
     assert measure(keep, {**request, "seed": 1}, 0, 1)["right"] is True
     assert measure(keep, {**request, "seed": 2}, 0, 1)["right"] is False
@@ -278,7 +278,7 @@ def test_the_sum_of_another_round_is_wrong():
 @pytest.mark.parametrize("size", [2, 12, 64, 65, 1000])
 @pytest.mark.parametrize("dtype", ["int8", "float16"])
 def test_what_many_ranks_draw_has_a_sum_that_every_dtype_holds(size, dtype):
-    drawn = [_table(1, rank, size, np.dtype(dtype)).astype(int) for rank in range(size)]
+    drawn = [summands(1, rank, size, np.dtype(dtype)).astype(int) for rank in range(size)]
     assert 0 < np.sum(drawn, 0).max() < 128
     assert all(each.any() for each in drawn)  # nobody's part could be missing and the sum be right
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from hvdtrain.bench import sizes
-from hvdtrain.bench.compare import apart, circumstances, compare, matched
+from hvdtrain.bench.compare import compare, differing_conditions, matching_rows, quartiles_apart
 from hvdtrain.bench.report import Report, ReportError, Row, Spread, load
 
 MACHINE = {"cpu": "one", "cores": 2, "hosts": ["a"], "pinned": True}
@@ -65,10 +65,10 @@ def test_what_is_no_report_is_refused_with_a_sentence(tmp_path, capsys, text):
     bad, good = tmp_path / "bad.json", tmp_path / "good.json"
     bad.write_text(text)
     good.write_text(report().to_json())
-    with pytest.raises(ReportError, match="is no report of hvdtrain bench"):
+    with pytest.raises(ReportError, match="is not a report of hvdtrain bench"):
         load(str(bad))
     assert compare(str(good), str(bad)) == 2
-    assert "bad.json is no report" in capsys.readouterr().err
+    assert "bad.json is not a report" in capsys.readouterr().err
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path, capsys):
@@ -104,14 +104,14 @@ def test_compare_shows_ratio_mark_and_what_only_one_has(tmp_path, capsys):
 
 def test_rows_match_by_work_and_contender():
     first, second = report(row(), row(size=4096)), report(row(size=4096), row("raw MPI"))
-    assert [(one.key, other.key) for one, other in matched(first, second)] == [
+    assert [(one.key, other.key) for one, other in matching_rows(first, second)] == [
         ({"bytes": 4096}, {"bytes": 4096})
     ]
 
 
 def test_circumstances_that_differ_are_named():
     other = report(machine={**MACHINE, "cpu": "two"}, options={"dtype": "float64"}, hvdtrain="9")
-    lines = circumstances(report(hvdtrain="1"), other)
+    lines = differing_conditions(report(hvdtrain="1"), other)
     assert lines == [
         "Different hvdtrain: 1, then 9",
         "Different machine cpu: one, then two",
@@ -121,8 +121,8 @@ def test_circumstances_that_differ_are_named():
 
 def test_quartiles_that_touch_are_not_apart():
     low, high = Spread(2, 1, 3, ()), Spread(4, 3, 5, ())
-    assert not apart(low, high) and not apart(high, low)
-    assert apart(low, Spread(4, 3.1, 5, ())) and apart(Spread(4, 3.1, 5, ()), low)
+    assert not quartiles_apart(low, high) and not quartiles_apart(high, low)
+    assert quartiles_apart(low, Spread(4, 3.1, 5, ())) and quartiles_apart(Spread(4, 3.1, 5, ()), low)
 
 
 @pytest.mark.parametrize(
@@ -154,4 +154,4 @@ def test_what_is_no_size(text):
     "size, text", [(4, "4 B"), (1000, "1000 B"), (4096, "4 KiB"), (1 << 20, "1 MiB"), (3 << 29, "1.5 GiB")]
 )
 def test_sizes_are_shown_as_people_read_them(size, text):
-    assert sizes.shown(size) == text
+    assert sizes.format_size(size) == text

@@ -12,9 +12,9 @@ import pytest
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.step import measure
-from hvdtrain.bench.step.contenders import Entrant, entrants
+from hvdtrain.bench.step.contenders import StepContender, step_contenders
 from hvdtrain.bench.step.options import Options
-from hvdtrain.bench.step.rows import Measured, Scaling, rows_of
+from hvdtrain.bench.step.rows import ScalingTimes, StepTimes, rows_of
 
 MILLIONS = {"resnet20": 0.27, "cnn": 6.4, "mlp": 14.7, "vgg": 14.7, "transformer": 10.0}
 
@@ -124,20 +124,25 @@ def test_an_epoch_lasts_from_its_first_step_to_the_first_step_of_the_next(monkey
 
 @pytest.fixture
 def played(monkeypatch, marked, tmp_path):
-    """Runs the command with models that are one number; returns its exit code and who ran which steps."""
+    """Run the command with models that are one number; return its exit code and the steps of each rank."""
 
     def run(options, **changes):
         diary = tmp_path / "diary"
         settings = {"diary": str(diary)}
-        players = [
-            Entrant(
-                Contender(name, "steppers", {**settings, "name": name, **changes.get(name, {})}, alone=alone),
+        participants = [
+            StepContender(
+                Contender(
+                    name,
+                    "fake_step_worker",
+                    {**settings, "name": name, **changes.get(name, {})},
+                    independent=alone,
+                ),
                 "alone",
-                together=not alone,
+                distributed=not alone,
             )
             for name, alone in (("alone", True), ("hvdtrain mpi", False))
         ]
-        monkeypatch.setattr(measure, "entrants", lambda *_: players)
+        monkeypatch.setattr(measure, "step_contenders", lambda *_: participants)
         code = measure.step(options, as_json=True)
         assert not marked()
         return code, [tuple(json.loads(line)) for line in diary.read_text().splitlines()]
@@ -194,21 +199,21 @@ def test_who_fails_half_way_keeps_what_was_measured_and_ends_with_1(played, caps
 
 def test_without_its_single_a_contender_has_no_efficiency():
     end = {"checksum": 1, "finite": True, "peak": 10, "gradients": 4}
-    mine = Scaling({"torch DDP": {0: 0.5}}, ends={"torch DDP": [end, end]})
-    ddp = next(each for each in entrants("cnn", ["mpi"], peers=True) if each.name == "torch DDP")
-    (row,) = rows_of(ddp, Measured(weak=mine), Options(2, batch=4))
+    mine = ScalingTimes({"torch DDP": {0: 0.5}}, final_states={"torch DDP": [end, end]})
+    ddp = next(each for each in step_contenders("cnn", ["mpi"], peers=True) if each.name == "torch DDP")
+    (row,) = rows_of(ddp, StepTimes(weak=mine), Options(2, batch=4))
     assert set(row.values) == {"step_ms", "images_per_s", "peak_mib"}
 
 
 def test_who_trains_together_is_also_set_beside_the_slowest_of_those_who_do_not():
     end = {"checksum": 1, "finite": True, "peak": 10, "gradients": 4}
     seconds = {"torch alone": {0: 0.2, 1: 0.3}, "torch DDP": {0: 0.25, 1: 0.4}}
-    weak = Scaling(seconds, {"torch alone": {0: 0.24, 1: 0.32}}, {name: [end, end] for name in seconds})
-    alone, ddp = [each for each in entrants("cnn", ["mpi"], peers=True) if each.name in seconds]
-    (row,) = rows_of(ddp, Measured(weak=weak), Options(2, batch=4))
+    weak = ScalingTimes(seconds, {"torch alone": {0: 0.24, 1: 0.32}}, {name: [end, end] for name in seconds})
+    alone, ddp = [each for each in step_contenders("cnn", ["mpi"], peers=True) if each.name in seconds]
+    (row,) = rows_of(ddp, StepTimes(weak=weak), Options(2, batch=4))
     assert row.values["efficiency"].rounds == pytest.approx([0.8, 0.75])
     assert row.values["beside_slowest"].rounds == pytest.approx([0.96, 0.8])
-    (row,) = rows_of(alone, Measured(weak=weak), Options(2, batch=4))
+    (row,) = rows_of(alone, StepTimes(weak=weak), Options(2, batch=4))
     assert "beside_slowest" not in row.values
 
 
@@ -223,7 +228,7 @@ def test_who_trains_together_is_also_set_beside_the_slowest_of_those_who_do_not(
         (["--fit", "12", "--steps", "3"], "leave out --steps"),
         (["--engines", "nccl"], "--engines nccl"),
         (["-H", "localhost:1"], "fewer than the 2 ranks"),
-        (["--save", "nowhere/to/be/found.json"], "a folder that is there"),
+        (["--save", "nowhere/to/be/found.json"], "an existing folder"),
     ],
 )
 def test_what_cannot_be_measured_is_said_before_anything_starts(bench, marked, words, sentence):
@@ -234,9 +239,9 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(bench, marked, w
 
 
 def test_peers_and_engines_can_be_left_out():
-    names = [each.name for each in entrants("cnn", ["horovod"], peers=False)]
+    names = [each.name for each in step_contenders("cnn", ["horovod"], peers=False)]
     assert names == ["alone", "wrapped, one rank", "hvdtrain horovod", "compute only"]
-    assert {each.single for each in entrants("cnn", ["mpi"], True)} == {
+    assert {each.baseline for each in step_contenders("cnn", ["mpi"], True)} == {
         "alone",
         "torch alone",
         "tf_keras alone",

@@ -11,7 +11,7 @@ import pytest
 
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.tune import choose, measure, trial
-from hvdtrain.bench.tune.choose import Tried
+from hvdtrain.bench.tune.choose import KnobResult
 from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.launchers.mpirun import KNOWN
 from hvdtrain.launch.tunable_settings import KNOBS, STEPS, Knob, unasked
@@ -25,11 +25,11 @@ STEPPING = Knob("stepping", "fourth", {"HVDTRAIN_TEST_FACTOR_D": "0.5"}, shows=S
 
 @pytest.fixture
 def tuning(monkeypatch, marked, tmp_path):
-    """Tunes with workers whose speed the variables of the knobs make; returns the exit code and the file."""
+    """Tune with workers whose speed depends on the variables of the settings; return the exit code and the file."""
     file = tmp_path / "found" / "tuned.json"
 
     def contender(shows, engine, model, name, environ):
-        return Contender(name, "tuned_players", environ={**environ, "HVDTRAIN_ENGINE": engine})
+        return Contender(name, "fake_tuned_worker", environ={**environ, "HVDTRAIN_ENGINE": engine})
 
     monkeypatch.setattr(trial, "_contender", contender)
 
@@ -131,13 +131,13 @@ def test_a_gain_is_a_geometric_mean_over_the_work_of_each_round():
     ],
 )
 def test_noise_is_no_help(times, helps):
-    assert Tried(HALF, *choose.gain({"a": [1, 1, 1]}, {"a": times})).helps == helps
+    assert KnobResult(HALF, *choose.gain({"a": [1, 1, 1]}, {"a": times})).helps == helps
 
 
 def test_harm_in_one_kind_of_work_is_not_made_up_for_by_another():
     before = {"a": [1, 1, 1], "b": [1, 1, 1]}
-    assert Tried(HALF, *choose.gain(before, {"a": [0.5] * 3, "b": [1.0] * 3})).helps
-    assert not Tried(HALF, *choose.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})).helps
+    assert KnobResult(HALF, *choose.gain(before, {"a": [0.5] * 3, "b": [1.0] * 3})).helps
+    assert not KnobResult(HALF, *choose.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})).helps
     assert math.isclose(choose.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})[1], 1 / 1.2)
 
 
@@ -156,8 +156,8 @@ def test_nothing_is_set_unasked_between_hosts():
 
 
 BAD = {
-    ("-np", "1"): "-np 1 leaves nobody to send to",
-    ("--rounds", "2"): "--rounds 2 cannot be told from noise",
+    ("-np", "1"): "-np 1: tune needs 2 ranks or more",
+    ("--rounds", "2"): "--rounds 2 is too few to tell a gain from noise",
     ("--engines", "gloo"): "--engines gloo: expected mpi, horovod or mpi,horovod",
     ("-H", "no-such-host.invalid:2"): "no-such-host.invalid",
 }

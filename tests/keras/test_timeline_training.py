@@ -85,7 +85,7 @@ def test_a_second_start_goes_on_or_goes_over_to_another_file_and_says_so(path, c
     assert {"ALLREDUCE", "ALLGATHER"} <= all_phases(path) and "BROADCAST" not in all_phases(path)
     assert "BROADCAST" in all_phases(other) and "ALLREDUCE" not in all_phases(other)
     said = capfd.readouterr().err
-    assert ("is being written already" in said and f"goes on in {other}" in said) == (hvd.rank() == 0)
+    assert ("is already being written" in said and f"continues in {other}" in said) == (hvd.rank() == 0)
 
 
 def test_a_path_that_cannot_be_opened_is_an_error_and_no_timeline_is_left(path):

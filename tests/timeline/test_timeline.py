@@ -217,7 +217,7 @@ def test_a_disk_that_fills_up_ends_the_recording_with_one_sentence_and_not_the_t
         said, complained = (text.decode() for text in process.communicate())
     assert said == "trained to the end\n" and process.returncode == 0
     assert len(complained.splitlines()) == 1
-    assert "rank 1" in complained and "t.rank1.json" in complained and "training goes on" in complained
+    assert "rank 1" in complained and "t.rank1.json" in complained and "training continues" in complained
     events = read_trace(tmp_path / "t.rank1.json")
     assert phases(events)[:2] == ["ALLREDUCE", None] and len(events) > 50
 

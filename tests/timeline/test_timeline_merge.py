@@ -10,8 +10,8 @@ import pytest
 
 from hvdtrain.timeline import merge as module
 from hvdtrain.timeline.recorder import Timeline, native_path_of, path_of
-from hvdtrain.timeline.recordings import aligned, load
-from hvdtrain.timeline.waiting_times import sends, slices, time_in, waiting
+from hvdtrain.timeline.recordings import aligned_starts, load
+from hvdtrain.timeline.waiting_times import is_transfer, slices, time_in, waiting
 
 HVDTRAIN = [sys.executable, "-c", "from hvdtrain.cli import main; main()"]
 
@@ -102,7 +102,7 @@ def test_ranks_of_one_host_are_aligned_by_their_common_clock_and_hosts_by_the_ti
     write(tmp_path / "t.json", 1, [(1, "ALLREDUCE", 0, 100)], epoch=500_000_000, on_clock=5_040)
     write(tmp_path / "t.json", 2, [(1, "ALLREDUCE", 0, 100)], "node2", "b", epoch=900_000_070, on_clock=77)
     timelines = [load(path_of(tmp_path / "t.json", rank)) for rank in range(3)]
-    assert aligned(timelines) == [0, 40, 70]
+    assert aligned_starts(timelines) == [0, 40, 70]
     module.merge([str(tmp_path / "t.json")])
     events = json.loads((tmp_path / "t.merged.json").read_text())["traceEvents"]
     assert sorted(each["ts"] for each in events if each["ph"] == "B") == [0, 40, 70]
@@ -124,7 +124,7 @@ def test_two_processes_of_this_machine_are_aligned(tmp_path):
         out = subprocess.run(command, capture_output=True, check=True).stdout
         seen.append([float(number) * 1e6 for number in out.split()])
     timelines = [load(path_of(tmp_path / "t.json", rank)) for rank in range(2)]
-    starts = aligned(timelines)
+    starts = aligned_starts(timelines)
     begins = [
         each["ts"] + start
         for one, start in zip(timelines, starts, strict=True)
@@ -205,7 +205,7 @@ def test_time_on_the_wire_is_without_copies_and_counts_once_what_runs_at_once():
         {"name": "ALLGATHER", "ph": "B", "ts": 80, "pid": 2, "tid": 0},
         {"ph": "E", "ts": 120, "pid": 2, "tid": 0},
     ]
-    assert time_in(slices(events, {1: "a", 2: "b"}, 120), sends) == 80
+    assert time_in(slices(events, {1: "a", 2: "b"}, 120), is_transfer) == 80
 
 
 def test_what_horovods_core_saw_on_rank_0_is_no_waiting_of_rank_0(tmp_path):
@@ -268,21 +268,21 @@ def test_a_bad_file_of_the_core_costs_only_what_the_core_knew(tmp_path, capsys):
     native_path_of(path).write_text("nonsense")
     assert module.merge([str(path)]) == 0
     out, err = told(capsys)
-    assert "2 events of 1 rank." in out and "t.native.json is no trace" in err
+    assert "2 events of 1 rank." in out and "t.native.json is not a trace" in err
 
 
 BAD = {
     "empty": (b"", "is empty"),
     "zeros": (b"\0" * 100, "is empty"),
-    "foreign": (b'{"traceEvents": []}', "is no trace"),
-    "binary": (os.urandom(500), "is no trace"),
-    "array": (b"[1, 2, 3]", "holds something else"),
+    "foreign": (b'{"traceEvents": []}', "is not a trace"),
+    "binary": (os.urandom(500), "is not a trace"),
+    "array": (b"[1, 2, 3]", "contains something other"),
     "timeless": (b'[{"ph": "M"}, {"ph": "B"}]', "without a time"),
     "horovods": (
         b'[{"name": "process_name", "ph": "M", "pid": 0, "args": {"start_time_since_epoch_in_micros": 1}}]',
-        "is no timeline of hvdtrain",
+        "is not a timeline of hvdtrain",
     ),
-    "no events": (b"[]", "is no timeline of hvdtrain"),
+    "no events": (b"[]", "is not a timeline of hvdtrain"),
     "damaged": (b'[{"ph": "M"},\n\xff\xff\n{"ph": "E", "ts": 1}\n]', "is damaged after 1 event"),
 }
 

@@ -1,1 +1,1 @@
-"""Five models, once for Keras and once for torch, with the same shapes and the same optimizer."""
+"""Build five models, in Keras and in torch, with the same shapes and the same optimizer."""

@@ -1,4 +1,4 @@
-"""The models in Keras; `keras` is Keras 3 or tf_keras, whichever is to be measured."""
+"""Build the models in Keras 3 or tf_keras."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from hvdtrain.bench.models.workloads import BLOCKS, HEADS, WIDTH, WORKLOADS
 
 
 def build(keras: Any, name: str) -> Any:
-    """Builds one of the models, without an optimizer; its weights depend on the seed set before.
+    """Build one of the models, without an optimizer; its weights depend on the current random seed.
 
     Args:
         keras: The module `keras` or `tf_keras`.
@@ -20,12 +20,12 @@ def build(keras: Any, name: str) -> Any:
 
 
 def compiled(keras: Any, name: str, wrap: Any = lambda optimizer: optimizer, xla: bool = False) -> Any:
-    """Builds one of the models, ready for its train function.
+    """Build and compile one of the models.
 
     Args:
         keras: The module `keras` or `tf_keras`.
         name: One of `WORKLOADS`.
-        wrap: What makes the optimizer a distributed one.
+        wrap: Returns the distributed form of the optimizer.
         xla: Whether XLA compiles the step.
     """
     workload = WORKLOADS[name]
@@ -101,7 +101,7 @@ def _transformer(keras: Any, x: Any) -> Any:
 
 
 def _positions(keras: Any) -> Any:
-    """Makes the layer that adds to each token where it stands."""
+    """Return the layer that adds a learned embedding of its position to each token."""
 
     class Positions(keras.layers.Layer):
         def build(self, shape: Any) -> None:

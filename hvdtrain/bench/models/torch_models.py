@@ -1,4 +1,4 @@
-"""The same models in torch, written as torch's users write them: channels first."""
+"""Build the same models in torch, with channels first."""
 
 import itertools
 
@@ -9,7 +9,7 @@ from hvdtrain.bench.models.workloads import BLOCKS, HEADS, WIDTH, WORKLOADS
 
 
 def build(name: str) -> nn.Module:
-    """Builds one of the models; its weights depend on the seed set before.
+    """Build one of the models; its weights depend on the current random seed.
 
     Args:
         name: One of `WORKLOADS`.
@@ -19,7 +19,7 @@ def build(name: str) -> nn.Module:
 
 
 def optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """Makes the optimizer that the model has in Keras too.
+    """Return the same optimizer as in Keras.
 
     Args:
         name: One of `WORKLOADS`.
@@ -42,7 +42,7 @@ def _resnet20() -> nn.Module:
 
 
 class _Residual(nn.Module):
-    """Two convolutions beside a shortcut."""
+    """Two convolutions and a shortcut connection."""
 
     def __init__(self, channels: int, filters: int) -> None:
         super().__init__()
@@ -88,19 +88,19 @@ def _vgg() -> nn.Module:
 
 
 class _Transformer(nn.Module):
-    """The causal language model."""
+    """A causal language model."""
 
     def __init__(self) -> None:
         super().__init__()
-        (length,), words = WORKLOADS["transformer"].shape, WORKLOADS["transformer"].classes
+        (length,), vocabulary = WORKLOADS["transformer"].shape, WORKLOADS["transformer"].classes
         block = nn.TransformerEncoderLayer(
             WIDTH, HEADS, 4 * WIDTH, dropout=0.0, batch_first=True, norm_first=True
         )
-        self.tokens = nn.Embedding(words, WIDTH)
+        self.tokens = nn.Embedding(vocabulary, WIDTH)
         self.positions = nn.Parameter(torch.empty(length, WIDTH).uniform_(-0.05, 0.05))
         self.blocks = nn.TransformerEncoder(block, BLOCKS, nn.LayerNorm(WIDTH), enable_nested_tensor=False)
-        self.words = nn.Linear(WIDTH, words)
+        self.logits = nn.Linear(WIDTH, vocabulary)
         self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(length))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.words(self.blocks(self.tokens(x) + self.positions, self.mask, is_causal=True))
+        return self.logits(self.blocks(self.tokens(x) + self.positions, self.mask, is_causal=True))

@@ -1,11 +1,11 @@
-"""What each model is fed with and trained by: the same for every framework, so that steps can be compared."""
+"""Define data and optimizer of each model, the same for every framework, so that steps can be compared."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-BATCHES = 4  # different ones, which take turns
+BATCHES = 4  # different batches, used in turn
 WIDTH, HEADS, BLOCKS = 384, 6, 3  # of the transformer
 
 Batch = tuple[np.ndarray, np.ndarray]
@@ -16,11 +16,11 @@ class Workload:
     """One model's data and optimizer.
 
     Args:
-        shape: Of one sample; images with their channels last, text as its length.
-        classes: How many outputs there are: of an image its kinds, of a token those that may follow.
-        batch: Samples a rank and step, where the user does not say.
+        shape: Shape of one sample: (height, width, channels) of an image, (length,) of a text or vector.
+        classes: Number of outputs: classes of an image, or tokens of the vocabulary.
+        batch: Default number of samples for each rank and step.
         rate: The learning rate.
-        adam: Whether Adam trains it; else SGD with a momentum of 0.9.
+        adam: Whether the optimizer is Adam; otherwise it is SGD with a momentum of 0.9.
     """
 
     shape: tuple[int, ...]
@@ -31,34 +31,37 @@ class Workload:
 
     @property
     def is_text(self) -> bool:
-        """Tells whether a sample is a row of tokens, each of which has the next as its label."""
+        """Whether a sample is a sequence of tokens; the label of each token is the next token."""
         return len(self.shape) == 1 and self.classes > 1000
 
     @property
     def unit(self) -> str:
-        """Names what is counted."""
+        """The unit of throughput."""
         return "tokens" if self.is_text else "images"
 
     @property
     def units(self) -> int:
-        """Returns how many of them a sample holds."""
+        """Number of units in a sample."""
         return self.shape[0] if self.is_text else 1
 
     def batches(self, size: int, seed: int) -> Iterator[Batch]:
-        """Makes the batches of one rank.
+        """Yield the batches of one rank.
 
         Args:
-            size: Samples a batch.
-            seed: Chooses the numbers; each rank has its own.
+            size: Samples in a batch.
+            seed: Seed of the random numbers; each rank has its own.
+
+        Yields:
+            Inputs of shape `(size, *shape)`, float32 or int32 for text, and int32 labels.
         """
-        chance = np.random.default_rng(seed)
+        rng = np.random.default_rng(seed)
         for _ in range(BATCHES):
             if self.is_text:
-                text = chance.integers(self.classes, size=(size, self.shape[0] + 1))
+                text = rng.integers(self.classes, size=(size, self.shape[0] + 1))
                 yield text[:, :-1].astype("int32"), text[:, 1:].astype("int32")
             else:
-                pixels = chance.normal(size=(size, *self.shape)).astype("float32")
-                yield pixels, chance.integers(self.classes, size=size).astype("int32")
+                pixels = rng.normal(size=(size, *self.shape)).astype("float32")
+                yield pixels, rng.integers(self.classes, size=size).astype("int32")
 
 
 WORKLOADS = {

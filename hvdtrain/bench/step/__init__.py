@@ -1,1 +1,1 @@
-"""`hvdtrain bench step`: what a training step costs on several ranks, beside the same step without any others."""
+"""Time a training step on several ranks, and the same step of independent processes."""

@@ -1,4 +1,4 @@
-"""The arithmetic of `hvdtrain bench step`: from seconds a step to pace, efficiency and memory."""
+"""Compute throughput, efficiency and memory from the measured step times (`hvdtrain bench step`)."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,112 +6,115 @@ from typing import Any
 
 from hvdtrain.bench.models.workloads import Workload
 from hvdtrain.bench.report import Row, Spread
-from hvdtrain.bench.step.contenders import ALONE, SILENT, WRAPPED, Entrant
+from hvdtrain.bench.step.contenders import ALONE, COMPUTE_ONLY, WRAPPED, StepContender
 from hvdtrain.bench.step.options import Options
 
 WEAK, STRONG = "weak", "strong"
 
-Seconds = Mapping[int, float]  # a step's, by round
+Seconds = Mapping[int, float]  # duration of a step, by round
 
 
 @dataclass(frozen=True)
-class Scaling:
-    """What came of the rounds with one size of batch.
+class ScalingTimes:
+    """Measurements with one size of batch.
 
     Args:
-        seconds: A step's, by contender and round.
-        slowest: The same of its slowest process.
-        ends: What the ranks of each contender said of themselves after the rounds.
+        seconds: Mean duration of a step over the ranks, by contender and round.
+        slowest: Duration of a step on the slowest rank, by contender and round.
+        final_states: Answers of the ranks after the rounds, by contender: checksum of the weights, peak memory.
     """
 
     seconds: dict[str, dict[int, float]] = field(default_factory=dict)
     slowest: dict[str, dict[int, float]] = field(default_factory=dict)
-    ends: dict[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
+    final_states: dict[str, Sequence[Mapping[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What came of all rounds.
+class StepTimes:
+    """Measurements of all rounds.
 
     Args:
-        weak: Each rank has a batch of its own.
-        strong: The batch of one is divided among all; a process by itself has the whole.
+        weak: Each rank has its own batch.
+        strong: One batch is divided among all ranks; an independent process has the whole batch.
     """
 
-    weak: Scaling = field(default_factory=Scaling)
-    strong: Scaling = field(default_factory=Scaling)
+    weak: ScalingTimes = field(default_factory=ScalingTimes)
+    strong: ScalingTimes = field(default_factory=ScalingTimes)
 
 
-def rows_of(entrant: Entrant, measured: Measured, options: Options) -> Iterator[Row]:
-    """Sums up what one contender did.
+def rows_of(contender: StepContender, times: StepTimes, options: Options) -> Iterator[Row]:
+    """Yield the rows of one contender, of weak and strong scaling.
 
     Args:
-        entrant: Who.
-        measured: What came of all rounds.
-        options: What was asked for.
+        contender: The contender.
+        times: The measurements of all rounds.
+        options: The options of the command.
     """
     parts = (
-        (WEAK, options.own, measured.weak, _weak),
-        (STRONG, options.ranks * options.part, measured.strong, _strong),
+        (WEAK, options.weak_batch, times.weak, _weak_values),
+        (STRONG, options.ranks * options.strong_batch, times.strong, _strong_values),
     )
-    for name, batch, scaling, values in parts:
-        if entrant.name in scaling.ends and entrant.name in scaling.seconds:
-            key = {"model": options.model, "batch": batch, "scaling": name}
-            yield Row(key, entrant.name, values(entrant, scaling, options), _right(entrant, scaling))
+    name = contender.name
+    for scaling, batch, measured, values in parts:
+        if name in measured.final_states and name in measured.seconds:
+            key = {"model": options.model, "batch": batch, "scaling": scaling}
+            yield Row(key, name, values(contender, measured, options), _right(contender, measured))
 
 
-def _right(entrant: Entrant, scaling: Scaling) -> bool:
-    """Tells whether all numbers are finite and ranks that train together hold the same weights."""
-    ends = scaling.ends[entrant.name]
-    same = len({each["checksum"] for each in ends}) == 1
-    return all(each["finite"] for each in ends) and (same or not entrant.together)
+def _right(contender: StepContender, measured: ScalingTimes) -> bool:
+    """Return whether all numbers are finite, and ranks that train one model have the same weights."""
+    states = measured.final_states[contender.name]
+    same = len({state["checksum"] for state in states}) == 1
+    return all(state["finite"] for state in states) and (same or not contender.distributed)
 
 
-def _weak(entrant: Entrant, scaling: Scaling, options: Options) -> dict[str, Spread]:
-    mine = scaling.seconds[entrant.name]
-    values = _pace(mine, options.ranks * options.own, options.workload)
-    values |= _spread("efficiency", _within_rounds(scaling.seconds.get(entrant.single, {}), mine))
-    if entrant.together:
-        values |= _spread("beside_slowest", _within_rounds(scaling.slowest.get(entrant.single, {}), mine))
-    if entrant.together and entrant.single == ALONE:
-        values |= _spread("beside_wrapped", _within_rounds(scaling.seconds.get(WRAPPED, {}), mine))
-        computing = _within_rounds(scaling.seconds.get(SILENT, {}), mine)
-        values |= _spread("communication", [1 - part for part in computing])
-    return values | _memory(entrant, scaling)
+def _weak_values(contender: StepContender, measured: ScalingTimes, options: Options) -> dict[str, Spread]:
+    seconds, baseline = measured.seconds[contender.name], contender.baseline
+    values = _throughput(seconds, options.ranks * options.weak_batch, options.workload)
+    values |= _spread("efficiency", _ratios(measured.seconds.get(baseline, {}), seconds))
+    if contender.distributed:
+        values |= _spread("beside_slowest", _ratios(measured.slowest.get(baseline, {}), seconds))
+    if contender.distributed and baseline == ALONE:
+        values |= _spread("beside_wrapped", _ratios(measured.seconds.get(WRAPPED, {}), seconds))
+        computing = _ratios(measured.seconds.get(COMPUTE_ONLY, {}), seconds)
+        values |= _spread("communication", [1 - share for share in computing])
+    return values | _memory(contender, measured)
 
 
-def _strong(entrant: Entrant, scaling: Scaling, options: Options) -> dict[str, Spread]:
-    mine, cores = scaling.seconds[entrant.name], options.ranks if entrant.together else 1
-    values = _pace(mine, options.ranks * options.part, options.workload)
-    gains = _within_rounds(scaling.seconds.get(entrant.single, {}), mine)
-    return values | _spread("speedup", gains) | _spread("efficiency", [gain / cores for gain in gains])
+def _strong_values(contender: StepContender, measured: ScalingTimes, options: Options) -> dict[str, Spread]:
+    seconds, cores = measured.seconds[contender.name], options.ranks if contender.distributed else 1
+    values = _throughput(seconds, options.ranks * options.strong_batch, options.workload)
+    speedups = _ratios(measured.seconds.get(contender.baseline, {}), seconds)
+    efficiencies = [speedup / cores for speedup in speedups]
+    return values | _spread("speedup", speedups) | _spread("efficiency", efficiencies)
 
 
-def _pace(seconds: Seconds, samples: int, workload: Workload) -> dict[str, Spread]:
+def _throughput(seconds: Seconds, samples: int, workload: Workload) -> dict[str, Spread]:
     units = samples * workload.units
     return {
-        "step_ms": Spread.of([1e3 * each for each in seconds.values()]),
-        f"{workload.unit}_per_s": Spread.of([units / each for each in seconds.values()]),
+        "step_ms": Spread.of([1e3 * time for time in seconds.values()]),
+        f"{workload.unit}_per_s": Spread.of([units / time for time in seconds.values()]),
     }
 
 
-def _within_rounds(others: Seconds, mine: Seconds) -> list[float]:
-    """Divides round by round, so that what disturbs the machine for a while disturbs both."""
-    return [others[number] / mine[number] for number in sorted(mine) if number in others]
+def _ratios(others: Seconds, seconds: Seconds) -> list[float]:
+    """Divide round by round, because a temporary disturbance of the machine slows down both contenders."""
+    return [others[number] / seconds[number] for number in sorted(seconds) if number in others]
 
 
 def _spread(name: str, rounds: Sequence[float]) -> dict[str, Spread]:
     return {name: Spread.of(rounds)} if rounds else {}
 
 
-def _memory(entrant: Entrant, scaling: Scaling) -> dict[str, Spread]:
-    peak = _peak(scaling, entrant.name)
+def _memory(contender: StepContender, measured: ScalingTimes) -> dict[str, Spread]:
+    peak = _peak(measured, contender.name)
     values = {"peak_mib": Spread.of([peak / 2**20])}
-    if entrant.single in scaling.ends:
-        excess = peak - _peak(scaling, entrant.single)
-        values |= _spread("excess_gradients", [excess / scaling.ends[entrant.name][0]["gradients"]])
+    if contender.baseline in measured.final_states:
+        excess = peak - _peak(measured, contender.baseline)
+        gradients = measured.final_states[contender.name][0]["gradients"]
+        values |= _spread("excess_gradients", [excess / gradients])
     return values
 
 
-def _peak(scaling: Scaling, name: str) -> int:
-    return max(each["peak"] for each in scaling.ends[name])
+def _peak(measured: ScalingTimes, name: str) -> int:
+    return max(state["peak"] for state in measured.final_states[name])

@@ -1,4 +1,4 @@
-"""What `hvdtrain bench step` shows: weak scaling, strong scaling, and how the columns are to be read."""
+"""Print the tables of `hvdtrain bench step`: weak scaling, strong scaling, and an explanation of the columns."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,27 +8,29 @@ from rich.table import Table
 
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.report import Report, Row
-from hvdtrain.bench.step.contenders import SILENT, TF_KERAS, TORCH, WRAPPED
+from hvdtrain.bench.step.contenders import COMPUTE_ONLY, TF_KERAS, TORCH, WRAPPED
 from hvdtrain.bench.step.rows import STRONG, WEAK
 
-_READING = (
-    "efficiency: the step of as many processes by themselves, at work at once, over this step. "
-    "beside slowest: the same of the slowest of them, on whose core the others wait when they train together. "
-    f"communication: what is left of a step without that of `{SILENT}`. "
-    "over alone: peak memory beyond that of the process by itself, in units of all gradients."
+_EXPLANATION = (
+    "efficiency: the step of the same number of independent processes, running at the same time, over this step. "
+    "beside slowest: the same with the slowest of these processes, on whose core all ranks would have to wait. "
+    f"communication: the part of a step that `{COMPUTE_ONLY}` does not have. "
+    "over alone: peak memory beyond that of the independent process, in units of all gradients."
 )
 
-_READING_FIT = f"beside wrapped: the epoch of `{WRAPPED}`, which starts without Keras' pause, over this one."
+_EXPLANATION_FIT = (
+    f"beside wrapped: the epoch of `{WRAPPED}`, which starts without Keras' pause, over this epoch."
+)
 
 
 def render(report: Report, console: Console) -> None:
-    """Prints the tables."""
+    """Print the tables."""
     console.print(_table(report, WEAK))
     if any(row.key["scaling"] == STRONG for row in report.rows):
         console.print(_table(report, STRONG))
-    console.print(_READING, markup=False)
+    console.print(_EXPLANATION, markup=False)
     if report.options.get("fit"):
-        console.print(_READING_FIT, markup=False)
+        console.print(_EXPLANATION_FIT, markup=False)
     for name in dict.fromkeys(row.contender for row in report.wrong):
         console.print(
             f"WRONG: {name} ended with weights that differ between its ranks, or with numbers that are not finite.",
@@ -41,7 +43,7 @@ def _table(report: Report, scaling: str) -> Table:
     rows = [row for row in report.rows if row.key["scaling"] == scaling]
     batch = f"{rows[0].key['batch']} a rank" if scaling == WEAK else f"{rows[0].key['batch']} for all ranks"
     table = Table(
-        title=f"{options['model']}, {_turn(options)}a batch of {batch}, {report.ranks} ranks: medians of "
+        title=f"{options['model']}, {_fit_title(options)}a batch of {batch}, {report.ranks} ranks: medians of "
         f"{options['rounds']} rounds, and quartiles",
         title_justify="left",
     )
@@ -55,17 +57,17 @@ def _table(report: Report, scaling: str) -> Table:
     return table
 
 
-def _turn(options: Mapping[str, Any]) -> str:
+def _fit_title(options: Mapping[str, Any]) -> str:
     return f"epochs of {options['fit']} steps by fit, " if options.get("fit") else ""
 
 
 def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     unit = WORKLOADS[report.options["model"]].unit
-    step, quartiles = (
-        {"ms a step": _median("step_ms", _number)},
-        {"quartiles": _quartiles("step_ms", _number)},
-    )
-    pace = {f"{unit}/s": _median(f"{unit}_per_s", "{:.0f}".format)}
+    step = {
+        "ms a step": _median("step_ms", _number),
+        "quartiles": _quartiles("step_ms", _number),
+    }
+    throughput = {f"{unit}/s": _median(f"{unit}_per_s", "{:.0f}".format)}
     efficiency = {
         "effi-\nciency": _median("efficiency", "{:.3f}".format),
         "quartiles ": _quartiles("efficiency", "{:.3f}".format),
@@ -75,15 +77,14 @@ def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     if scaling == STRONG:
         return {
             **step,
-            **quartiles,
-            **pace,
+            **throughput,
             "speed-\nup": _median("speedup", "{:.2f}".format),
             **efficiency,
             **right,
         }
     return {
         **step,
-        **(wrapped if report.options.get("fit") else pace),
+        **(wrapped if report.options.get("fit") else throughput),
         **efficiency,
         "beside\nslowest": _median("beside_slowest", "{:.3f}".format),
         "commu-\nnication": _median("communication", "{:.1%}".format),
@@ -93,14 +94,14 @@ def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     }
 
 
-def _median(value: str, written: Callable[[float], str]) -> Callable[[Row], str]:
-    return lambda row: written(row.values[value].median) if value in row.values else ""
+def _median(quantity: str, formatted: Callable[[float], str]) -> Callable[[Row], str]:
+    return lambda row: formatted(row.values[quantity].median) if quantity in row.values else ""
 
 
-def _quartiles(value: str, written: Callable[[float], str]) -> Callable[[Row], str]:
+def _quartiles(quantity: str, formatted: Callable[[float], str]) -> Callable[[Row], str]:
     def cell(row: Row) -> str:
-        spread = row.values.get(value)
-        return f"{written(spread.low)}-{written(spread.high)}" if spread else ""
+        spread = row.values.get(quantity)
+        return f"{formatted(spread.low)}-{formatted(spread.high)}" if spread else ""
 
     return cell
 

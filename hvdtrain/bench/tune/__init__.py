@@ -1,1 +1,1 @@
-"""`hvdtrain tune`: tries what can be set in MPI, Horovod and the C library, and keeps what is faster here."""
+"""Try settings of MPI, Horovod and the C library, and store those that are faster on this machine."""

@@ -1,4 +1,4 @@
-"""From times to a choice: what is faster by more than noise, and slower in nothing."""
+"""Choose the settings that are faster by more than noise and that slow down no kind of work."""
 
 import math
 import statistics
@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from hvdtrain.bench.report import Spread
 from hvdtrain.launch.tunable_settings import Knob
 
-WORTH = 1.02  # times as fast, in the middle of all rounds, is worth a setting
-HARM = 0.95  # times as fast in any one piece of work is not made up for by another
+MIN_GAIN = 1.02  # a setting must be this many times as fast, in the median of all rounds
+MIN_WORST = 0.95  # and at least this many times as fast in every kind of work
 
-Times = Mapping[str, Sequence[float]]  # by piece of work, in the order of the rounds
+Times = Mapping[str, Sequence[float]]  # seconds by kind of work, in the order of the rounds
 
 
 @dataclass(frozen=True)
-class Tried:
-    """What came of trying one knob.
+class KnobResult:
+    """Result of trying one setting.
 
     Args:
-        knob: Which.
-        gain: How many times as fast everything together was: a geometric mean over the pieces of work, by round.
-        worst: The same of the piece of work that it did the least for, in the middle of all rounds.
+        knob: The setting.
+        gain: Speed-up of all work: the geometric mean over the kinds of work, by round.
+        worst: Speed-up of the kind of work that gains least, in the median of all rounds.
     """
 
     knob: Knob
@@ -30,33 +30,34 @@ class Tried:
 
     @property
     def helps(self) -> bool:
-        """Tells whether it is faster by more than noise, and slower in nothing."""
-        return self.gain.median >= WORTH and self.gain.low > 1.0 and self.worst >= HARM
+        """Whether the setting is faster by more than noise and slows down no kind of work."""
+        return self.gain.median >= MIN_GAIN and self.gain.low > 1.0 and self.worst >= MIN_WORST
 
 
 def gain(before: Times, after: Times) -> tuple[Spread, float]:
-    """Compares two contenders of the same rounds.
+    """Compare two contenders of the same rounds.
 
     Args:
-        before: The times of one.
-        after: Those of the other.
+        before: The times of the first contender.
+        after: The times of the second contender.
 
     Returns:
-        How many times as fast the other is in everything together, and in the piece of work that is its worst.
+        The speed-up of the second contender over all work, and for the kind of work that gains least.
     """
-    ratios = {
-        work: [one / other for one, other in zip(before[work], after[work], strict=False)] for work in before
-    }
-    rounds = zip(*ratios.values(), strict=False)
-    together = [math.exp(statistics.fmean(math.log(each) for each in row)) for row in rounds]
-    return Spread.of(together), min(statistics.median(each) for each in ratios.values())
+    ratios = {}
+    for work, times in before.items():
+        ratios[work] = [old / new for old, new in zip(times, after[work], strict=False)]
+    means = []
+    for ratios_of_round in zip(*ratios.values(), strict=False):
+        means.append(math.exp(statistics.fmean(math.log(ratio) for ratio in ratios_of_round)))
+    return Spread.of(means), min(statistics.median(values) for values in ratios.values())
 
 
-def best(tried: Iterable[Tried]) -> list[Tried]:
-    """Takes of each choice the knob that helps most, if any does."""
-    found: dict[str, Tried] = {}
-    for each in tried:
-        other = found.get(each.knob.choice)
-        if each.helps and (other is None or each.gain.median > other.gain.median):
-            found[each.knob.choice] = each
+def best(results: Iterable[KnobResult]) -> list[KnobResult]:
+    """Return for each choice the setting that helps most, if any helps."""
+    found: dict[str, KnobResult] = {}
+    for result in results:
+        other = found.get(result.knob.choice)
+        if result.helps and (other is None or result.gain.median > other.gain.median):
+            found[result.knob.choice] = result
     return list(found.values())

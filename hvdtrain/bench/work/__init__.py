@@ -1,1 +1,1 @@
-"""What a contender's ranks do: `prepare(settings)` gets ready and returns what answers requests."""
+"""Define the work of each contender: `prepare(settings)` returns a function that answers requests."""

@@ -1,4 +1,4 @@
-"""torch.distributed over Gloo, in place, as DistributedDataParallel reduces."""
+"""Call `torch.distributed.all_reduce` over Gloo, in place, as DistributedDataParallel does."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -7,32 +7,35 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from hvdtrain.bench.work.sums import Way, measure
+from hvdtrain.bench.work.sums import Method, measure
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:
-    """Joins the process group that MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE describe."""
+    """Join the process group that MASTER_ADDR, MASTER_PORT, RANK and WORLD_SIZE describe.
+
+    Returns:
+        A function that answers requests.
+    """
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    return lambda request: measure(
-        Way(dist.barrier, _bound, _fetch), request, dist.get_rank(), dist.get_world_size()
-    )
+    method = Method(dist.barrier, _bind, _fetch)
+    return lambda request: measure(method, request, dist.get_rank(), dist.get_world_size())
 
 
-def _bound(array: np.ndarray) -> Callable[[], tuple]:
-    given = torch.from_numpy(array)
-    buffer = given.clone()
+def _bind(array: np.ndarray) -> Callable[[], tuple]:
+    source = torch.from_numpy(array)
+    buffer = source.clone()
 
     def once() -> tuple:
         dist.all_reduce(buffer)
-        return given, buffer
+        return source, buffer
 
     return once
 
 
 def _fetch(result: tuple) -> np.ndarray:
-    """Sums once more: in place, one sum on top of another is no sum over ranks."""
-    given, buffer = result
-    buffer.copy_(given)
+    """Sum once more from the original array: in place, each repetition has summed the result of the one before."""
+    source, buffer = result
+    buffer.copy_(source)
     dist.all_reduce(buffer)
     return buffer.numpy()

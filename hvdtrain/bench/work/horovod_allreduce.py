@@ -1,4 +1,4 @@
-"""Stock Horovod: its own operation inside a `tf.function`, with its default settings."""
+"""Call `allreduce` of stock Horovod inside a `tf.function`, with default settings."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -7,22 +7,26 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from hvdtrain.bench.work.sums import Way, measure
+from hvdtrain.bench.work.sums import Method, measure
 from hvdtrain.collectives.horovod.library import load_horovod
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:
-    """Starts Horovod."""
+    """Start Horovod.
+
+    Returns:
+        A function that answers requests.
+    """
     horovod = load_horovod()
     horovod.init()
-    nothing = tf.zeros(())
-    way = Way(lambda: horovod.allreduce(nothing, name="bench.barrier"), partial(_bound, horovod))
-    return lambda request: measure(way, request, horovod.rank(), horovod.size())
+    zero = tf.zeros(())
+    method = Method(lambda: horovod.allreduce(zero, name="bench.barrier"), partial(_bind, horovod))
+    return lambda request: measure(method, request, horovod.rank(), horovod.size())
 
 
-def _bound(horovod: Any, array: np.ndarray) -> Callable[[], Any]:
+def _bind(horovod: Any, array: np.ndarray) -> Callable[[], Any]:
     @tf.function
-    def summed(tensor: Any) -> Any:
+    def reduced(tensor: Any) -> Any:
         return horovod.allreduce(tensor, op=horovod.Sum, name=f"bench.{array.dtype}.{array.size}")
 
-    return partial(summed, tf.constant(array))
+    return partial(reduced, tf.constant(array))

@@ -1,4 +1,4 @@
-"""Steps of Keras 3: plain, averaged over the ranks by hvdtrain, or made for that with the averaging left out."""
+"""Train with Keras 3: without hvdtrain, averaged over ranks by hvdtrain, or with hvdtrain but without exchange."""
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -6,19 +6,19 @@ from typing import Any
 
 from hvdtrain.bench.models.keras_models import compiled
 
-PLAIN, WRAPPED, AVERAGED, SILENT = "plain", "wrapped", "averaged", "silent"
+PLAIN, WRAPPED, COMPUTE_ONLY = "plain", "wrapped", "compute_only"
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
-    """Builds the model, the same on all ranks.
+    """Build the model, the same on all ranks.
 
     Args:
-        settings: `model`, one of `WORKLOADS`; `way`: "plain" for Keras alone, "wrapped" for hvdtrain in one
-            process, "averaged" for hvdtrain, "silent" for hvdtrain whose ranks tell each other nothing; `xla`:
+        settings: `model`, one of `WORKLOADS`; `mode`: "plain" for Keras alone, "wrapped" for hvdtrain in one
+            process, "averaged" for hvdtrain, "compute_only" for hvdtrain without exchange between ranks; `xla`:
             whether XLA compiles the step.
 
     Returns:
-        What answers requests.
+        A function that answers requests.
     """
     import keras
 
@@ -27,43 +27,44 @@ def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
     distribute = _distribution(settings)
     keras.utils.set_random_seed(0)
     model = compiled(keras, settings["model"], distribute, settings.get("xla", False))
-    feed = None if settings["way"] == PLAIN else functools.partial(_sharded, settings["model"])
-    return KerasSteps(keras, model, settings, feed=feed).answering()
+    plain = settings["mode"] == PLAIN
+    fit_arguments = None if plain else functools.partial(_sharded, settings["model"])
+    return KerasSteps(keras, model, settings, fit_arguments=fit_arguments).worker()
 
 
 def _sharded(model: str, batch: int, steps: int) -> dict[str, Any]:
     import hvdtrain.keras as hvd
     from hvdtrain.bench.work.keras_steps import samples
 
-    whole = batch * hvd.size()
-    return {"x": hvd.shard(samples(model, whole, steps, 0), batch_size=whole)}
+    global_batch = batch * hvd.size()
+    return {"x": hvd.shard(samples(model, global_batch, steps, 0), batch_size=global_batch)}
 
 
 def _distribution(settings: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """Returns what becomes of the optimizer, and takes this rank's threads, before anything is computed."""
+    """Return the function that wraps the optimizer; set the number of threads before anything is computed."""
     from hvdtrain.bench.work.keras_steps import take_threads
 
-    if settings["way"] in (PLAIN, WRAPPED):
+    if settings["mode"] in (PLAIN, WRAPPED):
         take_threads(settings)
-    if settings["way"] == PLAIN:
+    if settings["mode"] == PLAIN:
         return lambda optimizer: optimizer
     import hvdtrain.keras as hvd
 
     hvd.init()
-    return _silent if settings["way"] == SILENT else hvd.DistributedOptimizer
+    return _without_exchange if settings["mode"] == COMPUTE_ONLY else hvd.DistributedOptimizer
 
 
-def _silent(optimizer: Any) -> Any:
-    """Leaves everything as it is but the way to the other ranks."""
+def _without_exchange(optimizer: Any) -> Any:
+    """Return the distributed optimizer with everything but the exchange of gradients."""
     import hvdtrain.keras as hvd
 
     distributed = hvd.DistributedOptimizer(optimizer)
-    object.__setattr__(distributed, "_hvdtrain_reducer", _Own(distributed._hvdtrain_reducer))
+    object.__setattr__(distributed, "_hvdtrain_reducer", _LocalReducer(distributed._hvdtrain_reducer))
     return distributed
 
 
-class _Own:
-    """Keeps a rank's own gradients; in everything else it is the reducer that it stands in for."""
+class _LocalReducer:
+    """A reducer that returns the rank's own gradients; all other attributes are those of the given reducer."""
 
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer

@@ -1,4 +1,4 @@
-"""The steps of a Keras model, as `fit` runs them: through the model's own train function, or by `fit` itself."""
+"""Run the steps of a Keras model, through its train function or through `fit`."""
 
 import os
 import time
@@ -9,9 +9,9 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain.bench.models.workloads import WORKLOADS
-from hvdtrain.bench.work.step_worker import Stepping, threads
+from hvdtrain.bench.work.step_worker import StepWorker, threads
 
-Feed = Callable[[int, int], dict[str, Any]]
+FitArguments = Callable[[int, int], dict[str, Any]]
 
 
 @final
@@ -21,9 +21,10 @@ class KerasSteps:
     Args:
         keras: The module `keras` or `tf_keras`.
         model: The model.
-        settings: What `prepare` was given.
-        spread: Turns a data set into an iterator that the model's strategy takes.
-        feed: Returns what a user gives to `fit` for an epoch, `feed(batch, steps)`; arrays if not given.
+        settings: The argument of `prepare`.
+        iterate: Converts a data set to an iterator that the model's train function accepts.
+        fit_arguments: Returns the data arguments of `fit` for an epoch, `fit_arguments(batch, steps)`; by default
+            arrays.
     """
 
     def __init__(
@@ -31,26 +32,26 @@ class KerasSteps:
         keras: Any,
         model: Any,
         settings: Mapping[str, Any],
-        spread: Callable[[Any], Iterator] = iter,
-        feed: Feed | None = None,
+        iterate: Callable[[Any], Iterator] = iter,
+        fit_arguments: FitArguments | None = None,
     ) -> None:
         self._keras = keras
         self._model = model
         self._settings = settings
-        self._spread = spread
-        self._feed = feed or self._arrays
+        self._iterate = iterate
+        self._fit_arguments = fit_arguments or self._arrays
         self._prepared: dict[int, tuple[Callable[[Iterator], dict], Iterator]] = {}
 
-    def answering(self) -> Stepping:
-        """Returns what answers the requests of `bench step`."""
-        return Stepping(self.run, self.weights, self._settings["rank"], self.epoch)
+    def worker(self) -> StepWorker:
+        """Return the worker that answers the requests of `bench step`."""
+        return StepWorker(self.run, self.weights, self._settings["rank"], self.epoch)
 
     def run(self, batch: int, steps: int) -> float:
-        """Runs some steps and returns the loss.
+        """Run some steps and return the loss.
 
         Args:
-            batch: Samples a step on this rank.
-            steps: How many.
+            batch: Samples for each step on this rank.
+            steps: Number of steps.
         """
         if batch not in self._prepared:
             self._prepared[batch] = self._prepare(batch)
@@ -60,10 +61,10 @@ class KerasSteps:
         return float(logs["loss"])
 
     def epoch(self, batch: int, steps: int) -> tuple[float, float]:
-        """Runs an epoch of `fit` and the first step of the next.
+        """Run an epoch of `fit` and the first step of the next epoch.
 
         Args:
-            batch: Samples a step on this rank.
+            batch: Samples for each step on this rank.
             steps: Steps of the epoch.
 
         Returns:
@@ -71,53 +72,54 @@ class KerasSteps:
         """
         ends = list[float]()
 
-        def note(step: int, logs: Any = None) -> None:
+        def record_end(step: int, logs: Any = None) -> None:
             if step == 0:
                 ends.append(time.perf_counter())
                 self._model.stop_training = len(ends) == 2
 
-        clock = self._keras.callbacks.LambdaCallback(on_train_batch_end=note)
-        history = self._model.fit(**self._feed(batch, steps), epochs=2, verbose=0, callbacks=[clock])
+        timer = self._keras.callbacks.LambdaCallback(on_train_batch_end=record_end)
+        data = self._fit_arguments(batch, steps)
+        history = self._model.fit(**data, epochs=2, verbose=0, callbacks=[timer])
         return ends[1] - ends[0], history.history["loss"][-1]
 
     def weights(self) -> list[np.ndarray]:
-        """Returns the weights that are trained."""
-        return [each.numpy() for each in self._model.trainable_variables]
+        """Return the trainable weights."""
+        return [var.numpy() for var in self._model.trainable_variables]
 
     def _arrays(self, batch: int, steps: int) -> dict[str, Any]:
         x, y = samples(self._settings["model"], batch, steps, self._settings["rank"])
         return {"x": x, "y": y, "batch_size": batch}
 
     def _prepare(self, batch: int) -> tuple[Callable[[Iterator], dict], Iterator]:
-        """Makes a train function of its own for each size, so that none is traced for any size."""
+        """Build a train function for one batch size; a shared one would be traced for a batch of unknown size."""
         self._model.make_train_function(force=True)
         workload = WORKLOADS[self._settings["model"]]
         inputs, labels = zip(*workload.batches(batch, self._settings["rank"]), strict=True)
         data = tf.data.Dataset.from_tensor_slices((np.stack(inputs), np.stack(labels))).repeat()
-        return self._model.train_function, self._spread(data)
+        return self._model.train_function, self._iterate(data)
 
 
 def samples(model: str, batch: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Makes the inputs and labels of an epoch, in which the workload's few batches come again and again.
+    """Return the inputs and labels of an epoch, in which the few batches of the workload are repeated.
 
     Args:
         model: One of `WORKLOADS`.
-        batch: Samples a step.
+        batch: Samples for each step.
         steps: Steps of the epoch.
-        seed: Chooses the numbers.
+        seed: Seed of the random numbers.
     """
-    inputs, labels = (
-        np.concatenate(each) for each in zip(*WORKLOADS[model].batches(batch, seed), strict=True)
-    )
+    batches = list(WORKLOADS[model].batches(batch, seed))
+    inputs = np.concatenate([x for x, _ in batches])
+    labels = np.concatenate([y for _, y in batches])
     rows = np.arange(batch * steps) % len(inputs)
     return inputs[rows], labels[rows]
 
 
 def take_threads(settings: Mapping[str, Any]) -> None:
-    """Limits TensorFlow to the threads that `hvd.init()` would take, unless the user has chosen.
+    """Limit TensorFlow to the number of threads that `hvd.init()` would take, unless the user has set it.
 
     Args:
-        settings: What `prepare` is given.
+        settings: The argument of `prepare`.
     """
     if "TF_NUM_INTRAOP_THREADS" not in os.environ:
         tf.config.threading.set_intra_op_parallelism_threads(threads(settings))

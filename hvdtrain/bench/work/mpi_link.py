@@ -1,4 +1,4 @@
-"""What the link between two hosts carries: a message from rank 0 to a rank of another host, and back."""
+"""Send a message from rank 0 to a rank on another host and back, to measure the link between hosts."""
 
 import socket
 from collections.abc import Callable, Mapping
@@ -11,7 +11,14 @@ from hvdtrain.collectives.mpi.engine import load_mpi
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:
-    """Finds a rank of another host."""
+    """Find a rank on another host than rank 0.
+
+    Returns:
+        A function that answers requests.
+
+    Raises:
+        RuntimeError: If all ranks are on one host.
+    """
     comm = load_mpi().COMM_WORLD
     hosts = comm.allgather(socket.gethostname())
     partner = next((rank for rank, host in enumerate(hosts) if host != hosts[0]), None)

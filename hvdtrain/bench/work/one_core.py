@@ -1,4 +1,4 @@
-"""What one core can do with an array: copy it, or add it to another."""
+"""Copy an array, or add two arrays, on one core, to measure the limits of the machine."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -9,15 +9,23 @@ import numpy as np
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:
-    """Takes `what`: "copy" or "add"."""
-    return partial(_measure, settings["what"])
+    """Select the operation.
+
+    Args:
+        settings: `operation`: "copy" or "add".
+
+    Returns:
+        A function that answers requests.
+    """
+    return partial(_measure, settings["operation"])
 
 
-def _measure(what: str, request: Mapping[str, Any]) -> dict[str, Any]:
-    dtype = np.dtype(np.uint8 if what == "copy" else request["dtype"])
+def _measure(operation: str, request: Mapping[str, Any]) -> dict[str, Any]:
+    dtype = np.dtype(np.uint8 if operation == "copy" else request["dtype"])
     array = np.ones(request["bytes"] // dtype.itemsize, dtype)
     out = np.ones_like(array)
-    once = partial(np.copyto, out, array) if what == "copy" else partial(np.add, out, array, out=out)
+    copy, add = partial(np.copyto, out, array), partial(np.add, out, array, out=out)
+    once: Callable[[], Any] = copy if operation == "copy" else add
     once()
     begun = perf_counter()
     for _ in range(request["repeat"]):

@@ -1,4 +1,4 @@
-"""What every worker of `bench step` does with a request, whatever its framework."""
+"""Answer the requests of `hvdtrain bench step` in a worker of any framework."""
 
 import math
 import os
@@ -14,15 +14,15 @@ from hvdtrain import cores
 
 
 @final
-class Stepping:
-    """Answers requests: times a block of steps, or tells in the end what has become of the model.
+class StepWorker:
+    """Times training steps, and at the end describes the state of the model.
 
     Args:
         run: Runs steps on batches of a size, `run(batch, steps)`, and returns the loss.
-        weights: Returns the weights that are trained.
-        rank: Which of the contender's processes this is.
-        epoch: Runs an epoch of `fit`, `epoch(batch, steps)`, and returns its seconds and the loss. None where an
-            epoch is no more than its steps.
+        weights: Returns the trainable weights.
+        rank: Rank of this process within its contender.
+        epoch: Runs an epoch of `fit`, `epoch(batch, steps)`, and returns its seconds and the loss. None if the
+            framework has no `fit`, so that an epoch is only its steps.
     """
 
     def __init__(
@@ -39,61 +39,64 @@ class Stepping:
         self._finite = True
 
     def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Answers one request.
+        """Answer one request.
 
         Args:
-            request: `batch` and `steps` of a block, and with `first_only` all ranks but the first rest, with `fit`
-                the block is an epoch; or `end`.
+            request: `batch` and `steps` of a turn; with `first_only` only rank 0 runs; with `fit` the turn is an
+                epoch. Or `end`, which asks for the state of the model.
+
+        Returns:
+            The `seconds` of a step, nothing on a rank that does not run, or the state of the model.
         """
         if request.get("end"):
-            return self._end()
+            return self._final_state()
         if request.get("first_only") and self._rank:
             return {}
-        measure = self._epoch if request.get("fit") and self._epoch else self._steps
+        measure = self._epoch if request.get("fit") and self._epoch else self._time_steps
         seconds, loss = measure(request["batch"], request["steps"])
         self._finite = self._finite and math.isfinite(loss)
         return {"seconds": seconds / request["steps"]}
 
-    def _steps(self, batch: int, steps: int) -> tuple[float, float]:
-        # The others were at work before: this step brings caches and ranks back, and is not timed.
+    def _time_steps(self, batch: int, steps: int) -> tuple[float, float]:
+        # Other contenders ran before: one step without timing fills the caches and synchronizes the ranks.
         self._run(batch, 1)
         started = time.perf_counter()
         loss = self._run(batch, steps)
         return time.perf_counter() - started, loss
 
-    def _end(self) -> dict[str, Any]:
-        peak = peak_memory()  # before copies are made of the weights
+    def _final_state(self) -> dict[str, Any]:
+        peak = peak_memory()  # before the weights are copied
         weights = self._weights()
         checksum = 0
-        for each in weights:
-            checksum = zlib.crc32(np.ascontiguousarray(each).data, checksum)
+        for weight in weights:
+            checksum = zlib.crc32(np.ascontiguousarray(weight).data, checksum)
         return {
             "checksum": checksum,
-            "finite": self._finite and all(bool(np.isfinite(each).all()) for each in weights),
+            "finite": self._finite and all(bool(np.isfinite(weight).all()) for weight in weights),
             "peak": peak,
-            "gradients": sum(each.nbytes for each in weights),
+            "gradients": sum(weight.nbytes for weight in weights),
         }
 
 
 def threads(settings: Mapping[str, Any]) -> int:
-    """Returns with how many threads a process computes that shares its host with the others of its contender.
+    """Return the number of threads of a process that shares its host with other processes of its contender.
 
-    It is what `hvd.init()` takes, for those that do not call it.
+    It is the number that `hvd.init()` takes, for workers that do not call it.
 
     Args:
-        settings: What `prepare` is given.
+        settings: The argument of `prepare`.
     """
     hosts = [address.rpartition(":")[0] for address in settings["addresses"]]
-    mine, here = cores.allowed(), hosts.count(hosts[settings["rank"]])
-    # Processes that are bound each to its own part of the host have no core in common.
-    bound = len(mine) * here <= (os.cpu_count() or 1)
-    others = [frozenset[int]() if bound else mine] * (here - 1)
-    fair = cores.share(mine, [mine, *others], cores.quota())
-    return min(fair, cores.granted() or fair)
+    mine, local_size = cores.allowed(), hosts.count(hosts[settings["rank"]])
+    # Processes that are bound, each to its own part of the host, have no core in common.
+    bound = len(mine) * local_size <= (os.cpu_count() or 1)
+    others = [frozenset[int]() if bound else mine] * (local_size - 1)
+    share = cores.share(mine, [mine, *others], cores.quota())
+    return min(share, cores.granted() or share)
 
 
 def peak_memory() -> int:
-    """Returns the most memory, in bytes, that this process has had at one time."""
+    """Return the maximum memory, in bytes, that this process has had at one time; 0 if it is unknown."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

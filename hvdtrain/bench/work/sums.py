@@ -1,4 +1,4 @@
-"""Numbers whose sum over ranks is known exactly, and the loop that times a sum and checks it."""
+"""Time an allreduce and check its result against a sum that is known exactly."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -7,75 +7,87 @@ from typing import Any
 
 import numpy as np
 
-# Prime, so that no piece of a buffer is like another of a round size.
-_PERIOD = 1009
-_MOST = 128  # no sum is larger
-_DRAWING = 64  # how many ranks draw one number
+_PERIOD = (
+    1009  # prime, so that no two pieces of a buffer are equal if they start at multiples of a round size
+)
+_MAX_SUM = 128  # no sum is larger, so that it is exact in every dtype
+_MAX_SUMMANDS = 64  # at most this many ranks contribute to one number
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way of summing an array over ranks.
+class Method:
+    """One method of summing an array over ranks.
 
     Args:
         barrier: Waits for all ranks.
-        bound: Takes an array and returns what sums it over ranks each time it is called.
-        fetch: Makes an array of what that returns.
+        bind: Takes an array and returns a function that sums this array over ranks each time it is called.
+        fetch: Converts the result of that function to an array.
     """
 
     barrier: Callable[[], Any]
-    bound: Callable[[np.ndarray], Callable[[], Any]]
+    bind: Callable[[np.ndarray], Callable[[], Any]]
     fetch: Callable[[Any], np.ndarray] = np.asarray
 
 
-def measure(way: Way, request: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
-    """Sums over ranks as often as asked and checks the result, outside of what is timed.
+def measure(method: Method, request: Mapping[str, Any], rank: int, size: int) -> dict[str, Any]:
+    """Sum over ranks as often as requested, and check the result outside of the timed part.
 
     Args:
-        way: How to sum.
-        request: `bytes`, `dtype` and `seed` of the array, and how often to `repeat`.
+        method: The method of summing.
+        request: `bytes`, `dtype` and `seed` of the array, and the number of repetitions, `repeat`.
         rank: This rank.
-        size: How many ranks there are.
+        size: Number of ranks.
 
     Returns:
-        `seconds` a sum, and whether the result is `right`.
+        The `seconds` of one sum, and whether the result is `right`.
     """
-    dtype = np.dtype(_named(request["dtype"]))
+    dtype = np.dtype(_numpy_dtype(request["dtype"]))
     count = request["bytes"] // dtype.itemsize
-    once = way.bound(np.resize(_table(request["seed"], rank, size, dtype), count))
+    once = method.bind(np.resize(summands(request["seed"], rank, size, dtype), count))
     once()
-    way.barrier()
+    method.barrier()
     begun = perf_counter()
     for _ in range(request["repeat"]):
         result = once()
     seconds = (perf_counter() - begun) / request["repeat"]
-    # MPI may need a rank that is through with its part to come back, before another is through with its own.
-    way.barrier()
-    expected = sum((_table(request["seed"], each, size, dtype) for each in range(size)), np.zeros((), dtype))
-    return {"seconds": seconds, "right": _repeats(way.fetch(result), expected.astype(dtype))}
+    # MPI makes progress only inside of its calls: a rank that has finished may still be needed by another rank.
+    method.barrier()
+    expected = np.zeros((), dtype)
+    for other in range(size):
+        expected = expected + summands(request["seed"], other, size, dtype)
+    return {"seconds": seconds, "right": _is_repeated(method.fetch(result), expected.astype(dtype))}
 
 
-def _table(seed: int, rank: int, size: int, dtype: np.dtype) -> np.ndarray:
-    """Draws small whole numbers; their sum over ranks is exact in every dtype that has 7 bits for it.
+def summands(seed: int, rank: int, size: int, dtype: np.dtype) -> np.ndarray:
+    """Return small random integers; their sum over ranks is exact in every dtype with 7 bits for it.
 
-    Of many ranks each draws some of the numbers only, so that no sum needs more bits.
+    With many ranks, each rank contributes only to some of the numbers, so that no sum needs more bits.
+
+    Args:
+        seed: Seed of the random numbers.
+        rank: The rank whose numbers are returned.
+        size: Number of ranks.
+        dtype: Data type of the numbers.
+
+    Returns:
+        An array of shape (1009,).
     """
-    drawing = min(size, _DRAWING)
-    below = min(11, _MOST // drawing)
+    contributing = min(size, _MAX_SUMMANDS)
+    below = min(11, _MAX_SUM // contributing)
     numbers = np.random.default_rng([seed, rank]).integers(0, below, _PERIOD)
-    mine = (np.arange(_PERIOD) + rank) % -(-size // drawing) == 0
+    mine = (np.arange(_PERIOD) + rank) % -(-size // contributing) == 0
     return np.where(mine, numbers, 0).astype(dtype)
 
 
-def _repeats(array: np.ndarray, table: np.ndarray) -> bool:
-    """Tells whether an array is the table over and over again."""
+def _is_repeated(array: np.ndarray, period: np.ndarray) -> bool:
+    """Return whether an array consists of repetitions of `period`, of which the last may be cut off."""
     flat = array.reshape(-1)
-    whole = len(flat) // len(table) * len(table)
-    blocks = (flat[:whole].reshape(-1, len(table)) == table).all()
-    return bool(blocks and (flat[whole:] == table[: len(flat) - whole]).all())
+    whole = len(flat) // len(period) * len(period)
+    blocks = (flat[:whole].reshape(-1, len(period)) == period).all()
+    return bool(blocks and (flat[whole:] == period[: len(flat) - whole]).all())
 
 
-def _named(dtype: str) -> Any:
+def _numpy_dtype(dtype: str) -> Any:
     if dtype == "bfloat16":
         import ml_dtypes
 

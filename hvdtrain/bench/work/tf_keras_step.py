@@ -1,4 +1,4 @@
-"""Steps of tf_keras, Keras 2 as it lives on: plain, with stock Horovod, or with TensorFlow's own strategy."""
+"""Train with tf_keras (Keras 2): in one process, with stock Horovod, or with MultiWorkerMirroredStrategy."""
 
 import functools
 import json
@@ -8,21 +8,21 @@ from typing import Any
 
 from hvdtrain.bench.models.keras_models import compiled
 
-PLAIN, HOROVOD, STRATEGY = "plain", "horovod", "strategy"
+HOROVOD, STRATEGY = "horovod", "strategy"
 
-# Between their turns all ranks stand still for longer than TensorFlow's workers would believe each other alive.
-_PATIENCE = 3600  # seconds
+# Between their turns all ranks are stopped for longer than the default limit of TensorFlow's heartbeat.
+_HEARTBEAT_SECONDS = 3600
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
-    """Builds the model, the same on all ranks.
+    """Build the model, the same on all ranks.
 
     Args:
-        settings: `model`, one of `WORKLOADS`; `way`: "plain" for one process by itself, "horovod" for stock
+        settings: `model`, one of `WORKLOADS`; `mode`: "plain" for an independent process, "horovod" for stock
             Horovod's DistributedOptimizer, "strategy" for MultiWorkerMirroredStrategy.
 
     Returns:
-        What answers requests.
+        A function that answers requests.
     """
     import tf_keras
 
@@ -30,19 +30,20 @@ def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
 
     take_threads(settings)
     tf_keras.utils.set_random_seed(0)
-    if settings["way"] == STRATEGY:
-        strategy = _strategy(settings)
-        with strategy.scope():
-            model = compiled(tf_keras, settings["model"])
-        spread = functools.partial(_spread, strategy)
-        feed = functools.partial(_spread_arrays, strategy, settings)
-        return KerasSteps(tf_keras, model, settings, lambda data: iter(spread(data)), feed).answering()
-    distribute = _averaged if settings["way"] == HOROVOD else _left
-    return KerasSteps(tf_keras, compiled(tf_keras, settings["model"], distribute), settings).answering()
+    model = settings["model"]
+    if settings["mode"] == HOROVOD:
+        return KerasSteps(tf_keras, compiled(tf_keras, model, _averaged), settings).worker()
+    if settings["mode"] != STRATEGY:
+        return KerasSteps(tf_keras, compiled(tf_keras, model), settings).worker()
+    strategy = _strategy(settings)
+    with strategy.scope():
+        distributed_model = compiled(tf_keras, model)
 
+    def iterate(data: Any) -> Any:
+        return iter(_distribute(strategy, data))
 
-def _left(optimizer: Any) -> Any:
-    return optimizer
+    fit_arguments = functools.partial(_distributed_arrays, strategy, settings)
+    return KerasSteps(tf_keras, distributed_model, settings, iterate, fit_arguments).worker()
 
 
 def _averaged(optimizer: Any) -> Any:
@@ -52,19 +53,19 @@ def _averaged(optimizer: Any) -> Any:
     return hvd.DistributedOptimizer(optimizer)
 
 
-def _spread(strategy: Any, data: Any) -> Any:
-    """Gives each worker the batches that it has made itself."""
+def _distribute(strategy: Any, data: Any) -> Any:
+    """Return a distributed data set, of which each worker takes the batches that it has made itself."""
     return strategy.distribute_datasets_from_function(lambda _: data)
 
 
-def _spread_arrays(strategy: Any, settings: Mapping[str, Any], batch: int, steps: int) -> dict[str, Any]:
+def _distributed_arrays(strategy: Any, settings: Mapping[str, Any], batch: int, steps: int) -> dict[str, Any]:
     import tensorflow as tf
 
     from hvdtrain.bench.work.keras_steps import samples
 
     arrays = samples(settings["model"], batch, steps, settings["rank"])
     data = tf.data.Dataset.from_tensor_slices(arrays).batch(batch).repeat()
-    return {"x": _spread(strategy, data), "steps_per_epoch": steps}
+    return {"x": _distribute(strategy, data), "steps_per_epoch": steps}
 
 
 def _strategy(settings: Mapping[str, Any]) -> Any:
@@ -72,18 +73,18 @@ def _strategy(settings: Mapping[str, Any]) -> Any:
 
     task = {"type": "worker", "index": settings["rank"]}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": {"worker": settings["addresses"]}, "task": task})
-    _be_patient(settings["size"])
+    _lengthen_heartbeat(settings["size"])
     return tf.distribute.MultiWorkerMirroredStrategy()
 
 
-def _be_patient(workers: int) -> None:
-    """Sets up the workers' coordination as the strategy would, but for the limit of its heartbeat."""
+def _lengthen_heartbeat(workers: int) -> None:
+    """Configure the coordination service as the strategy would, but with a longer limit of its heartbeat."""
     from tensorflow.python.distribute.collective_all_reduce_strategy import coordination_config_pb2
     from tensorflow.python.eager import context
 
     context.context().configure_coordination_service(
         service_type="standalone",
         service_leader="/job:worker/replica:0/task:0",
-        heartbeat_timeout_in_ms=_PATIENCE * 1000,
+        heartbeat_timeout_in_ms=_HEARTBEAT_SECONDS * 1000,
         coordinated_jobs=[coordination_config_pb2.CoordinatedJob(name="worker", num_tasks=workers)],
     )

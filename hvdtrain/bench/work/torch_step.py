@@ -1,4 +1,4 @@
-"""Steps of torch: one process by itself, or several with DistributedDataParallel over Gloo."""
+"""Train with torch: in one process, or in several with DistributedDataParallel over Gloo."""
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
@@ -10,35 +10,35 @@ from torch import nn
 
 from hvdtrain.bench.models import torch_models
 from hvdtrain.bench.models.workloads import WORKLOADS
-from hvdtrain.bench.work.step_worker import Stepping, threads
+from hvdtrain.bench.work.step_worker import StepWorker, threads
 
-PLAIN, DDP = "plain", "ddp"
+DDP = "ddp"
 
 
 def prepare(settings: Mapping[str, Any]) -> Callable[[Mapping[str, Any]], dict]:
-    """Builds the model, the same on all ranks.
+    """Build the model, the same on all ranks.
 
     Args:
-        settings: `model`, one of `WORKLOADS`; `way`: "plain" or "ddp".
+        settings: `model`, one of `WORKLOADS`; `mode`: "plain" or "ddp".
 
     Returns:
-        What answers requests.
+        A function that answers requests.
     """
     torch.set_num_threads(threads(settings))
     torch.manual_seed(0)
-    steps = _Steps(settings)
-    return Stepping(steps.run, steps.weights, settings["rank"])
+    steps = _TorchSteps(settings)
+    return StepWorker(steps.run, steps.weights, settings["rank"])
 
 
 @final
-class _Steps:
-    """Runs steps in the loop that torch's users write."""
+class _TorchSteps:
+    """Runs steps in the usual training loop of torch."""
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self._settings = settings
         model: Any = torch_models.build(settings["model"])
         self._model = model.to(memory_format=torch.channels_last)
-        if settings["way"] == DDP:
+        if settings["mode"] == DDP:
             torch.distributed.init_process_group("gloo")
             self._model = nn.parallel.DistributedDataParallel(self._model)
         self._optimizer = torch_models.optimizer(settings["model"], self._model)
@@ -46,7 +46,7 @@ class _Steps:
 
     def run(self, batch: int, steps: int) -> float:
         if batch not in self._batches:
-            self._batches[batch] = itertools.cycle(self._made(batch))
+            self._batches[batch] = itertools.cycle(self._make_batches(batch))
         for inputs, labels in itertools.islice(self._batches[batch], steps):
             self._optimizer.zero_grad()
             outputs = self._model(inputs)
@@ -56,13 +56,13 @@ class _Steps:
         return loss.item()
 
     def weights(self) -> list[np.ndarray]:
-        return [each.detach().numpy() for each in self._model.parameters()]
+        return [param.detach().numpy() for param in self._model.parameters()]
 
-    def _made(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        made = WORKLOADS[self._settings["model"]].batches(size, self._settings["rank"])
-        return [(_channels_first(torch.from_numpy(x)), torch.from_numpy(y).long()) for x, y in made]
+    def _make_batches(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        batches = WORKLOADS[self._settings["model"]].batches(size, self._settings["rank"])
+        return [(_channels_first(torch.from_numpy(x)), torch.from_numpy(y).long()) for x, y in batches]
 
 
 def _channels_first(inputs: torch.Tensor) -> torch.Tensor:
-    """Numbers the channels first, as torch does, and leaves them last in memory, where its CPU is fastest."""
+    """Return a view with channels first, as torch expects; in memory they stay last, which is faster on CPUs."""
     return inputs.movedim(-1, 1) if inputs.dim() == 4 else inputs

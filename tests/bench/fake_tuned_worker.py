@@ -1,4 +1,4 @@
-"""A worker whose work takes as long as a variable in its environment says; so what helps is known beforehand."""
+"""Worker for the tests of `tune`: environment variables set how long its work takes."""
 
 import os
 

@@ -1,4 +1,4 @@
-"""Workers for the tests of the field: they say where they are, and fail in the ways that workers fail."""
+"""Worker for the tests of the scheduler: it reports its environment, and fails in the ways that workers fail."""
 
 import os
 import signal

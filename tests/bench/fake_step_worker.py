@@ -1,4 +1,4 @@
-"""A worker for the tests of `bench step`: its model is one number, and it goes wrong as models do."""
+"""Worker for the tests of `bench step`: its model is one array, and it fails in the ways that models fail."""
 
 import json
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdtrain.bench.work.step_worker import Stepping
+from hvdtrain.bench.work.step_worker import StepWorker
 
 
 def prepare(settings):
@@ -24,4 +24,4 @@ def prepare(settings):
         return float("nan") if settings.get("diverges") else 1.0
 
     assert os.environ.get("RANK") == (None if settings["name"] == "alone" else str(rank))
-    return Stepping(run, lambda: weights, rank)
+    return StepWorker(run, lambda: weights, rank)
