@@ -18,7 +18,7 @@ def broadcast_variables(
     process_set: ProcessSet = global_process_set,
     inplace: bool = False,
 ) -> Any:
-    """Gives the variables of all ranks the values of one: before the first step, or after a checkpoint is read.
+    """Give the variables of all ranks the values of one: before the first step, or after a checkpoint is read.
 
     Args:
         variables: Keras or TensorFlow variables, the same list on all ranks: `model.variables`,
@@ -46,7 +46,7 @@ def broadcast_(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
-    """Gives the variables of all ranks the values of one, and returns these as tensors.
+    """Give the variables of all ranks the values of one, and returns these as tensors.
 
     Args:
         variables: As for `broadcast_variables`; dtypes may be mixed.
@@ -72,7 +72,7 @@ def broadcast_object(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Gives every rank a Python object of one, such as the epoch at which a resumed run goes on.
+    """Give every rank a Python object of one, such as the epoch at which a resumed run goes on.
 
     Args:
         obj: Anything that can be pickled; what ranks other than `root_rank` pass is ignored.
@@ -96,7 +96,7 @@ def broadcast_object_fn(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Callable[[Any], Any]:
-    """Returns a function of one object that does what `broadcast_object` does, with these arguments."""
+    """Return a function of one object that does what `broadcast_object` does, with these arguments."""
     return functools.partial(
         broadcast_object, root_rank=root_rank, session=session, name=name, process_set=process_set
     )
@@ -108,7 +108,7 @@ def allgather_object(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
-    """Gives every rank the Python objects of all.
+    """Give every rank the Python objects of all.
 
     Args:
         obj: Anything that can be pickled.

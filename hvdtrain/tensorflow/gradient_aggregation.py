@@ -61,12 +61,12 @@ class LocalGradientAggregationHelper:
         self.counter: Any = None
 
     def register_local_var(self, var: Any) -> None:
-        """Leaves the gradient of a variable on its rank."""
+        """Leave the gradient of a variable on its rank."""
         self._local.append(var)
         registry.note_local(var)
 
     def compute_gradients(self, grads: Sequence[Any], vars: Sequence[Any]) -> list[Any]:
-        """Adds a pass's gradients to the window.
+        """Add a pass's gradients to the window.
 
         Args:
             grads: Tensors, `tf.IndexedSlices` or None.
@@ -103,7 +103,7 @@ class LocalGradientAggregationHelper:
     def apply_gradients(
         self, apply_grads_closure: Callable[[], Any], optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Applies gradients if a window has just ended.
+        """Apply gradients if a window has just ended.
 
         Args:
             apply_grads_closure: Applies them.
@@ -126,7 +126,7 @@ class LocalGradientAggregationHelper:
         return tf.cond(tf.equal(self.counter, 0), apply, skip)
 
     def _window(self, variables: Sequence[Any]) -> list[Any]:
-        """Reduces what was added up, and begins anew."""
+        """Reduce what was added up, and begins anew."""
         added_up = [tf.identity(each) for each in self._sums]
         shared = [index for index, each in enumerate(variables) if not self._is_local(each)]
         reduced = self._reduce([added_up[index] for index in shared], [variables[index] for index in shared])

@@ -27,7 +27,7 @@ def allreduce(
     process_set: ProcessSet = global_process_set,
     ignore_name_scope: bool = False,
 ) -> Any:
-    """Combines a tensor over all ranks, so that each has the mean, sum, least, greatest or product of all.
+    """Combine a tensor over all ranks, so that each has the mean, sum, least, greatest or product of all.
 
     Its gradient is the incoming gradient, combined in the same way. The API of this and the following
     functions is Horovod's (https://horovod.readthedocs.io/en/stable/api.html#module-horovod.tensorflow).
@@ -81,7 +81,7 @@ def grouped_allreduce(
     ignore_name_scope: bool = False,
     name: str | None = None,
 ) -> list[Any]:
-    """Combines several tensors at the price of few operations, each as `allreduce` does.
+    """Combine several tensors at the price of few operations, each as `allreduce` does.
 
     Args:
         tensors: Tensors or `tf.IndexedSlices`, the same list of shapes and dtypes on all ranks.
@@ -120,7 +120,7 @@ def allgather(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Joins the tensors of all ranks along the first dimension, in the order of the ranks.
+    """Join the tensors of all ranks along the first dimension, in the order of the ranks.
 
     The gradient is this rank's rows of the mean of all ranks' incoming gradients.
 
@@ -147,7 +147,7 @@ def grouped_allgather(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
-    """Joins several tensors, each as `allgather` does; takes and returns a list."""
+    """Join several tensors, each as `allgather` does; takes and returns a list."""
     return differentiable.allgather(_engine(process_set), [tf.convert_to_tensor(each) for each in tensors])
 
 
@@ -158,7 +158,7 @@ def broadcast(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Gives every rank the tensor of one.
+    """Give every rank the tensor of one.
 
     The gradient is the mean of all ranks' incoming gradients on `root_rank`, and zero elsewhere.
 
@@ -186,7 +186,7 @@ def alltoall(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Sends a part of the rows to each rank and receives a part from each. The gradient travels back.
+    """Send a part of the rows to each rank and receives a part from each. The gradient travels back.
 
     Args:
         tensor: Tensor of any dtype but string; the first dimension may differ between ranks.
@@ -223,7 +223,7 @@ def reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> Any:
-    """Combines a tensor over all ranks and gives each its part of the rows.
+    """Combine a tensor over all ranks and gives each its part of the rows.
 
     The gradient gathers all ranks' incoming gradients, times the factors, and times the number of ranks for a
     sum.
@@ -261,7 +261,7 @@ def grouped_reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> list[Any]:
-    """Combines and scatters several tensors, each as `reducescatter` does; takes and returns a list."""
+    """Combine and scatters several tensors, each as `reducescatter` does; takes and returns a list."""
     reduction = Reduction(Op.of(op), float(prescale_factor), float(postscale_factor))
     with tf.device(device_dense):
         return _compressed(
@@ -279,7 +279,7 @@ def join() -> Any:
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Waits until every rank has come here."""
+    """Wait until every rank has come here."""
     differentiable.barrier(_engine(process_set))
 
 
@@ -303,7 +303,7 @@ def _compressed(
 
 
 def _sparse(engine: Engine, slices: Sequence[Any], reduction: Reduction) -> list[Any]:
-    """Gathers the rows of sparse tensors: added up, they are the sum."""
+    """Gather the rows of sparse tensors: added up, they are the sum."""
     if not slices:
         return []
     if reduction.op not in (Op.AVERAGE, Op.SUM) or reduction.scales:

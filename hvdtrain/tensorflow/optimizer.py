@@ -34,7 +34,7 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Makes an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
+    """Make an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
 
     Args:
         optimizer: A Keras optimizer, which is given to `hvdtrain.keras.DistributedOptimizer`; or one of
@@ -100,7 +100,7 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         self.variables = optimizer.variables
 
     def add_up(self, passes: int, average: bool) -> None:
-        """Reduces and applies once in so many passes, the sum of their gradients or the mean."""
+        """Reduce and applies once in so many passes, the sum of their gradients or the mean."""
         if self._options.op is Op.ADASUM:
             raise ValueError(
                 "Adasum combines the changes of each update, so backward_passes_per_step must be 1."
@@ -117,11 +117,11 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         )
 
     def register_local_var(self, var: Any) -> None:
-        """Leaves the gradient of a variable on its rank."""
+        """Leave the gradient of a variable on its rank."""
         self._reduction.keep_local(var)
 
     def compute_gradients(self, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
-        """Computes gradients as the optimizer inside does, and combines those of all ranks."""
+        """Compute gradients as the optimizer inside does, and combines those of all ranks."""
         pairs = self._optimizer.compute_gradients(*args, **kwargs)
         if self._options.op is Op.ADASUM:
             return pairs
@@ -130,7 +130,7 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         return list(zip(combine(gradients, variables), variables, strict=True))
 
     def apply_gradients(self, grads_and_vars: Any, global_step: Any = None, name: str | None = None) -> Any:
-        """Applies gradients as the optimizer inside does."""
+        """Apply gradients as the optimizer inside does."""
         pairs = list(grads_and_vars)
         if self._options.op is Op.ADASUM:
             return self._apply_together(pairs, global_step, name)
@@ -141,7 +141,7 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         return self._window.apply_gradients(apply, self._optimizer) if self._window else apply()
 
     def _apply_together(self, pairs: Sequence[tuple[Any, Any]], global_step: Any, name: str | None) -> Any:
-        """Lets each rank update by itself, and combines what the updates have changed."""
+        """Let each rank update by itself, and combines what the updates have changed."""
         variables = [variable for gradient, variable in pairs if gradient is not None]
         before = [tf.identity(each) for each in variables]
         with tf.control_dependencies(before):

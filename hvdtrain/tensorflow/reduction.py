@@ -35,7 +35,7 @@ class Reduction:
         self.is_local = self._reducer.is_local
 
     def __call__(self, gradients: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
-        """Reduces one step's gradients.
+        """Reduce one step's gradients.
 
         Args:
             gradients: Tensors, `tf.IndexedSlices` or None.
@@ -59,7 +59,7 @@ class Reduction:
         return result
 
     def _verification(self, sources: Sequence[Any]) -> Verification:
-        """Finds the proof that belongs to these variables; there may be a new tape in every step."""
+        """Find the proof that belongs to these variables; there may be a new tape in every step."""
         in_session = not (tf.executing_eagerly() or tf.inside_function())
         if in_session or not all(hasattr(each, "assign") for each in sources):
             return Verification(self._engine, self._options.op, Policy(0))
@@ -84,7 +84,7 @@ def _nameable(source: Any, index: int) -> Any:
 
 
 def _number_in_graph() -> int:
-    """Counts the reductions of a graph: two may be under way at once, and must not share a name.
+    """Count the reductions of a graph: two may be under way at once, and must not share a name.
 
     Not across graphs: were a function traced again on one rank only, the ranks would count differently.
     """

@@ -14,7 +14,7 @@ _INSTEAD = (
 
 
 def broadcast_global_variables(root_rank: int) -> Any:
-    """Gives all global variables of a TensorFlow 1 graph the values of one rank.
+    """Give all global variables of a TensorFlow 1 graph the values of one rank.
 
     Args:
         root_rank: The rank whose values all take.
@@ -50,10 +50,10 @@ class BroadcastGlobalVariablesHook(tf.compat.v1.train.SessionRunHook):
         self.bcast_op: Any = None
 
     def begin(self) -> None:
-        """Adds the operation to the graph before it is closed."""
+        """Add the operation to the graph before it is closed."""
         with tf.device(self.device):
             self.bcast_op = broadcast_global_variables(self.root_rank)
 
     def after_create_session(self, session: Any, coord: Any) -> None:
-        """Runs the operation."""
+        """Run the operation."""
         session.run(self.bcast_op)

@@ -27,7 +27,7 @@ def DistributedGradientTape(  # noqa: N802 - the name is Horovod's
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Makes `gradient` return the mean of all ranks' gradients, so that a loop of your own trains one model.
+    """Make `gradient` return the mean of all ranks' gradients, so that a loop of your own trains one model.
 
     Broadcast model and optimizer first (`hvd.broadcast_variables`): a tape cannot know whether the variables
     are equal on all ranks. The API is Horovod's.
@@ -93,7 +93,7 @@ def PartialDistributedGradientTape(  # noqa: N802 - the name is Horovod's
     local_layers: Any = None,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Averages the gradients of all layers but some, which each rank trains by itself.
+    """Average the gradients of all layers but some, which each rank trains by itself.
 
     Args:
         gradtape: As for `DistributedGradientTape`, and so are the arguments not named here.
@@ -133,7 +133,7 @@ class _Distributed:
     _hvdtrain_reduction: Reduction
 
     def register_local_source(self, source: Any) -> None:
-        """Leaves the gradient of a source on its rank, which then trains it by itself."""
+        """Leave the gradient of a source on its rank, which then trains it by itself."""
         self._hvdtrain_reduction.keep_local(source)
 
     def gradient(
@@ -144,7 +144,7 @@ class _Distributed:
         use_generic_names: bool = False,
         unconnected_gradients: tf.UnconnectedGradients = tf.UnconnectedGradients.NONE,
     ) -> Any:
-        """Differentiates as `tf.GradientTape.gradient` does, and combines the gradients of all ranks.
+        """Differentiate as `tf.GradientTape.gradient` does, and combines the gradients of all ranks.
 
         Args:
             target: What to differentiate.

@@ -14,7 +14,7 @@ _NOT_INITIALIZED, _UNKNOWN_SET = -1, -3
 
 
 def size_op(process_set_id: int = 0, name: str | None = None) -> Any:
-    """Returns the number of ranks of a process set, by default of the world, as an int32 scalar tensor.
+    """Return the number of ranks of a process set, by default of the world, as an int32 scalar tensor.
 
     Raises:
         ValueError: If `hvd.init()` was not called. In a graph it comes as InvalidArgumentError, when it runs.
@@ -31,22 +31,22 @@ def size_op(process_set_id: int = 0, name: str | None = None) -> Any:
 
 
 def rank_op(name: str | None = None) -> Any:
-    """Returns this process's rank as an int32 scalar tensor; raises as `size_op`."""
+    """Return this process's rank as an int32 scalar tensor; raises as `size_op`."""
     return _at_run_time(lambda: _world().rank, name)
 
 
 def local_rank_op(name: str | None = None) -> Any:
-    """Returns this process's number on its host as an int32 scalar tensor; raises as `size_op`."""
+    """Return this process's number on its host as an int32 scalar tensor; raises as `size_op`."""
     return _at_run_time(lambda: _world().local_rank, name)
 
 
 def local_size_op(name: str | None = None) -> Any:
-    """Returns the number of ranks on this host as an int32 scalar tensor; raises as `size_op`."""
+    """Return the number of ranks on this host as an int32 scalar tensor; raises as `size_op`."""
     return _at_run_time(lambda: _world().local_size, name)
 
 
 def process_set_included_op(process_set_id: int = 0, name: str | None = None) -> Any:
-    """Tells whether this process belongs to a process set.
+    """Return whether this process belongs to a process set.
 
     Args:
         process_set_id: Number of the set; 0 is the world.
