@@ -42,7 +42,7 @@ _ARGUMENTS = (
         "Model",
         "compile",
         dict.fromkeys(("experimental_run_tf_function", "sample_weight_mode"), _ignored),
-        "They chose how a step was traced, and allowed sample weights of several axes, which Keras 3 always accepts.",
+        "They chose how a step was traced, and allowed sample weights of several axes, as Keras 3 always does.",
     ),
     *(
         _Arguments("Model", method, _FETCHING, "They chose how data was fetched, not which data.")

@@ -123,10 +123,8 @@ def _metrics_names(model: Any) -> list[str]:
     """Return the name of each value that `evaluate` returns; Keras 3 lists one name, "compile_metrics"."""
     names = []
     for metric in model.metrics:
-        if metric is getattr(model, "_compile_metrics", None):
-            names += [compiled.name for compiled in metric.metrics]
-        else:
-            names.append(metric.name)
+        several = metric is getattr(model, "_compile_metrics", None)
+        names += [compiled.name for compiled in metric.metrics] if several else [metric.name]
     return names
 
 
@@ -200,10 +198,8 @@ def _with_current_names(on_train_begin: Callable[..., None]) -> Callable[..., No
 def _has_acc(model: Any) -> bool:
     compiled = getattr(model, "_compile_metrics", None)
     given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
-    for metric in keras3.tree.flatten(given):
-        if metric == "acc" or getattr(metric, "name", None) == "acc":
-            return True
-    return False
+    metrics = keras3.tree.flatten(given)
+    return any(metric == "acc" or getattr(metric, "name", None) == "acc" for metric in metrics)
 
 
 def _watch_accuracy(callback: Any) -> None:

@@ -20,8 +20,8 @@ _OPTIMIZER = (
     "Give that to hvd.DistributedOptimizer for model.compile, or use hvd.DistributedGradientTape in a loop."
 )
 _GRAPH = (
-    "this belongs to the graphs of TensorFlow 1. Write the model as a keras.Model and the step as a @tf.function that "
-    "takes the data as arguments, with hvd.DistributedGradientTape."
+    "this belongs to the graphs of TensorFlow 1. Write the model as a keras.Model and the step as a @tf.function "
+    "that takes the data as arguments, with hvd.DistributedGradientTape."
 )
 _SCRIPT = (
     "tf.app, tf.flags and tf.contrib are gone. Use argparse, and call main() under "

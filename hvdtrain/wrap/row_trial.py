@@ -109,7 +109,7 @@ def _declared(model: keras.Model, args: Any) -> dict[int, Sequence[int | None]]:
     leaves, inputs = keras.tree.flatten(args[:1]), getattr(model, "inputs", None) or []
     if len(leaves) != len(inputs):
         return {}
-    shapes = {}
+    shapes: dict[int, Sequence[int | None]] = {}
     for leaf, declared in zip(leaves, inputs, strict=True):
         if tf.is_tensor(leaf) and leaf.shape.rank == len(declared.shape):
             shapes[id(leaf)] = tuple(declared.shape)
@@ -264,7 +264,7 @@ def _symbolic(leaf: Any) -> Any:
 
 def _state(model: keras.Model) -> list[Any]:
     """List the variables that a call may change, without moving averages, which use the rows of all ranks."""
-    moving_averages = set()
+    moving_averages: set[int] = set()
     for layer in model._flatten_layers():
         if isinstance(layer, keras.layers.BatchNormalization):
             moving_averages.update(id(variable) for variable in layer.non_trainable_variables)

@@ -7,7 +7,7 @@ from hvdtrain.tensorflow import mpi_ops
 
 
 class HorovodBasics:
-    """An object with the functions and constants of `hvdtrain.tensorflow.mpi_ops`: `rank()`, `size()`, `init()` etc.
+    """An object with the names of `hvdtrain.tensorflow.mpi_ops`: `rank()`, `size()`, `init()`, the reductions etc.
 
     Args:
         pkg_path: Ignored; accepted for compatibility with Horovod.
