@@ -42,7 +42,8 @@ def allreduce(
         op: `hvd.Average` (default), `hvd.Sum`, `hvd.Adasum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
         prescale_factor: Factor before the reduction. Integers are scaled in float64 and rounded toward zero.
         postscale_factor: Factor after the reduction.
-        name: Ignored here and below; accepted for compatibility with Horovod. Operations are matched by their order.
+        name: Ignored here and below; accepted for compatibility with Horovod. The order of calls identifies an
+            operation.
         process_set: The ranks that take part.
         ignore_name_scope: Ignored; accepted for compatibility with Horovod.
 
