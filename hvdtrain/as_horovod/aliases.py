@@ -1,4 +1,4 @@
-"""Which module of hvdtrain stands behind each name of Horovod's, and the finder that tells Python so."""
+"""Map the module names of Horovod to modules of hvdtrain, for `import horovod`."""
 
 import importlib
 import sys
@@ -31,8 +31,8 @@ SERVED = {
     "horovod.tensorflow.util": "hvdtrain.tensorflow.util",
 }
 
-# What a module has from Python, not from what stands behind it.
-_OWN = {
+# Attributes that Python sets in each module, and that are not copied.
+_SET_BY_PYTHON = {
     "__builtins__",
     "__cached__",
     "__doc__",
@@ -41,22 +41,23 @@ _OWN = {
     "__name__",
     "__package__",
     "__path__",
+    "__spec__",
 }
 
 
 class Aliases(MetaPathFinder):
-    """Finds `horovod` and its modules for Keras and TensorFlow in hvdtrain, whether Horovod is installed or not."""
+    """A finder of `horovod` and its modules for Keras and TensorFlow, whether Horovod is installed or not."""
 
-    # By this the horovod engine knows what to set aside while it loads Horovod's native core.
+    # The horovod engine looks for this attribute, and removes the finder while it loads the native core of Horovod.
     stands_in_for_horovod = True
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Answers for Horovod's names and for no other.
+        """Return the spec of a module of Horovod, None for any other module.
 
         Raises:
-            ModuleNotFoundError: If it is a module of Horovod's that has nothing to do with Keras or TensorFlow.
+            ModuleNotFoundError: If it is a module of Horovod that hvdtrain does not serve.
         """
         if fullname.partition(".")[0] != "horovod":
             return None
@@ -70,28 +71,31 @@ class Aliases(MetaPathFinder):
 
 
 class _Alias(Loader):
-    """Fills a module of Horovod's name with what hvdtrain has for it."""
+    """A loader that fills a module of Horovod with the content of a module of hvdtrain."""
 
     def create_module(self, spec: ModuleSpec) -> None:
-        """Leaves it to Python to make an empty module."""
+        """Leave it to Python to make an empty module."""
 
     def exec_module(self, module: ModuleType) -> None:
         source = importlib.import_module(SERVED[module.__name__])
         if "hvdtrain.keras" in sys.modules:
-            # In Horovod ranks may validate as they like, rank 0 alone for one.
+            # In Horovod each rank may validate or not, for example only rank 0.
             importlib.import_module("hvdtrain.keras.patches.model_fit").let_each_validate()
         vars(module).update(_content(source))
         module.__doc__ = f"{source.__name__}, by the name that it has in Horovod."
         if module.__name__ != "horovod":
-            # Scripts reach them as attributes: hvd.callbacks, hvd.elastic.
+            # Scripts use them as attributes: hvd.callbacks, hvd.elastic.
             for child in _children(module.__name__):
                 importlib.import_module(child)
 
 
 def _content(source: ModuleType) -> dict[str, Any]:
-    named = {name: value for name, value in vars(source).items() if name not in _OWN and name != "__spec__"}
-    return {name: value for name, value in named.items() if not isinstance(value, ModuleType)}
+    content = {}
+    for name, value in vars(source).items():
+        if name not in _SET_BY_PYTHON and not isinstance(value, ModuleType):
+            content[name] = value
+    return content
 
 
 def _children(name: str) -> list[str]:
-    return [each for each in SERVED if each.rpartition(".")[0] == name]
+    return [child for child in SERVED if child.rpartition(".")[0] == name]

@@ -1,4 +1,4 @@
-"""Names of Keras 2: modules, functions and classes that Keras 3 has elsewhere or under another name."""
+"""Restore names of Keras 2: modules, functions and classes that Keras 3 has moved or renamed."""
 
 import functools
 import importlib
@@ -11,8 +11,9 @@ import tensorflow as tf
 
 _TF_KERAS = "keras._tf_keras.keras"
 
-# Modules of `keras` and `tf.keras` of which each gets what only the other has: both were one package.
-_TWINS = (
+# Modules in both `keras` and `tf.keras`, which were one package in Keras 2. Each gets the names that only the other
+# has.
+_PAIRED_MODULES = (
     "backend",
     "layers",
     "losses",
@@ -50,13 +51,14 @@ def install(keras: Any) -> None:
     """Put the names into `keras` and `tf.keras`, and make `tensorflow.keras.*` the modules behind `tf.keras.*`."""
     tf_keras = importlib.import_module(_TF_KERAS)
     keras.preprocessing.text = sys.modules["keras.preprocessing.text"] = tf_keras.preprocessing.text
-    for name in _TWINS:
-        mine, theirs = (importlib.import_module(f"{each}.{name}") for each in ("keras", _TF_KERAS))
-        both = {**_public(theirs), **_public(mine)}
+    for name in _PAIRED_MODULES:
+        of_keras = importlib.import_module(f"keras.{name}")
+        of_tf_keras = importlib.import_module(f"{_TF_KERAS}.{name}")
+        both = {**_public(of_tf_keras), **_public(of_keras)}
         if name == "backend":
             both = {name: _unwrapping(function) for name, function in both.items()}
-        vars(mine).update(both)
-        vars(theirs).update(both)
+        vars(of_keras).update(both)
+        vars(of_tf_keras).update(both)
     keras.Variable.ref = lambda variable: _Reference(variable)
     for api in (keras, tf_keras):
         _add_optimizers(api)
@@ -65,8 +67,8 @@ def install(keras: Any) -> None:
             module = _inside(api, new)
             sys.modules[f"{api.__name__}.{old}"] = module
             vars(_inside(api, parent)).setdefault(child, module)
-    # An import of tensorflow.keras.losses would load the same file once more, without what was added.
-    for name in [each for each in sys.modules if each.partition(".")[0] == "keras"]:
+    # Otherwise an import of tensorflow.keras.losses would load the same file again, without the added names.
+    for name in list(sys.modules):
         if name.startswith(_TF_KERAS):
             sys.modules[name.replace(_TF_KERAS, "tensorflow.keras", 1)] = sys.modules[name]
 
@@ -79,24 +81,24 @@ def _add_optimizers(api: Any) -> None:
 
 
 def _unwrapping(function: Any) -> Any:
-    """Let a function of `keras.backend`, written for TensorFlow's variables, take those of Keras 3."""
+    """Let a function of `keras.backend`, written for TensorFlow variables, accept those of Keras 3."""
     if isinstance(function, type | ModuleType) or not callable(function):
         return function
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        args, kwargs = tf.nest.map_structure(_tensorflows, (args, kwargs))
+        args, kwargs = tf.nest.map_structure(_tensorflow_variable, (args, kwargs))
         return function(*args, **kwargs)
 
     return call
 
 
-def _tensorflows(value: Any) -> Any:
+def _tensorflow_variable(value: Any) -> Any:
     return value.value if isinstance(value, keras.Variable) else value
 
 
 class _Reference:
-    """What `variable.ref()` returns: may be a key of a dictionary, as a variable may not."""
+    """The result of `variable.ref()`: a hashable reference, because a variable itself is not hashable."""
 
     def __init__(self, variable: Any) -> None:
         self._variable = variable

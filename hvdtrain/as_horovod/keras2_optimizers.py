@@ -1,4 +1,4 @@
-"""Arguments, attributes and methods that optimizers of Keras 2 had."""
+"""Restore arguments, attributes and methods of optimizers of Keras 2."""
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -15,14 +15,14 @@ _COMPUTE = (
 
 
 def install(keras: Any) -> None:
-    """Put them back into all optimizers."""
+    """Add the arguments, attributes and methods to all optimizers."""
     base = definer(keras.optimizers.Optimizer, "variables")
     replace(base, "__init__", _taking_lr)
-    replace(base, "apply_gradients", _unchanged)
+    replace(base, "apply_gradients", _rejecting_changed_gradients)
     base.lr = property(lambda self: self.learning_rate, _set_rate)
     base.minimize, base._compute_gradients = _minimize, _compute_gradients
     base.get_scaled_loss = lambda self, loss: self.scale_loss(loss)
-    base.get_unscaled_gradients = lambda self, grads: grads  # Keras 3 divides when it applies them
+    base.get_unscaled_gradients = lambda self, grads: grads  # Keras 3 unscales gradients when it applies them
     base.get_gradients = base.get_updates = _symbolic
     base.weights, base.get_weights = property(_weights), _get_weights
     for kind in _with_subclasses(base):
@@ -55,7 +55,7 @@ def _taking_lr(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def _without_epsilon(init: Callable[..., None]) -> Callable[..., None]:
-    """Leave out epsilon=None, by which Keras 2 meant its default, 1e-7, as Keras 3 has it."""
+    """Omit epsilon=None, which in Keras 2 meant the default, 1e-7. Keras 3 has the same default."""
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
         if kwargs.get("epsilon", 0) is None:
@@ -78,7 +78,7 @@ def _minimize(
 def _compute_gradients(
     self: Any, loss: Any, var_list: Any, grad_loss: Any = None, tape: Any = None
 ) -> list[tuple[Any, Any]]:
-    """Return this rank's gradients: a distributed optimizer combines them when they are applied."""
+    """Return the gradients of this rank. A distributed optimizer combines them in `apply_gradients`."""
     if not callable(loss) and tape is None:
         raise ValueError(
             f"{type(self).__name__}: a loss that is a tensor needs the tape that recorded it: "
@@ -90,20 +90,20 @@ def _compute_gradients(
             loss = loss()
     variables = list(var_list() if callable(var_list) else var_list)
     gradients = tape.gradient(loss, variables, grad_loss)
-    # Not by Keras' own way of setting attributes, which would track them.
+    # Not with setattr, because Keras would track the tensors as state of the optimizer.
     object.__setattr__(self, "_hvdtrain_computed", gradients)
     return list(zip(gradients, variables, strict=True))
 
 
-def _unchanged(apply_gradients: Callable[..., Any]) -> Callable[..., Any]:
-    """Refuse gradients that were changed before they were combined: Horovod changed them afterwards."""
+def _rejecting_changed_gradients(apply_gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """Reject gradients changed before the ranks combine them: with Horovod they were combined before the change."""
 
     def apply(self: Any, grads_and_vars: Any) -> Any:
         from hvdtrain.keras.optimizer.distributed import is_distributed
 
         pairs = list(grads_and_vars)
         computed = vars(self).pop("_hvdtrain_computed", None)
-        if computed is not None and is_distributed(self) and not _all_among(pairs, computed):
+        if computed is not None and is_distributed(self) and not _are_all_in(pairs, computed):
             raise NotImplementedError(
                 f"{type(self).__name__}: the gradients of _compute_gradients were changed before apply_gradients, "
                 f"which is where the ranks combine them. {_COMPUTE}"
@@ -113,8 +113,9 @@ def _unchanged(apply_gradients: Callable[..., Any]) -> Callable[..., Any]:
     return apply
 
 
-def _all_among(pairs: Sequence[tuple[Any, Any]], computed: Sequence[Any]) -> bool:
-    return all(any(gradient is each for each in computed) for gradient, _ in pairs)
+def _are_all_in(pairs: Sequence[tuple[Any, Any]], computed: Sequence[Any]) -> bool:
+    known = {id(gradient) for gradient in computed}
+    return all(id(gradient) in known for gradient, _ in pairs)
 
 
 def _symbolic(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,18 +125,18 @@ def _symbolic(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _weights(optimizer: Any) -> list[Any]:
-    """Return the variables as Keras 2 listed them, without the learning rate."""
+    """Return the variables without the learning rate, as Keras 2 listed them."""
     rate = getattr(optimizer, "_learning_rate", None)
-    return [each for each in optimizer.variables if each is not rate]
+    return [variable for variable in optimizer.variables if variable is not rate]
 
 
 def _get_weights(self: Any) -> list[Any]:
-    """Return what Keras 3's `set_weights` takes."""
-    return [each.numpy() for each in self.variables]
+    """Return the values that `set_weights` of Keras 3 accepts."""
+    return [variable.numpy() for variable in self.variables]
 
 
 class _Callable(list):
-    """A list of variables that old scripts ask for as `optimizer.variables()`."""
+    """A list of variables that can be called, because old scripts write `optimizer.variables()`."""
 
     def __call__(self) -> list[Any]:
         return self
@@ -147,5 +148,5 @@ def _callable(variables: Any) -> Callable[[Any], _Callable]:
 
 def _with_subclasses(kind: Any) -> Iterator[Any]:
     yield kind
-    for each in kind.__subclasses__():
-        yield from _with_subclasses(each)
+    for subclass in kind.__subclasses__():
+        yield from _with_subclasses(subclass)

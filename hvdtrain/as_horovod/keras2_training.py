@@ -1,4 +1,4 @@
-"""Methods of models and callbacks that Keras 3 has dropped, and the names that Keras 2 gave to logs."""
+"""Restore methods of models and callbacks that Keras 3 has removed, and the names of logs in Keras 2."""
 
 from collections.abc import Callable
 from typing import Any
@@ -8,16 +8,18 @@ import numpy as np
 
 from hvdtrain.patching import definer, replace, replace_outermost
 
-# Keras 3 calls the rate by its second name, Keras before 2.3 called the accuracy by its first.
+# Keras 3 uses the second name of the learning rate. Keras before 2.3 used the first name of the accuracy.
 _SYNONYMS = (("lr", "learning_rate"), ("acc", "accuracy"), ("val_acc", "val_accuracy"))
 _OTHER_NAME = dict([*_SYNONYMS, *((new, old) for old, new in _SYNONYMS)])
 
 
 def install(keras: Any) -> None:
-    """Put the methods back into models and callbacks."""
+    """Add the methods to models and callbacks."""
     trainer = definer(keras.Model, "fit")
-    for method in (_fit_generator, _evaluate_generator, _predict_generator, _predict_classes, _predict_proba):
-        setattr(trainer, method.__name__.removeprefix("_"), method)
+    trainer.fit_generator = _fit_generator
+    for name in ("evaluate", "predict"):
+        setattr(trainer, f"{name}_generator", _taking_generator(name))
+    trainer.predict_classes, trainer.predict_proba = _predict_classes, _predict_proba
     for name in ("train_on_batch", "test_on_batch"):
         replace_outermost(trainer, name, _resetting_metrics)
     keras.Model.reset_states = _reset_states
@@ -26,7 +28,7 @@ def install(keras: Any) -> None:
     definer(keras.Model, "metrics_names").metrics_names = property(_metrics_names)
     replace(keras.callbacks.ModelCheckpoint, "__init__", _taking_period)
     replace(keras.callbacks.ModelCheckpoint, "on_epoch_end", _every_period)
-    replace(keras.callbacks.CallbackList, "on_train_begin", _with_names_of_today)
+    replace(keras.callbacks.CallbackList, "on_train_begin", _with_current_names)
     replace(keras.callbacks.CallbackList, "on_epoch_end", _with_both_names)
     replace(keras.callbacks.History, "on_train_begin", _recording_both_names)
 
@@ -58,36 +60,28 @@ def _fit_generator(
         validation_steps=validation_steps,
         validation_freq=validation_freq,
         class_weight=class_weight,
-        # Of a generator it never decided anything, and Keras 3 would warn.
+        # For a Python generator shuffle never had an effect, and Keras 3 would warn.
         shuffle=shuffle and isinstance(generator, keras3.utils.PyDataset),
         initial_epoch=initial_epoch,
     )
 
 
-def _evaluate_generator(
-    self: Any,
-    generator: Any,
-    steps: float | None = None,
-    callbacks: Any = None,
-    max_queue_size: int = 10,
-    workers: int = 1,
-    use_multiprocessing: bool = False,
-    verbose: Any = 0,
-) -> Any:
-    return self.evaluate(generator, steps=steps, callbacks=callbacks, verbose=verbose)
+def _taking_generator(name: str) -> Callable[..., Any]:
+    """Return `evaluate_generator` or `predict_generator`, given the name of the method without "_generator"."""
 
+    def run(
+        self: Any,
+        generator: Any,
+        steps: float | None = None,
+        callbacks: Any = None,
+        max_queue_size: int = 10,
+        workers: int = 1,
+        use_multiprocessing: bool = False,
+        verbose: Any = 0,
+    ) -> Any:
+        return getattr(self, name)(generator, steps=steps, callbacks=callbacks, verbose=verbose)
 
-def _predict_generator(
-    self: Any,
-    generator: Any,
-    steps: float | None = None,
-    callbacks: Any = None,
-    max_queue_size: int = 10,
-    workers: int = 1,
-    use_multiprocessing: bool = False,
-    verbose: Any = 0,
-) -> Any:
-    return self.predict(generator, steps=steps, callbacks=callbacks, verbose=verbose)
+    return run
 
 
 def _predict_proba(self: Any, x: Any, batch_size: int | None = None, verbose: Any = 0) -> Any:
@@ -95,14 +89,14 @@ def _predict_proba(self: Any, x: Any, batch_size: int | None = None, verbose: An
 
 
 def _predict_classes(self: Any, x: Any, batch_size: int | None = None, verbose: Any = 0) -> Any:
-    predicted = self.predict(x, batch_size=batch_size, verbose=verbose)
+    predicted = _predict_proba(self, x, batch_size, verbose)
     if predicted.shape[-1] > 1:
         return np.argmax(predicted, axis=-1)
     return (predicted > 0.5).astype("int32")
 
 
 def _resetting_metrics(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Measure each batch by itself, as Keras 2 did unless it was told otherwise; Keras 3 goes on adding up."""
+    """Compute metrics of each batch alone by default, as Keras 2 did; Keras 3 accumulates them over batches."""
 
     def run(self: Any, *args: Any, reset_metrics: bool = True, **kwargs: Any) -> Any:
         if reset_metrics:
@@ -119,18 +113,18 @@ def _reset_states(self: Any) -> None:
 
 
 def _shapes(tensors: Any) -> Any:
-    """Return the shape of a layer's tensor as a tuple, a list of shapes of several."""
-    return (
-        [tuple(each.shape) for each in tensors] if isinstance(tensors, list | tuple) else tuple(tensors.shape)
-    )
+    """Return the shape of a tensor as a tuple, or a list of shapes for several tensors."""
+    if isinstance(tensors, list | tuple):
+        return [tuple(tensor.shape) for tensor in tensors]
+    return tuple(tensors.shape)
 
 
 def _metrics_names(model: Any) -> list[str]:
-    """Return the names of what `evaluate` returns, where Keras 3 says "compile_metrics" for several."""
+    """Return the name of each value that `evaluate` returns; Keras 3 lists one name, "compile_metrics"."""
     names = []
     for metric in model.metrics:
         several = metric is getattr(model, "_compile_metrics", None)
-        names += [each.name for each in metric.metrics] if several else [metric.name]
+        names += [compiled.name for compiled in metric.metrics] if several else [metric.name]
     return names
 
 
@@ -153,7 +147,7 @@ def _every_period(on_epoch_end: Callable[..., None]) -> Callable[..., None]:
 
 
 class _Logs(dict):
-    """Logs that are found by both of their names, and shown by the one that Keras gave."""
+    """Logs that can be read by both of their names, and list only the name that Keras has used."""
 
     def __missing__(self, name: str) -> Any:
         other = _OTHER_NAME.get(name)
@@ -189,8 +183,8 @@ def _recording_both_names(on_train_begin: Callable[..., None]) -> Callable[..., 
     return begin
 
 
-def _with_names_of_today(on_train_begin: Callable[..., None]) -> Callable[..., None]:
-    """Let callbacks watch "accuracy" where they ask for "acc", unless the model was compiled with that."""
+def _with_current_names(on_train_begin: Callable[..., None]) -> Callable[..., None]:
+    """Let callbacks that monitor "acc" use "accuracy", unless the model was compiled with "acc"."""
 
     def begin(self: Any, logs: Any = None) -> None:
         for callback in self.callbacks:
@@ -204,8 +198,8 @@ def _with_names_of_today(on_train_begin: Callable[..., None]) -> Callable[..., N
 def _has_acc(model: Any) -> bool:
     compiled = getattr(model, "_compile_metrics", None)
     given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
-    found = [each for each in keras3.tree.flatten(given) if each is not None]
-    return "acc" in [each if isinstance(each, str) else getattr(each, "name", None) for each in found]
+    metrics = keras3.tree.flatten(given)
+    return any(metric == "acc" or getattr(metric, "name", None) == "acc" for metric in metrics)
 
 
 def _watch_accuracy(callback: Any) -> None:
@@ -214,7 +208,6 @@ def _watch_accuracy(callback: Any) -> None:
         callback.monitor = _OTHER_NAME[monitor]
     if isinstance(path, str):
         for name in ("acc", "val_acc"):
-            path = path.replace(f"{{{name}:", f"{{{_OTHER_NAME[name]}:").replace(
-                f"{{{name}}}", f"{{{_OTHER_NAME[name]}}}"
-            )
+            for end in ("}", ":"):  # {acc} and {acc:.2f}
+                path = path.replace("{" + name + end, "{" + _OTHER_NAME[name] + end)
         callback.filepath = path

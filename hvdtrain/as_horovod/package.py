@@ -1,13 +1,13 @@
-"""What `import horovod` itself offers."""
+"""Names of the module `horovod` itself."""
 
 from typing import Any, NoReturn
 
-# The version whose interface hvdtrain has.
+# The version of Horovod whose interface hvdtrain has.
 __version__ = "0.28.1"
 
 
 def run(func: Any, *args: Any, **kwargs: Any) -> NoReturn:
-    """Says how ranks are started here, in place of Horovod's launcher inside a script."""
+    """Raise an error that names the command for starting ranks: hvdtrain cannot start them inside a script."""
     raise NotImplementedError(
         "horovod.run starts ranks from inside a script, which hvdtrain does not do. Put the function into a script "
         "that calls it, and type: hvdtrain run --as-horovod -np 4 script.py"

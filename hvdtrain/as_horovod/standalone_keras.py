@@ -1,4 +1,4 @@
-"""`import horovod.keras`: hvdtrain.keras, with the arguments in the order of Horovod's older module."""
+"""Provide `horovod.keras`: hvdtrain.keras, with the arguments in the order of this older module of Horovod."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ def DistributedOptimizer(  # type: ignore[no-redef]  # noqa: N802 - the name is 
     groups: Any = None,
     **more: Any,
 ) -> Any:
-    """Makes an optimizer train one model on all ranks; see `hvdtrain.keras.DistributedOptimizer`."""
+    """Make an optimizer train one model on all ranks; see `hvdtrain.keras.DistributedOptimizer`."""
     in_order = (device_dense, device_sparse, compression, sparse_as_dense, gradient_predivide_factor, op)
     return hvdtrain.keras.DistributedOptimizer(
         optimizer, name, *in_order, num_groups=num_groups, groups=groups, **more

@@ -1,4 +1,4 @@
-"""One sentence for a script that ends at a name of TensorFlow 1: what to write instead."""
+"""Advise scripts that end at a name of TensorFlow 1: what to write instead."""
 
 import re
 
@@ -20,8 +20,8 @@ _OPTIMIZER = (
     "Give that to hvd.DistributedOptimizer for model.compile, or use hvd.DistributedGradientTape in a loop."
 )
 _GRAPH = (
-    "this belongs to TensorFlow 1's graphs. Write the model as a keras.Model and the step as a @tf.function that "
-    "takes the data as arguments, with hvd.DistributedGradientTape."
+    "this belongs to the graphs of TensorFlow 1. Write the model as a keras.Model and the step as a @tf.function "
+    "that takes the data as arguments, with hvd.DistributedGradientTape."
 )
 _SCRIPT = (
     "tf.app, tf.flags and tf.contrib are gone. Use argparse, and call main() under "
@@ -33,7 +33,7 @@ _PHASE = (
     "and predict do so."
 )
 
-# A name that an old script did not find, as a whole, and what to do; the first that matches.
+# Patterns for the whole missing name, with the advice. The first match counts.
 _ADVICE = (
     (r"Session|InteractiveSession|ConfigProto|GPUOptions|set_session|get_session", _SESSION),
     (r"MonitoredTrainingSession|MonitoredSession|SessionRunHook|\w+Hook|Scaffold|\w*global_step", _HOOK),
@@ -53,13 +53,13 @@ _MISSING = re.compile(
 
 
 def advice(error: BaseException) -> str:
-    """Says what to change where a script ended at something that TensorFlow 2 or Keras 3 does not have.
+    """Return advice if a script used a name that TensorFlow 2 or Keras 3 does not have.
 
     Args:
-        error: What the script did not catch.
+        error: The exception that the script did not catch.
 
     Returns:
-        One sentence or two, or nothing if the error is another.
+        One or two sentences; "" for any other error.
     """
     missing = _MISSING.search(str(error)) if isinstance(error, AttributeError | ImportError) else None
     if missing is None:
@@ -69,5 +69,7 @@ def advice(error: BaseException) -> str:
     name = parts["name"] or parts["imported"] or module.split(".")[1]
     if module.partition(".")[0] not in ("tensorflow", "keras", "horovod", "hvdtrain"):
         return ""
-    told = next((words for pattern, words in _ADVICE if re.fullmatch(pattern, name)), "")
-    return f"hvdtrain: {name}: {told}" if told else ""
+    for pattern, text in _ADVICE:
+        if re.fullmatch(pattern, name):
+            return f"hvdtrain: {name}: {text}"
+    return ""

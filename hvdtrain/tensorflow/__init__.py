@@ -1,6 +1,6 @@
-"""What a training loop of your own imports: `import hvdtrain.tensorflow as hvd`."""
+"""Train with custom training loops on several ranks: `import hvdtrain.tensorflow as hvd`."""
 
-import hvdtrain.keras  # noqa: F401 - checks TensorFlow and Keras, and says what is missing
+import hvdtrain.keras  # noqa: F401 - checks the versions of TensorFlow and Keras
 from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import MismatchError, Op
 from hvdtrain.keras import elastic
@@ -29,7 +29,7 @@ from hvdtrain.runtime.build_info import (
     rocm_built,
 )
 from hvdtrain.runtime.process_sets import ProcessSet, add_process_set, global_process_set, remove_process_set
-from hvdtrain.tensorflow import compression, mpi_ops, sync_batch_norm  # noqa: F401 - reached as attributes
+from hvdtrain.tensorflow import compression, mpi_ops, sync_batch_norm  # noqa: F401 - used as attributes of hvd
 from hvdtrain.tensorflow.compatibility import (
     check_extension,
     check_num_rank_power_of_2,
@@ -38,8 +38,10 @@ from hvdtrain.tensorflow.compatibility import (
     split_list,
 )
 from hvdtrain.tensorflow.functions import (
+    BroadcastGlobalVariablesHook,
     allgather_object,
     broadcast_,
+    broadcast_global_variables,
     broadcast_object,
     broadcast_object_fn,
     broadcast_variables,
@@ -58,9 +60,8 @@ from hvdtrain.tensorflow.ops import (
     reducescatter,
 )
 from hvdtrain.tensorflow.optimizer import DistributedOptimizer
-from hvdtrain.tensorflow.sessions import BroadcastGlobalVariablesHook, broadcast_global_variables
 from hvdtrain.tensorflow.tape import DistributedGradientTape, PartialDistributedGradientTape
-from hvdtrain.tensorflow.util import (  # noqa: F401 - private names that scripts take from here
+from hvdtrain.tensorflow.util import (  # noqa: F401 - private names that scripts import from here
     _executing_eagerly,
     _make_subgraph,
     refs_to_vars,

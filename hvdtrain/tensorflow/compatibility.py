@@ -1,4 +1,4 @@
-"""Small questions that scripts ask Horovod about itself, answered for hvdtrain."""
+"""Provide helper functions that scripts import from Horovod, and read its deprecated arguments."""
 
 import itertools
 import warnings
@@ -11,7 +11,7 @@ from hvdtrain.collectives.engine import Engine, Op
 
 
 def handle_average_backwards_compatibility(op: Op | int | str | None, average: bool | None) -> Op:
-    """Reads the reduction from `op`, or from the older argument `average`.
+    """Return the reduction that `op` or the older argument `average` names.
 
     Args:
         op: The reduction, or None.
@@ -24,7 +24,7 @@ def handle_average_backwards_compatibility(op: Op | int | str | None, average: b
         ValueError: If both are given.
     """
     if op is not None and average is not None:
-        raise ValueError(f"op takes the place of average; give one of them. Received: {op=}, {average=}.")
+        raise ValueError(f"op replaces average; give only one of them. Received: {op=}, {average=}.")
     if average is not None:
         warnings.warn(
             "The argument average is deprecated: use op=hvd.Average or op=hvd.Sum.",
@@ -36,37 +36,37 @@ def handle_average_backwards_compatibility(op: Op | int | str | None, average: b
 
 
 def check_num_rank_power_of_2(num_rank: int) -> bool:
-    """Tells whether Adasum can combine this many ranks: it halves them until one is left."""
+    """Return whether Adasum can combine this number of ranks: it must be a power of two."""
     return num_rank > 0 and num_rank & (num_rank - 1) == 0
 
 
 def split_list(l: Sequence[Any], n: int) -> list[Sequence[Any]]:  # noqa: E741 - the name is Horovod's
-    """Cuts a list into `n` pieces in order, of lengths that differ by one at most."""
+    """Split a list into `n` parts in order, with lengths that differ by at most one."""
     length, longer = divmod(len(l), n)
     starts = [i * length + min(i, longer) for i in range(n + 1)]
     return [l[start:end] for start, end in itertools.pairwise(starts)]
 
 
 def check_extension(ext_name: str, ext_env_var: str, pkg_path: str, *args: str) -> None:
-    """Accepts what Horovod's own modules ask at import; hvdtrain has no compiled part that could be missing."""
+    """Do nothing. In Horovod this checks its compiled extension, which hvdtrain does not have."""
 
 
 def gpu_available(ext_base_name: str = "tensorflow", verbose: bool = False) -> bool:
-    """Tells whether TensorFlow sees a GPU in this process."""
+    """Return whether TensorFlow sees a GPU in this process."""
     return bool(tf.config.list_physical_devices("GPU"))
 
 
 def check_adasum(engine: Engine, op: Op) -> None:
-    """Raises NotImplementedError for Adasum on a number of ranks that is no power of two."""
+    """Raise NotImplementedError for Adasum on a number of ranks that is not a power of two."""
     if op is Op.ADASUM and not check_num_rank_power_of_2(engine.size):
         raise NotImplementedError(
-            f"Adasum combines 2, 4, 8, ... ranks; here are {engine.size}. Use hvd.Average, or another number of "
-            "ranks."
+            f"Adasum combines 2, 4, 8, ... ranks, but here are {engine.size} ranks. Use hvd.Average, or another "
+            "number of ranks."
         )
 
 
 def groups_or_num_groups(groups: Any, num_groups: int) -> Any:
-    """Reads the groups of gradients from `groups`, or from the older argument `num_groups`."""
+    """Return the groups of gradients that `groups` or the older argument `num_groups` defines."""
     if num_groups == 0:
         return groups
     warnings.warn("The argument num_groups is deprecated: use groups.", DeprecationWarning, stacklevel=3)

@@ -1,4 +1,4 @@
-"""Variables and objects that must be the same everywhere, made so."""
+"""Broadcast variables and Python objects, and gather Python objects."""
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
@@ -12,6 +12,12 @@ from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.trained_variables import NOTHING, registry
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 
+_INSTEAD = (
+    "there are no global variables outside a graph of TensorFlow 1. Call hvd.broadcast_variables(model.variables, "
+    "root_rank=0) and hvd.broadcast_variables(optimizer.variables, root_rank=0) instead, or give model.fit the "
+    "callback hvd.callbacks.BroadcastGlobalVariablesCallback(0)."
+)
+
 
 def broadcast_variables(
     variables: Iterable[Any],
@@ -19,14 +25,14 @@ def broadcast_variables(
     process_set: ProcessSet = global_process_set,
     inplace: bool = False,
 ) -> Any:
-    """Gives the variables of all ranks the values of one: before the first step, or after a checkpoint is read.
+    """Copy the variables of one rank to all ranks, before the first step or after reading a checkpoint.
 
     Args:
         variables: Keras or TensorFlow variables, the same list on all ranks: `model.variables`,
             `optimizer.variables`.
-        root_rank: The rank whose values all take, as the whole world numbers it.
-        process_set: Which ranks take part.
-        inplace: Accepted for Horovod's sake: memory is used alike with both.
+        root_rank: The rank whose values all ranks receive, numbered as in the global process set.
+        process_set: The ranks that take part.
+        inplace: Ignored; accepted for compatibility with Horovod: both need the same memory.
 
     Returns:
         None; in a graph of TensorFlow 1 the operation to run.
@@ -36,9 +42,9 @@ def broadcast_variables(
         MismatchError: On every rank, if the ranks hold other variables, shapes or dtypes.
     """
     assigned = _assigned(list(variables), root_rank, process_set)
-    # Outside graphs of TensorFlow 1 whatever is written runs.
-    written = tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
-    return None if written else tf.group(*assigned)
+    # Outside graphs of TensorFlow 1 the assignments run without a session.
+    has_run = tf.executing_eagerly() or tf.compat.v1.get_default_graph().building_function
+    return None if has_run else tf.group(*assigned)
 
 
 def broadcast_(
@@ -47,23 +53,69 @@ def broadcast_(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
-    """Gives the variables of all ranks the values of one, and returns these as tensors.
+    """Copy the variables of one rank to all ranks, and return the values as tensors.
 
     Args:
         variables: As for `broadcast_variables`; dtypes may be mixed.
-        root_rank: The rank whose values all take.
-        name: Accepted for Horovod's sake.
-        process_set: Which ranks take part.
+        root_rank: The rank whose values all ranks receive.
+        name: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part.
 
     Returns:
-        A list of tensors, the values that the variables now have.
+        A list of tensors with the new values of the variables.
 
     Raises:
-        Exception: As `broadcast_variables`.
+        Exception: As in `broadcast_variables`.
     """
     assigned = _assigned(list(variables), root_rank, process_set)
     with tf.control_dependencies(assigned):
-        return [tf.identity(each) for each in variables]
+        return [tf.identity(variable) for variable in variables]
+
+
+def broadcast_global_variables(root_rank: int) -> Any:
+    """Copy all global variables of a TensorFlow 1 graph from one rank to all ranks.
+
+    Args:
+        root_rank: The rank whose values all ranks receive.
+
+    Returns:
+        The operation to run.
+
+    Raises:
+        RuntimeError: Outside such a graph; the message names the function to call instead.
+    """
+    if tf.executing_eagerly():
+        raise RuntimeError(f"hvd.broadcast_global_variables: {_INSTEAD}")
+    return broadcast_variables(tf.compat.v1.global_variables(), root_rank)
+
+
+class BroadcastGlobalVariablesHook(tf.compat.v1.train.SessionRunHook):
+    """A hook that copies all global variables from one rank when a `MonitoredSession` of TensorFlow 1 starts.
+
+    Args:
+        root_rank: The rank whose values all ranks receive.
+        device: The device of the operation.
+
+    Raises:
+        RuntimeError: Outside a graph of TensorFlow 1; the message names the function to call instead.
+    """
+
+    def __init__(self, root_rank: int, device: str = "") -> None:
+        if tf.executing_eagerly():
+            raise RuntimeError(f"hvd.BroadcastGlobalVariablesHook: {_INSTEAD}")
+        super().__init__()
+        self.root_rank = root_rank
+        self.device = device
+        self.bcast_op: Any = None
+
+    def begin(self) -> None:
+        """Add the operation to the graph before the graph is finalized."""
+        with tf.device(self.device):
+            self.bcast_op = broadcast_global_variables(self.root_rank)
+
+    def after_create_session(self, session: Any, coord: Any) -> None:
+        """Run the operation."""
+        session.run(self.bcast_op)
 
 
 def broadcast_object(
@@ -73,14 +125,14 @@ def broadcast_object(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Gives every rank a Python object of one, such as the epoch at which a resumed run goes on.
+    """Send a Python object of one rank to all ranks, such as the epoch at which a resumed run continues.
 
     Args:
-        obj: Anything that can be pickled; what ranks other than `root_rank` pass is ignored.
-        root_rank: The rank whose object all receive.
-        session: Accepted for Horovod's sake; no session is needed.
-        name: Accepted for Horovod's sake.
-        process_set: Which ranks take part.
+        obj: Any object that can be pickled. The objects of ranks other than `root_rank` are ignored.
+        root_rank: The rank whose object all ranks receive.
+        session: Ignored; accepted for compatibility with Horovod.
+        name: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part.
 
     Returns:
         The object of `root_rank`.
@@ -97,7 +149,7 @@ def broadcast_object_fn(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Callable[[Any], Any]:
-    """Returns a function of one object that does what `broadcast_object` does, with these arguments."""
+    """Return a function of one object that calls `broadcast_object` with these arguments."""
     return functools.partial(
         broadcast_object, root_rank=root_rank, session=session, name=name, process_set=process_set
     )
@@ -109,16 +161,16 @@ def allgather_object(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
-    """Gives every rank the Python objects of all.
+    """Send the Python objects of all ranks to all ranks.
 
     Args:
-        obj: Anything that can be pickled.
-        session: Accepted for Horovod's sake; no session is needed.
-        name: Accepted for Horovod's sake.
-        process_set: Which ranks take part.
+        obj: Any object that can be pickled.
+        session: Ignored; accepted for compatibility with Horovod.
+        name: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part.
 
     Returns:
-        The objects in the order of the ranks.
+        The objects in rank order.
 
     Raises:
         ValueError: If this rank is not in `process_set`.
@@ -132,9 +184,9 @@ def _assigned(variables: Sequence[Any], root_rank: int, process_set: ProcessSet)
         registry.note_broadcast(engine, TensorFlowBridge().readable(variables))
         if not variables:
             engine.warn(NOTHING)
-    details = [f"{tf.as_dtype(each.dtype).name} {tuple(each.shape)}" for each in variables]
+    details = [f"{tf.as_dtype(variable.dtype).name} {tuple(variable.shape)}" for variable in variables]
     call = described_call(f"broadcast of variables from rank {root_rank}", variables, details)
-    values = [tf.convert_to_tensor(each) for each in variables]
+    values = [tf.convert_to_tensor(variable) for variable in variables]
     received = differentiable.broadcast(engine, values, root_rank, call)
     assigned = [variable.assign(value) for variable, value in zip(variables, received, strict=True)]
-    return [each for each in assigned if each is not None]
+    return [result for result in assigned if result is not None]

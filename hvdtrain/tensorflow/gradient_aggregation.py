@@ -1,4 +1,4 @@
-"""Several backward passes for one update, for optimizers that cannot add up gradients themselves."""
+"""Accumulate the gradients of several backward passes, for optimizers that cannot do so themselves."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -10,24 +10,24 @@ from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
 
 
 class LocalGradientAggregationHelper:
-    """Adds up gradients on this rank and reduces them once a window, so that the ranks communicate less often.
+    """An accumulator of gradients that reduces them once per window, so that the ranks communicate less often.
 
-    Keras' optimizers do this themselves (`backward_passes_per_step` of `hvd.DistributedOptimizer`); this serves
-    those of `tf.compat.v1.train`, eagerly and in a `tf.function`.
+    Keras optimizers do this themselves (`backward_passes_per_step` of `hvd.DistributedOptimizer`). This class is
+    for the optimizers of `tf.compat.v1.train`, eagerly and in a `tf.function`.
 
     Args:
-        backward_passes_per_step: Passes a window.
-        allreduce_func: Takes gradients and their variables and returns the reduced gradients.
-        sparse_as_dense: Makes sparse gradients dense; only dense ones can be added up.
-        average_aggregated_gradients: Divides the sum of a window by its number of passes.
-        rank: Accepted for Horovod's sake, as `optimizer_type` and `name`.
-        optimizer_type: One of the class's two constants.
-        process_set: Which ranks train together.
-        scale_local_gradients: Divides gradients of local variables by the number of ranks.
-        name: Name of the counter.
+        backward_passes_per_step: Number of backward passes in a window.
+        allreduce_func: Function that takes gradients and their variables and returns the reduced gradients.
+        sparse_as_dense: Whether to make sparse gradients dense; only dense gradients can be accumulated.
+        average_aggregated_gradients: Whether to divide the sum of a window by its number of passes.
+        rank: Ignored; accepted for compatibility with Horovod.
+        optimizer_type: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that train together.
+        scale_local_gradients: Whether to divide gradients of local variables by the number of ranks.
+        name: Prefix of the name of the counter variable.
 
     Raises:
-        ValueError: If `backward_passes_per_step` is no positive number.
+        ValueError: If `backward_passes_per_step` is not a positive number.
     """
 
     _OPTIMIZER_TYPE_KERAS = "optimizer_type_keras"
@@ -61,19 +61,19 @@ class LocalGradientAggregationHelper:
         self.counter: Any = None
 
     def register_local_var(self, var: Any) -> None:
-        """Leaves the gradient of a variable on its rank."""
+        """Exclude the gradient of a variable from the reduction: it stays on its rank."""
         self._local.append(var)
         registry.note_local(var)
 
     def compute_gradients(self, grads: Sequence[Any], vars: Sequence[Any]) -> list[Any]:
-        """Adds a pass's gradients to the window.
+        """Add the gradients of one backward pass to the window.
 
         Args:
             grads: Tensors, `tf.IndexedSlices` or None.
-            vars: Their variables.
+            vars: The variables of the gradients.
 
         Returns:
-            At the end of a window the reduced gradients, otherwise those that were given.
+            The reduced gradients at the end of a window, otherwise `grads`.
 
         Raises:
             NotImplementedError: In a graph of TensorFlow 1, which does not run the assignments in order.
@@ -84,30 +84,30 @@ class LocalGradientAggregationHelper:
                 f"backward_passes_per_step={passes} does not work in a graph of TensorFlow 1. Leave it out and "
                 f"feed batches {passes} times as large to session.run."
             )
-        there = [index for index, each in enumerate(grads) if each is not None]
-        given = [self._dense(grads[index]) for index in there]
-        variables = [vars[index] for index in there]
-        self._make_variables(given)
-        sums = [total.assign_add(each) for total, each in zip(self._sums, given, strict=True)]
+        indices = [index for index, grad in enumerate(grads) if grad is not None]
+        dense = [self._dense(grads[index]) for index in indices]
+        variables = [vars[index] for index in indices]
+        self._make_variables(dense)
+        sums = [total.assign_add(grad) for total, grad in zip(self._sums, dense, strict=True)]
         with tf.control_dependencies(sums):
             passes = self.counter.assign_add(1)
-        full = tf.equal(passes, self.backward_passes_per_step)
+        is_full = tf.equal(passes, self.backward_passes_per_step)
         results = tf.cond(
-            full, lambda: self._window(variables), lambda: [tf.identity(each) for each in given]
+            is_full, lambda: self._end_window(variables), lambda: [tf.identity(grad) for grad in dense]
         )
         gradients: list[Any] = [None] * len(grads)
-        for index, result in zip(there, results, strict=True):
+        for index, result in zip(indices, results, strict=True):
             gradients[index] = result
         return gradients
 
     def apply_gradients(
         self, apply_grads_closure: Callable[[], Any], optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Applies gradients if a window has just ended.
+        """Apply gradients if a window has just ended.
 
         Args:
-            apply_grads_closure: Applies them.
-            optimizer: Its `iterations`, if it has any, count the other passes too.
+            apply_grads_closure: Function that applies them.
+            optimizer: The optimizer. If it has `iterations`, they count the other passes too.
             *args: Not used.
             **kwargs: Not used.
         """
@@ -125,30 +125,32 @@ class LocalGradientAggregationHelper:
 
         return tf.cond(tf.equal(self.counter, 0), apply, skip)
 
-    def _window(self, variables: Sequence[Any]) -> list[Any]:
-        """Reduces what was added up, and begins anew."""
-        added_up = [tf.identity(each) for each in self._sums]
-        shared = [index for index, each in enumerate(variables) if not self._is_local(each)]
-        reduced = self._reduce([added_up[index] for index in shared], [variables[index] for index in shared])
-        share = (self.process_set.size() or 1) if self.scale_local_gradients else 1
-        results = [each / share for each in added_up]
+    def _end_window(self, variables: Sequence[Any]) -> list[Any]:
+        """Reduce the accumulated gradients and set the sums to zero."""
+        accumulated = [tf.identity(total) for total in self._sums]
+        shared = [index for index, variable in enumerate(variables) if not self._is_local(variable)]
+        reduced = self._reduce(
+            [accumulated[index] for index in shared], [variables[index] for index in shared]
+        )
+        ranks = (self.process_set.size() or 1) if self.scale_local_gradients else 1
+        results = [grad / ranks for grad in accumulated]
         for index, result in zip(shared, reduced, strict=True):
             results[index] = result
         with tf.control_dependencies(results):
-            for each in self._sums:
-                each.assign(tf.zeros_like(each))
+            for total in self._sums:
+                total.assign(tf.zeros_like(total))
             self.counter.assign(0)
         passes = self.backward_passes_per_step if self.average_aggregated_gradients else 1
-        return [each / passes for each in results]
+        return [grad / passes for grad in results]
 
     def _is_local(self, variable: Any) -> bool:
-        return any(variable is each for each in self._local)
+        return any(variable is local for local in self._local)
 
     def _dense(self, gradient: Any) -> Any:
         if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
             raise ValueError(
                 "Sparse gradients (tf.IndexedSlices) can be added up over several backward passes only as dense "
-                "ones: pass sparse_as_dense=True."
+                "gradients: pass sparse_as_dense=True."
             )
         return tf.convert_to_tensor(gradient)
 
@@ -157,5 +159,5 @@ class LocalGradientAggregationHelper:
             with tf.init_scope():
                 self.counter = tf.Variable(0, trainable=False, name=f"{self.name}counter")
                 self._sums = [
-                    tf.Variable(tf.zeros(each.shape, each.dtype), trainable=False) for each in gradients
+                    tf.Variable(tf.zeros(grad.shape, grad.dtype), trainable=False) for grad in gradients
                 ]

@@ -93,7 +93,7 @@ __all__ = [
 ]
 
 
-# Layers copied from Horovod's examples call these four, whose default is a sum.
+# Layers copied from the examples of Horovod call these four functions. Their default is a sum, not a mean.
 
 
 def _allreduce(

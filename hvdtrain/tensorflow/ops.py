@@ -1,4 +1,4 @@
-"""Collectives on tensors, in a graph as well as eagerly, through which a loss can be differentiated."""
+"""Provide differentiable collective operations on tensors, in a graph and eagerly."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,34 +27,35 @@ def allreduce(
     process_set: ProcessSet = global_process_set,
     ignore_name_scope: bool = False,
 ) -> Any:
-    """Combines a tensor over all ranks, so that each has the mean, sum, least, greatest or product of all.
+    """Reduce a tensor over all ranks to its mean, sum, minimum, maximum or product, and return it on each rank.
 
-    Its gradient is the incoming gradient, combined in the same way. The API of this and the following
-    functions is Horovod's (https://horovod.readthedocs.io/en/stable/api.html#module-horovod.tensorflow).
+    Its gradient is the incoming gradient, reduced in the same way. The API of this and the following
+    functions is that of Horovod (https://horovod.readthedocs.io/en/stable/api.html#module-horovod.tensorflow).
 
     Args:
         tensor: Tensor, variable, array or number of the same shape and dtype on all ranks; or
             `tf.IndexedSlices`, whose rows are gathered instead.
         average: Deprecated: True for a mean, False for a sum. Use `op`.
         device_dense: Device of the result, such as "/gpu:0".
-        device_sparse: The same for `tf.IndexedSlices`.
-        compression: What makes the tensor smaller while it travels: `hvd.Compression.none`, `fp16`, `bf16`.
+        device_sparse: Device of the result for `tf.IndexedSlices`.
+        compression: How the tensor is compressed before it is sent: `hvd.Compression.none`, `fp16`, `bf16`.
         op: `hvd.Average` (default), `hvd.Sum`, `hvd.Adasum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
-        prescale_factor: Factor before the reduction. Integers are scaled in float64 and cut off toward zero.
+        prescale_factor: Factor before the reduction. Integers are scaled in float64 and rounded toward zero.
         postscale_factor: Factor after the reduction.
-        name: Accepted for Horovod's sake, as everywhere below: operations are matched by their order.
-        process_set: Which ranks take part.
-        ignore_name_scope: Accepted for Horovod's sake.
+        name: Ignored here and below; accepted for compatibility with Horovod. The order of calls identifies an
+            operation.
+        process_set: The ranks that take part.
+        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
 
     Returns:
-        What `tensor` was, a tensor or `tf.IndexedSlices`, of the same shape and dtype.
+        A tensor or `tf.IndexedSlices` like `tensor`, of the same shape and dtype.
 
     Raises:
         ValueError: If both `average` and `op` are given, or this rank is not in `process_set`.
         TypeError: If the dtype cannot be reduced this way.
-        NotImplementedError: For a sparse tensor with scaling or with another `op` than mean and sum, and for
-            Adasum on a number of ranks that is no power of two.
-        MismatchError: On every rank, if the ranks do not call this alike; eagerly it is also a
+        NotImplementedError: For a sparse tensor with scaling or with an `op` other than mean and sum, and for
+            Adasum on a number of ranks that is not a power of two.
+        MismatchError: On every rank, if the calls of the ranks differ; eagerly it is also a
             `tf.errors.FailedPreconditionError`.
     """
     op = handle_average_backwards_compatibility(op, average)
@@ -81,37 +82,40 @@ def grouped_allreduce(
     ignore_name_scope: bool = False,
     name: str | None = None,
 ) -> list[Any]:
-    """Combines several tensors at the price of few operations, each as `allreduce` does.
+    """Reduce several tensors as `allreduce` does, with fewer operations.
 
     Args:
         tensors: Tensors or `tf.IndexedSlices`, the same list of shapes and dtypes on all ranks.
-        average: As for `allreduce`, and so are all that follow.
+        average: As in `allreduce`, like all following arguments.
         device_dense: Device of the dense results.
         device_sparse: Device of the sparse results.
-        compression: What makes the tensors smaller while they travel.
+        compression: How the tensors are compressed before they are sent.
         op: The reduction.
-        prescale_factor: Factor before it.
-        postscale_factor: Factor after it.
-        process_set: Which ranks take part.
-        ignore_name_scope: Accepted for Horovod's sake.
-        name: Accepted for Horovod's sake.
+        prescale_factor: Factor before the reduction.
+        postscale_factor: Factor after the reduction.
+        process_set: The ranks that take part.
+        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
+        name: Ignored; accepted for compatibility with Horovod.
 
     Returns:
         A list like `tensors`.
 
     Raises:
-        Exception: As `allreduce`.
+        Exception: As in `allreduce`.
     """
     op = handle_average_backwards_compatibility(op, average)
     reduction = Reduction(op, float(prescale_factor), float(postscale_factor))
     engine = _engine(process_set, op)
-    sparse = [each for each in tensors if isinstance(each, tf.IndexedSlices)]
-    dense = [each for each in tensors if not isinstance(each, tf.IndexedSlices)]
+    sparse = [tensor for tensor in tensors if isinstance(tensor, tf.IndexedSlices)]
+    dense = [tensor for tensor in tensors if not isinstance(tensor, tf.IndexedSlices)]
     with tf.device(device_sparse):
         of_sparse = iter(_sparse(engine, sparse, reduction))
     with tf.device(device_dense):
         of_dense = iter(_compressed(compression, dense, engine, reduction, differentiable.grouped_allreduce))
-    return [next(of_sparse if isinstance(each, tf.IndexedSlices) else of_dense) for each in tensors]
+    results = []
+    for tensor in tensors:
+        results.append(next(of_sparse if isinstance(tensor, tf.IndexedSlices) else of_dense))
+    return results
 
 
 def allgather(
@@ -120,16 +124,16 @@ def allgather(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Joins the tensors of all ranks along the first dimension, in the order of the ranks.
+    """Concatenate the tensors of all ranks along the first dimension, in rank order.
 
-    The gradient is this rank's rows of the mean of all ranks' incoming gradients.
+    The gradient is the mean of the incoming gradients of all ranks, of which each rank takes its rows.
 
     Args:
         tensor: Tensor of any dtype but string; the first dimension may differ between ranks, the others may
             not. A scalar counts as one row.
-        name: Accepted for Horovod's sake.
-        ignore_name_scope: Accepted for Horovod's sake.
-        process_set: Which ranks take part.
+        name: Ignored; accepted for compatibility with Horovod.
+        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part.
 
     Returns:
         Tensor of shape (sum of first dimensions, ...).
@@ -147,8 +151,10 @@ def grouped_allgather(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> list[Any]:
-    """Joins several tensors, each as `allgather` does; takes and returns a list."""
-    return differentiable.allgather(_engine(process_set), [tf.convert_to_tensor(each) for each in tensors])
+    """Gather a list of tensors, each as `allgather` does, and return a list."""
+    return differentiable.allgather(
+        _engine(process_set), [tf.convert_to_tensor(tensor) for tensor in tensors]
+    )
 
 
 def broadcast(
@@ -158,16 +164,16 @@ def broadcast(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Gives every rank the tensor of one.
+    """Send the tensor of one rank to all ranks.
 
-    The gradient is the mean of all ranks' incoming gradients on `root_rank`, and zero elsewhere.
+    The gradient on `root_rank` is the mean of the incoming gradients of all ranks, and zero on other ranks.
 
     Args:
         tensor: Tensor of any dtype but string, of the same shape on all ranks.
-        root_rank: The rank whose values all receive, as the whole world numbers it.
-        name: Accepted for Horovod's sake.
-        ignore_name_scope: Accepted for Horovod's sake.
-        process_set: Which ranks take part; `root_rank` is one of them.
+        root_rank: The rank whose values all ranks receive, numbered as in the global process set.
+        name: Ignored; accepted for compatibility with Horovod.
+        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part; `root_rank` is one of them.
 
     Returns:
         Tensor like `tensor`.
@@ -186,22 +192,22 @@ def alltoall(
     ignore_name_scope: bool = False,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Sends a part of the rows to each rank and receives a part from each. The gradient travels back.
+    """Send some rows to each rank and receive rows from each. The gradient is sent back in the same way.
 
     Args:
         tensor: Tensor of any dtype but string; the first dimension may differ between ranks.
-        splits: How many rows go to each rank: int32, one for each. Rows beyond their sum are not sent. By
-            default equal parts, for which the first dimension must divide by the number of ranks.
-        name: Accepted for Horovod's sake.
-        ignore_name_scope: Accepted for Horovod's sake.
-        process_set: Which ranks take part.
+        splits: Number of rows for each rank, int32 of shape (size,). Rows beyond their sum are not sent. By
+            default equal parts; then the first dimension must be divisible by the number of ranks.
+        name: Ignored; accepted for compatibility with Horovod.
+        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part.
 
     Returns:
-        The received rows in the order of their senders. With `splits`, a pair of them and an int32 tensor: how
-        many came from each rank.
+        The received rows in the order of the sending ranks. With `splits`, a pair of these rows and an int32
+        tensor: the number of rows from each rank.
 
     Raises:
-        tf.errors.InvalidArgumentError: If `splits` does not fit; eagerly it is also a ValueError.
+        tf.errors.InvalidArgumentError: If `splits` is invalid; eagerly it is also a ValueError.
         MismatchError: On every rank, if dtypes or later dimensions differ.
     """
     engine, tensor = _engine(process_set), tf.convert_to_tensor(tensor)
@@ -223,29 +229,29 @@ def reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> Any:
-    """Combines a tensor over all ranks and gives each its part of the rows.
+    """Reduce a tensor over all ranks and return on each rank its part of the rows.
 
-    The gradient gathers all ranks' incoming gradients, times the factors, and times the number of ranks for a
-    sum.
+    The gradient gathers the incoming gradients of all ranks, times the factors, and times the number of ranks
+    for a sum.
 
     Args:
         tensor: Tensor of at least one dimension, of the same shape and dtype on all ranks. If the first
-            dimension does not divide by the number of ranks, the first ranks get one row more.
+            dimension is not divisible by the number of ranks, the first ranks get one row more.
         device_dense: Device of the result.
-        compression: As for `allreduce`.
+        compression: As in `allreduce`.
         op: `hvd.Average` (default) or `hvd.Sum`.
-        name: Accepted for Horovod's sake.
-        process_set: Which ranks take part.
-        ignore_name_scope: Accepted for Horovod's sake.
-        prescale_factor: Factor before the reduction, as for `allreduce`.
+        name: Ignored; accepted for compatibility with Horovod.
+        process_set: The ranks that take part.
+        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
+        prescale_factor: Factor before the reduction, as in `allreduce`.
         postscale_factor: Factor after the reduction.
 
     Returns:
-        This rank's rows of the combined tensor.
+        The rows of this rank in the reduced tensor.
 
     Raises:
-        tf.errors.InvalidArgumentError: For a scalar, or another `op`; it is also a ValueError.
-        MismatchError: On every rank, if the ranks do not call this alike.
+        tf.errors.InvalidArgumentError: For a scalar, or any other `op`; it is also a ValueError.
+        MismatchError: On every rank, if the calls of the ranks differ.
     """
     return grouped_reducescatter(
         [tensor], device_dense, compression, op, process_set, prescale_factor, postscale_factor
@@ -261,7 +267,7 @@ def grouped_reducescatter(
     prescale_factor: float = 1.0,
     postscale_factor: float = 1.0,
 ) -> list[Any]:
-    """Combines and scatters several tensors, each as `reducescatter` does; takes and returns a list."""
+    """Reduce and scatter a list of tensors, each as `reducescatter` does, and return a list."""
     reduction = Reduction(Op.of(op), float(prescale_factor), float(postscale_factor))
     with tf.device(device_dense):
         return _compressed(
@@ -270,16 +276,16 @@ def grouped_reducescatter(
 
 
 def join() -> Any:
-    """Tells that this rank has no more batches, and waits until all have none; zeros are sent for it until then.
+    """Report that this rank has no more batches, and contribute zeros until no rank has any.
 
     Returns:
-        int32 scalar: the rank that joined last.
+        The rank that joined last, as an int32 scalar.
     """
     return differentiable.join(_engine(global_process_set))
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Waits until every rank has come here."""
+    """Wait until every rank has called this."""
     differentiable.barrier(_engine(process_set))
 
 
@@ -297,25 +303,29 @@ def _compressed(
 ) -> list[Any]:
     if not tensors:
         return []
-    pairs = [compression.compress(tf.convert_to_tensor(each)) for each in tensors]
+    pairs = [compression.compress(tf.convert_to_tensor(tensor)) for tensor in tensors]
     results = operation(engine, [small for small, _ in pairs], reduction)
-    return [compression.decompress(each, context) for each, (_, context) in zip(results, pairs, strict=True)]
+    return [
+        compression.decompress(small, context) for small, (_, context) in zip(results, pairs, strict=True)
+    ]
 
 
 def _sparse(engine: Engine, slices: Sequence[Any], reduction: Reduction) -> list[Any]:
-    """Gathers the rows of sparse tensors: added up, they are the sum."""
+    """Gather the rows of sparse tensors. Their sum is the sum of the tensors."""
     if not slices:
         return []
     if reduction.op not in (Op.AVERAGE, Op.SUM) or reduction.scales:
         raise NotImplementedError(
-            "Of sparse tensors (tf.IndexedSlices) there are a mean and a sum without scaling. Received: "
-            f"{reduction}. Pass tf.convert_to_tensor(...) of it, or sparse_as_dense=True."
+            "For sparse tensors (tf.IndexedSlices) only a mean and a sum without scaling are possible. Received: "
+            f"{reduction}. Pass tf.convert_to_tensor(...) of the tensor, or sparse_as_dense=True."
         )
-    parts = differentiable.allgather(
-        engine, [part for each in slices for part in (each.values, each.indices)]
-    )
-    share = engine.size if reduction.op is Op.AVERAGE else 1
-    return [
-        tf.IndexedSlices(tf.cast(values / share, values.dtype), indices, each.dense_shape)
-        for values, indices, each in zip(parts[::2], parts[1::2], slices, strict=True)
-    ]
+    parts = []
+    for tensor in slices:
+        parts += [tensor.values, tensor.indices]
+    gathered = differentiable.allgather(engine, parts)
+    divisor = engine.size if reduction.op is Op.AVERAGE else 1
+    results = []
+    for values, indices, tensor in zip(gathered[::2], gathered[1::2], slices, strict=True):
+        scaled = tf.cast(values / divisor, values.dtype)
+        results.append(tf.IndexedSlices(scaled, indices, tensor.dense_shape))
+    return results

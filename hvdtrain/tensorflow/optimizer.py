@@ -1,4 +1,4 @@
-"""`DistributedOptimizer` for loops of your own: around Keras' optimizers, and around those of TensorFlow 1."""
+"""Provide `DistributedOptimizer` for custom training loops, for optimizers of Keras and of TensorFlow 1."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -34,22 +34,22 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Makes an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
+    """Make an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
 
     Args:
-        optimizer: A Keras optimizer, which is given to `hvdtrain.keras.DistributedOptimizer`; or one of
+        optimizer: A Keras optimizer, which is passed to `hvdtrain.keras.DistributedOptimizer`; or one of
             `tf.compat.v1.train`, whose `compute_gradients` and `minimize` then reduce.
-        name: As for `hvdtrain.keras.DistributedOptimizer`, and so are all that are not named here.
-        use_locking: As for the optimizers of `tf.compat.v1.train`.
+        name: As in `hvdtrain.keras.DistributedOptimizer`, like all arguments not listed here.
+        use_locking: As in the optimizers of `tf.compat.v1.train`.
         op: `hvd.Average` (default), `hvd.Sum` or `hvd.Adasum`. With an optimizer of `tf.compat.v1.train`,
-            Adasum combines what each rank's update has changed, not the gradients.
+            Adasum combines the changes that the update of each rank has made, not the gradients.
 
     Returns:
         An optimizer of the same kind, with the method `register_local_var(variable)`.
 
     Raises:
-        ValueError: If `hvd.init()` was not called, or arguments do not fit each other.
-        TypeError: If `optimizer` is neither.
+        ValueError: If `hvd.init()` was not called, or arguments contradict each other.
+        TypeError: If `optimizer` is neither of these.
     """
     common = {
         "compression": compression,
@@ -77,14 +77,14 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         scale_local=scale_local_gradients,
         **common,
     )
-    made = _DistributedOptimizer(optimizer, options, use_locking, process_set)
+    distributed = _DistributedOptimizer(optimizer, options, use_locking, process_set)
     if backward_passes_per_step != 1:
-        made.add_up(backward_passes_per_step, average_aggregated_gradients)
-    return made
+        distributed.accumulate(backward_passes_per_step, average_aggregated_gradients)
+    return distributed
 
 
 class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
-    """Reduces between an optimizer's two halves: computing gradients and applying them."""
+    """An optimizer of TensorFlow 1 that reduces gradients after it has computed them and before it applies them."""
 
     def __init__(
         self, optimizer: Any, options: ReduceOptions, use_locking: bool, process_set: ProcessSet
@@ -99,8 +99,8 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         self.get_slot_names = optimizer.get_slot_names
         self.variables = optimizer.variables
 
-    def add_up(self, passes: int, average: bool) -> None:
-        """Reduces and applies once in so many passes, the sum of their gradients or the mean."""
+    def accumulate(self, passes: int, average: bool) -> None:
+        """Reduce and apply the sum or the mean of the gradients once after a number of backward passes."""
         if self._options.op is Op.ADASUM:
             raise ValueError(
                 "Adasum combines the changes of each update, so backward_passes_per_step must be 1."
@@ -117,11 +117,11 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         )
 
     def register_local_var(self, var: Any) -> None:
-        """Leaves the gradient of a variable on its rank."""
+        """Exclude the gradient of a variable from the reduction: it stays on its rank."""
         self._reduction.keep_local(var)
 
     def compute_gradients(self, *args: Any, **kwargs: Any) -> list[tuple[Any, Any]]:
-        """Computes gradients as the optimizer inside does, and combines those of all ranks."""
+        """Compute gradients as the inner optimizer does, and combine those of all ranks."""
         pairs = self._optimizer.compute_gradients(*args, **kwargs)
         if self._options.op is Op.ADASUM:
             return pairs
@@ -130,28 +130,28 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         return list(zip(combine(gradients, variables), variables, strict=True))
 
     def apply_gradients(self, grads_and_vars: Any, global_step: Any = None, name: str | None = None) -> Any:
-        """Applies gradients as the optimizer inside does."""
+        """Apply gradients as the inner optimizer does."""
         pairs = list(grads_and_vars)
         if self._options.op is Op.ADASUM:
-            return self._apply_together(pairs, global_step, name)
+            return self._apply_adasum(pairs, global_step, name)
 
         def apply() -> Any:
             return self._optimizer.apply_gradients(pairs, global_step=global_step, name=name)
 
         return self._window.apply_gradients(apply, self._optimizer) if self._window else apply()
 
-    def _apply_together(self, pairs: Sequence[tuple[Any, Any]], global_step: Any, name: str | None) -> Any:
-        """Lets each rank update by itself, and combines what the updates have changed."""
+    def _apply_adasum(self, pairs: Sequence[tuple[Any, Any]], global_step: Any, name: str | None) -> Any:
+        """Update the variables on each rank alone, and combine the changes by Adasum."""
         variables = [variable for gradient, variable in pairs if gradient is not None]
-        before = [tf.identity(each) for each in variables]
+        before = [tf.identity(variable) for variable in variables]
         with tf.control_dependencies(before):
             updated = self._optimizer.apply_gradients(pairs, global_step=global_step, name=name)
         with tf.control_dependencies([] if updated is None else [updated]):
-            changes = [each.read_value() - old for each, old in zip(variables, before, strict=True)]
-        together = grouped_allreduce(
+            changes = [variable.read_value() - old for variable, old in zip(variables, before, strict=True)]
+        combined = grouped_allreduce(
             changes, op=Op.ADASUM, compression=self._options.compression, process_set=self.process_set
         )
-        assigned = [
-            each.assign(old + change) for each, old, change in zip(variables, before, together, strict=True)
-        ]
+        assigned = []
+        for variable, old, change in zip(variables, before, combined, strict=True):
+            assigned.append(variable.assign(old + change))
         return None if tf.executing_eagerly() else tf.group(*assigned)

@@ -1,4 +1,4 @@
-"""The way of gradients in loops of your own: into the same pipe as those of a Keras optimizer."""
+"""Reduce the gradients of custom training loops with the same reducer as those of a Keras optimizer."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,14 +16,14 @@ from hvdtrain.tensorflow.compatibility import check_adasum
 
 
 class Reduction:
-    """Combines the gradients of a tape or an optimizer; there may be None among them.
+    """A function that combines the gradients of a tape or an optimizer over all ranks. Gradients may be None.
 
-    The second step is verified, not the first, after which scripts written for Horovod broadcast their variables;
-    weights that differ then are reported. If they still differ at the tenth step, they are refused.
+    The weights are verified at the second step, because scripts written for Horovod broadcast them after the first.
+    Different weights cause a warning there, and an error if they still differ at the tenth step.
 
     Args:
-        options: How gradients are combined.
-        process_set: Among which ranks; on others gradients stay their own.
+        options: How to combine the gradients.
+        process_set: The ranks that take part. On other ranks gradients stay unchanged.
     """
 
     def __init__(self, options: ReduceOptions, process_set: ProcessSet) -> None:
@@ -37,11 +37,11 @@ class Reduction:
         self.is_local = self._reducer.is_local
 
     def __call__(self, gradients: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
-        """Reduces one step's gradients.
+        """Reduce the gradients of one step.
 
         Args:
             gradients: Tensors, `tf.IndexedSlices` or None.
-            sources: The variables, or tensors, that they belong to.
+            sources: The variables or tensors to which they belong.
 
         Returns:
             A list like `gradients`.
@@ -50,48 +50,49 @@ class Reduction:
             MismatchError: On every rank, if the ranks do not have gradients of the same sources.
         """
         result = weighted(gradients)
-        there = [index for index, each in enumerate(result) if each is not None]
-        if there:
+        indices = [index for index, gradient in enumerate(result) if gradient is not None]
+        if indices:
             self._reducer.name = f"{self._name}.{_number_in_graph()}"
-            self._reducer.verification = self._verification([sources[index] for index in there])
-            nameable = [_nameable(sources[index], index) for index in there]
-            reduced = self._reducer([result[index] for index in there], nameable, [])
-            for index, gradient in zip(there, reduced, strict=True):
+            self._reducer.verification = self._verification([sources[index] for index in indices])
+            named = [_named(sources[index], index) for index in indices]
+            reduced = self._reducer([result[index] for index in indices], named, [])
+            for index, gradient in zip(indices, reduced, strict=True):
                 result[index] = gradient
         return result
 
     def _verification(self, sources: Sequence[Any]) -> Verification:
-        """Finds the proof that belongs to these variables; there may be a new tape in every step."""
+        """Return the verification of these variables. It outlives a tape, because each step may use a new tape."""
         in_session = not (tf.executing_eagerly() or tf.inside_function())
-        if in_session or not all(hasattr(each, "assign") for each in sources):
+        if in_session or not all(hasattr(source, "assign") for source in sources):
             return Verification(self._engine, self._options.op, Policy(0))
         policy = replace(Policy.from_environment(), first=1, strict=False, again=True)
-        made = Verification(self._engine, self._options.op, policy)
-        # Kept with the first variable, so that it lives as long as what it verifies.
-        proofs = sources[0].__dict__.setdefault("_hvdtrain_proofs", {})
-        key = (id(self._engine), self._options.op, *(id(each) for each in sources))
-        return proofs.setdefault(key, made)
+        new = Verification(self._engine, self._options.op, policy)
+        # Stored in the first variable, so that it lives as long as the variables that it verifies.
+        verifications = sources[0].__dict__.setdefault("_hvdtrain_verifications", {})
+        key = (id(self._engine), self._options.op, *(id(source) for source in sources))
+        return verifications.setdefault(key, new)
 
 
 @dataclass(frozen=True)
-class _Watched:
-    """Stands for a tensor among the sources: only variables have names that mean something."""
+class _NamedTensor:
+    """A name and the shape of a tensor among the sources, because the name of a tensor is not meaningful."""
 
     name: str
     shape: Any
 
 
-def _nameable(source: Any, index: int) -> Any:
-    return source if hasattr(source, "assign") else _Watched(f"source {index}", source.shape)
+def _named(source: Any, index: int) -> Any:
+    return source if hasattr(source, "assign") else _NamedTensor(f"source {index}", source.shape)
 
 
 def _number_in_graph() -> int:
-    """Counts the reductions of a graph: two may be under way at once, and must not share a name.
+    """Return the number of earlier reductions in this graph: two may run at once and need different names.
 
-    Not across graphs: were a function traced again on one rank only, the ranks would count differently.
+    The count starts at 0 in each graph. With a common count, the names would differ between ranks if a function is
+    traced again on one rank only.
     """
     if tf.executing_eagerly():
         return 0
-    used = tf.compat.v1.get_default_graph().get_collection_ref("hvdtrain_reductions")
-    used.append(None)
-    return len(used) - 1
+    reductions = tf.compat.v1.get_default_graph().get_collection_ref("hvdtrain_reductions")
+    reductions.append(None)
+    return len(reductions) - 1

@@ -1,4 +1,4 @@
-"""Gradient tapes for training loops of your own."""
+"""Provide gradient tapes for custom training loops."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -27,37 +27,37 @@ def DistributedGradientTape(  # noqa: N802 - the name is Horovod's
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Makes `gradient` return the mean of all ranks' gradients, so that a loop of your own trains one model.
+    """Return a tape whose `gradient` returns the mean of the gradients of all ranks.
 
     Broadcast model and optimizer first (`hvd.broadcast_variables`): a tape cannot know whether the variables
-    are equal on all ranks. The API is Horovod's.
+    are equal on all ranks. The API is that of Horovod.
 
     Args:
-        gradtape: The tape that has watched, or will watch, the forward pass.
-        device_dense: Where Horovod's operations on dense gradients are placed, such as "/cpu:0".
-        device_sparse: Likewise for sparse gradients.
+        gradtape: The tape that has recorded, or will record, the forward pass.
+        device_dense: Device of the operations on dense gradients, such as "/cpu:0".
+        device_sparse: Device of the operations on sparse gradients.
         compression: `hvd.Compression.none` (default), `fp16` or `bf16`, or a class with the same two methods.
-        sparse_as_dense: Sends gradients of embeddings as dense tensors instead of gathering their rows.
+        sparse_as_dense: Whether to send gradients of embeddings as dense tensors instead of gathering their rows.
         op: `hvd.Average` (default), `hvd.Sum` or `hvd.Adasum`.
-        gradient_predivide_factor: Divides a mean in two steps: gradients by this before they are summed, the
-            sum by size over this afterwards.
-        num_groups: Deprecated: as an integer in `groups`.
-        groups: Into how many groups gradients are divided that travel as one, or a list of lists of the variables
-            of each. By default the engine fuses what fits.
-        process_set: The ranks that train together. On other ranks gradients stay their own.
-        scale_local_gradients: Divides gradients of local sources by the number of ranks, as the mean does with
-            those of the others.
+        gradient_predivide_factor: Divides a mean in two steps: gradients by this factor before the sum, and the sum
+            by size / factor.
+        num_groups: Deprecated: pass an integer as `groups`.
+        groups: Number of groups of gradients, each reduced in one operation, or a list of lists of the variables
+            of each group. By default the engine fuses gradients up to its fusion threshold.
+        process_set: The ranks that train together. On other ranks gradients stay unchanged.
+        scale_local_gradients: Whether to divide gradients of local sources by the number of ranks, as the mean
+            does with other gradients.
 
     Returns:
         A tape of the same class that shares the state of `gradtape`. It also has
-        `register_local_source(source)`, whose gradient then stays on its rank, and
+        `register_local_source(source)`, after which the gradient of the source stays on its rank, and
         `get_local_and_global_gradients(target, sources)`.
 
     Raises:
-        ValueError: If `hvd.init()` was not called, or `gradtape` is distributed already, or arguments do not fit
-            each other.
-        TypeError: If `gradtape` is no `tf.GradientTape`, or `compression` no compressor.
-        NotImplementedError: For Adasum on a number of ranks that is no power of two.
+        ValueError: If `hvd.init()` was not called, or `gradtape` is distributed already, or arguments
+            contradict each other.
+        TypeError: If `gradtape` is not a `tf.GradientTape`, or `compression` not a compressor.
+        NotImplementedError: For Adasum on a number of ranks that is not a power of two.
     """
     _check(gradtape)
     options = ReduceOptions(
@@ -72,7 +72,7 @@ def DistributedGradientTape(  # noqa: N802 - the name is Horovod's
         device_sparse,
     )
     base = type(gradtape)
-    # On the class, as the state in __dict__ is shared with the plain tape.
+    # An attribute of the class, because both tapes share the state in __dict__.
     reduced = {"_hvdtrain_reduction": Reduction(options, process_set)}
     tape: Any = object.__new__(type(base.__name__, (_Distributed, base), reduced))
     tape.__dict__ = gradtape.__dict__
@@ -93,17 +93,17 @@ def PartialDistributedGradientTape(  # noqa: N802 - the name is Horovod's
     local_layers: Any = None,
     scale_local_gradients: bool = True,
 ) -> Any:
-    """Averages the gradients of all layers but some, which each rank trains by itself.
+    """Return a tape that averages the gradients of all layers except local ones, which each rank trains alone.
 
     Args:
-        gradtape: As for `DistributedGradientTape`, and so are the arguments not named here.
-        local_layers: A Keras layer or several, built, whose gradients stay on their rank.
+        gradtape: As in `DistributedGradientTape`, like all arguments not listed here.
+        local_layers: One or several built Keras layers whose gradients stay on their rank.
 
     Returns:
         A tape like that of `DistributedGradientTape`.
 
     Raises:
-        ValueError: As `DistributedGradientTape`, and if `local_layers` holds something else than built layers.
+        ValueError: As in `DistributedGradientTape`, and if `local_layers` contains anything except built layers.
     """
     try:
         local = local_variables(local_layers)
@@ -128,12 +128,12 @@ def PartialDistributedGradientTape(  # noqa: N802 - the name is Horovod's
 
 
 class _Distributed:
-    """Reduces what `gradient` returns. Mixed into the tape's own class."""
+    """A mixin for the class of the tape that reduces the result of `gradient`."""
 
     _hvdtrain_reduction: Reduction
 
     def register_local_source(self, source: Any) -> None:
-        """Leaves the gradient of a source on its rank, which then trains it by itself."""
+        """Exclude the gradient of a source from the reduction: each rank trains it alone."""
         self._hvdtrain_reduction.keep_local(source)
 
     def gradient(
@@ -144,17 +144,17 @@ class _Distributed:
         use_generic_names: bool = False,
         unconnected_gradients: tf.UnconnectedGradients = tf.UnconnectedGradients.NONE,
     ) -> Any:
-        """Differentiates as `tf.GradientTape.gradient` does, and combines the gradients of all ranks.
+        """Differentiate as `tf.GradientTape.gradient` does, and combine the gradients of all ranks.
 
         Args:
-            target: What to differentiate.
-            sources: Variables or tensors, in any nest, the same on all ranks.
-            output_gradients: Gradients of the targets, if they are not ones.
-            use_generic_names: Accepted for Horovod's sake.
-            unconnected_gradients: What stands for a gradient that there is not; None by default.
+            target: The tensors to differentiate.
+            sources: A nested structure of variables or tensors, the same on all ranks.
+            output_gradients: Gradients of the targets; ones by default.
+            use_generic_names: Ignored; accepted for compatibility with Horovod.
+            unconnected_gradients: The value of a gradient that does not exist; None by default.
 
         Returns:
-            Gradients in the nest of `sources`: tensors, `tf.IndexedSlices` or None.
+            Gradients in the structure of `sources`: tensors, `tf.IndexedSlices` or None.
 
         Raises:
             MismatchError: On every rank, if the ranks do not have gradients of the same sources.
@@ -172,21 +172,22 @@ class _Distributed:
         output_gradients: Any = None,
         use_generic_names: bool = False,
     ) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
-        """Tells local from combined gradients.
+        """Return local and combined gradients separately.
 
         Args:
-            target: As for `gradient`, and so are the other arguments.
+            target: As in `gradient`, like the other arguments.
             sources: A flat list.
 
         Returns:
             Two lists of pairs of source and gradient: those of local sources, and the others.
         """
         gradients = self.gradient(target, sources, output_gradients, use_generic_names)
-        pairs = list(zip(sources, gradients, strict=True))
-        is_local = self._hvdtrain_reduction.is_local
-        return [each for each in pairs if is_local(each[0])], [
-            each for each in pairs if not is_local(each[0])
-        ]
+        local: list[tuple[Any, Any]] = []
+        combined: list[tuple[Any, Any]] = []
+        for source, gradient in zip(sources, gradients, strict=True):
+            pairs = local if self._hvdtrain_reduction.is_local(source) else combined
+            pairs.append((source, gradient))
+        return local, combined
 
 
 def _check(gradtape: Any) -> None:

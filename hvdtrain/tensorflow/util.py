@@ -7,13 +7,13 @@ import tensorflow as tf
 
 
 def vars_to_refs(vars: Any) -> Any:
-    """Turns variables, also lists of them, into references that can be keys of a dictionary."""
-    return tuple(vars_to_refs(each) for each in vars) if isinstance(vars, list) else vars.ref()
+    """Return hashable references to variables, also for nested lists of variables."""
+    return tuple(vars_to_refs(variable) for variable in vars) if isinstance(vars, list) else vars.ref()
 
 
 def refs_to_vars(refs: Any) -> Any:
-    """Turns what `vars_to_refs` returned back into variables and lists of them."""
-    return [refs_to_vars(each) for each in refs] if isinstance(refs, tuple) else refs.deref()
+    """Return the variables, or nested lists of them, of references from `vars_to_refs`."""
+    return [refs_to_vars(reference) for reference in refs] if isinstance(refs, tuple) else refs.deref()
 
 
 def _executing_eagerly() -> bool:

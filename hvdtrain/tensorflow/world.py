@@ -1,4 +1,4 @@
-"""Where this process stands, asked each time a graph runs instead of when it is built."""
+"""Return rank and size as tensors that are computed each time a graph runs, not when it is built."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +9,15 @@ import tensorflow as tf
 from hvdtrain import runtime
 from hvdtrain.collectives.engine import World
 
-# Horovod's numbers for "not initialised" and "no such process set".
+# The values of Horovod for "not initialized" and "no such process set".
 _NOT_INITIALIZED, _UNKNOWN_SET = -1, -3
 
 
 def size_op(process_set_id: int = 0, name: str | None = None) -> Any:
-    """Returns the number of ranks of a process set, by default of the world, as an int32 scalar tensor.
+    """Return the number of ranks of a process set, by default the global one, as an int32 scalar tensor.
 
     Raises:
-        ValueError: If `hvd.init()` was not called. In a graph it comes as InvalidArgumentError, when it runs.
+        ValueError: If `hvd.init()` was not called. In a graph this is an InvalidArgumentError when the graph runs.
     """
 
     def size() -> int:
@@ -31,29 +31,29 @@ def size_op(process_set_id: int = 0, name: str | None = None) -> Any:
 
 
 def rank_op(name: str | None = None) -> Any:
-    """Returns this process's rank as an int32 scalar tensor; raises as `size_op`."""
+    """Return the rank of this process as an int32 scalar tensor; raise as `size_op` does."""
     return _at_run_time(lambda: _world().rank, name)
 
 
 def local_rank_op(name: str | None = None) -> Any:
-    """Returns this process's number on its host as an int32 scalar tensor; raises as `size_op`."""
+    """Return the local rank of this process as an int32 scalar tensor; raise as `size_op` does."""
     return _at_run_time(lambda: _world().local_rank, name)
 
 
 def local_size_op(name: str | None = None) -> Any:
-    """Returns the number of ranks on this host as an int32 scalar tensor; raises as `size_op`."""
+    """Return the number of ranks on this host as an int32 scalar tensor; raise as `size_op` does."""
     return _at_run_time(lambda: _world().local_size, name)
 
 
 def process_set_included_op(process_set_id: int = 0, name: str | None = None) -> Any:
-    """Tells whether this process belongs to a process set.
+    """Return whether this process belongs to a process set.
 
     Args:
-        process_set_id: Number of the set; 0 is the world.
-        name: Name of the result.
+        process_set_id: Number of the process set; 0 is the global one.
+        name: Name of the resulting operation.
 
     Returns:
-        int32 scalar tensor: 1 or 0; -1 if `hvd.init()` was not called, -3 if there is no such set.
+        int32 scalar tensor: 1 or 0; -1 if `hvd.init()` was not called, -3 if there is no such process set.
     """
 
     def included() -> int:

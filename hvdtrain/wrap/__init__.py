@@ -1,5 +1,5 @@
-"""Scripts that know nothing of ranks, on several: `hvdtrain run --wrap -np 4 train.py`.
+"""Run scripts written for a single process on several ranks: `hvdtrain run --wrap -np 4 train.py`.
 
-Every rank runs the whole script, in step with the others: the same random numbers, the same batches, the same
-weights. What is divided among them is the work inside the model: see `row_shard.py` and `model_calls.py`.
+Every rank runs the whole script in the same order as the others: with the same random numbers, the same batches and
+the same weights. The ranks divide only the work inside the model: see `row_shard.py` and `model_calls.py`.
 """

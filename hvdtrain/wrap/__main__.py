@@ -1,9 +1,10 @@
-"""`python -m hvdtrain.wrap [--scale-batch] train.py args...`, under hvdtrain run, mpirun, srun, or alone."""
+"""Start a script with `python -m hvdtrain.wrap [--scale-batch] train.py args...`, alone or under a launcher."""
 
 from hvdtrain import safe_path
 
 safe_path.leave_working_directory()
 
+import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -11,51 +12,53 @@ from pathlib import Path
 from types import TracebackType
 
 from hvdtrain import script, topology
-from hvdtrain.wrap import commands, files, import_hook, rank_output, refusals, script_end
+from hvdtrain.patching import AfterImport
+from hvdtrain.wrap import commands, files, refusals, script_end
 
 
-def main(words: Sequence[str]) -> None:
-    """Runs a script or a module in this process, as one of several ranks that do it together.
+def main(arguments: Sequence[str]) -> None:
+    """Run a script or a module in this process, as one of several ranks that run it together.
 
     Args:
-        words: `script.py args...`, or `-m module args...`; before them perhaps `--scale-batch`.
+        arguments: `script.py args...` or `-m module args...`, optionally after `--scale-batch`.
     """
-    scale_batch = words[:1] == ["--scale-batch"]
-    words = words[1:] if scale_batch else words
-    if not words or words[0] in ("-h", "--help") or list(words) == ["-m"]:
+    scale_batch = arguments[:1] == ["--scale-batch"]
+    arguments = arguments[1:] if scale_batch else arguments
+    if not arguments or arguments[0] in ("-h", "--help") or list(arguments) == ["-m"]:
         sys.exit(
             "Expected a script: python -m hvdtrain.wrap [--scale-batch] train.py args..., or -m module args..."
         )
-    if words[0] != "-m" and not Path(words[0]).is_file():
+    if arguments[0] != "-m" and not Path(arguments[0]).is_file():
         print(
-            f"hvdtrain: The script {words[0]} is not there (looked for from {Path.cwd()}).", file=sys.stderr
+            f"hvdtrain: The script {arguments[0]} is not there (looked for from {Path.cwd()}).",
+            file=sys.stderr,
         )
         sys.exit(2)
     place = topology.detect()
     if place is not None and (place.size or 1) > 1:
-        _hash_alike()
-        _show_what_is_the_users()
+        _fix_hash_seed()
+        _shorten_tracebacks()
         if place.rank:
-            rank_output.install()
+            _silence_output()
             files.install()
         else:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a job may end abruptly
         commands.install()
         refusals.install()
-        import_hook.install(scale_batch)
+        _change_keras_after_import(scale_batch)
     with script_end.in_step():
-        refusals.run(words)
+        refusals.run(arguments)
 
 
-def _hash_alike() -> None:
-    """Makes sets of words have the same order on all ranks, for which Python must be started anew."""
+def _fix_hash_seed() -> None:
+    """Give sets of strings the same order on all ranks, for which Python must be started again."""
     if "PYTHONHASHSEED" not in os.environ and sys.orig_argv[1:3] == ["-m", "hvdtrain.wrap"]:
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, sys.orig_argv)
 
 
-def _show_what_is_the_users() -> None:
-    """Makes the traceback of an uncaught error begin in the script."""
+def _shorten_tracebacks() -> None:
+    """Make the traceback of an uncaught error begin in the script."""
     show = sys.excepthook
 
     def show_users_part(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -63,6 +66,46 @@ def _show_what_is_the_users() -> None:
         show(kind, error, error.__traceback__)
 
     sys.excepthook = show_users_part
+
+
+def _silence_output() -> None:
+    """Discard the standard output and error of this rank, but still print an uncaught error."""
+    sys.stdout.flush()
+    devnull = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 1)
+    os.close(devnull)
+    os.environ.setdefault("MPLBACKEND", "Agg")
+    stderr = sys.stderr
+    sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - stays open until the process ends
+    show = sys.excepthook
+
+    def show_on_stderr(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        sys.stderr = stderr
+        show(kind, error, trace)
+
+    sys.excepthook = show_on_stderr
+
+
+def _change_keras_after_import(scale_batch: bool) -> None:
+    """Join the ranks and change Keras after the script has imported TensorFlow or Keras.
+
+    Not before: the script may first set environment variables that Keras reads.
+
+    Args:
+        scale_batch: Whether each rank keeps the batch size of the script.
+    """
+    # TensorFlow may compute before the script imports Keras; by then the ranks must have divided the cores.
+    sys.meta_path.insert(0, AfterImport("tensorflow", lambda: importlib.import_module("keras")))
+    sys.meta_path.insert(0, AfterImport("keras", lambda: _change_keras(scale_batch)))
+    if "keras" in sys.modules or "tensorflow" in sys.modules:  # Python may load them before any script
+        importlib.import_module("keras")
+        _change_keras(scale_batch)
+
+
+def _change_keras(scale_batch: bool) -> None:
+    from hvdtrain.wrap.install import install  # loads Keras
+
+    install(scale_batch)
 
 
 main(sys.argv[1:])

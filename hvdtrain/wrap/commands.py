@@ -1,4 +1,4 @@
-"""Run each command of a script once, on rank 0; the other ranks get its output and exit code, and see its files.
+"""Run each command of a script once, on rank 0, and give its output, exit code and files to all ranks.
 
 `os.system` and `subprocess.Popen` are replaced. `subprocess.run`, `call`, `check_output`, `getoutput` and
 `os.popen` use it.
@@ -25,57 +25,57 @@ _STREAMS = ("stdin", "stdout", "stderr")
 
 
 def install() -> None:
-    """Change what starts commands. Call it before the script imports anything."""
-    replace(os, "system", _on_rank_zero)
-    # A class, of which scripts and libraries may make subclasses.
+    """Replace the functions that start commands. Call this before the script imports anything."""
+    replace(os, "system", _once)
+    # The replacement is a class, because scripts and libraries may define subclasses of it.
     subprocess.Popen = _Command  # type: ignore[misc]
 
 
 def _engine() -> Engine | None:
-    """Return the ranks that run the same command together, None where this process runs it by itself."""
+    """Return the ranks that share the command, or None if this process runs it alone."""
     if rank_zero.is_alone() or threading.current_thread() is not threading.main_thread():
         return None
     if not runtime.is_initialized():
-        if {"keras", "tensorflow"} & sys.modules.keys():  # being loaded
+        if {"keras", "tensorflow"} & sys.modules.keys():  # a command during the import of Keras
             return None
-        importlib.import_module("keras")  # joins the ranks: see arrival.py
+        importlib.import_module("keras")  # joins the ranks: see __main__.py
     return runtime.engine() if runtime.is_initialized() else None
 
 
-def _together(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Return on every rank what `work` returns on rank 0, when files are there that it has made."""
-    engine.barrier()  # a file that the command changes would be hidden from a rank that still has to read it
+def _run_once(engine: Engine, work: Callable[[], Any]) -> Any:
+    """Run `work` on rank 0. Return its result on every rank, after its files have become visible there."""
+    engine.barrier()  # other ranks may still have to read a file that the command changes
     try:
         return rank_zero.on_rank_zero(engine, work)
     finally:
-        moment, host = engine.broadcast_object((files.moment(), socket.gethostname()))
-        files.see_until(moment)
+        moment, host = engine.broadcast_object((files.time_between_files(), socket.gethostname()))
+        files.show_files_until(moment)
         if host == socket.gethostname():
             files.drop_copies()
 
 
-def _on_rank_zero(original: Callable[..., Any]) -> Callable[..., Any]:
+def _once(original: Callable[..., Any]) -> Callable[..., Any]:
     def run(*args: Any, **kwargs: Any) -> Any:
         engine = _engine()
         if engine is None:
             return original(*args, **kwargs)
-        return _together(engine, lambda: original(*args, **kwargs))
+        return _run_once(engine, lambda: original(*args, **kwargs))
 
     return run
 
 
 class _Command(subprocess.Popen):
-    """A process of rank 0 that all ranks use: each call is made by rank 0, and all get its result."""
+    """A process of rank 0 that all ranks use: rank 0 makes each call, and all ranks get its result."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._engine = _engine()
         self.args: Any = args[0] if args else kwargs.get("args")
         self.returncode = None
-        self._made: dict[str, Any] = {}
+        self._streams: dict[str, Any] = {}
         start = functools.partial(super().__init__, *args, **kwargs)
         self._call(start)
         if self._engine is not None:
-            self._made = {name: _Stream(self, name) for name in self._call(self._open_streams)}
+            self._streams = {name: _Stream(self, name) for name in self._call(self._open_streams)}
 
     def _open_streams(self) -> list[str]:
         return [name for name in _STREAMS if vars(self).get(f"_real_{name}") is not None]
@@ -83,7 +83,7 @@ class _Command(subprocess.Popen):
     def _call(self, work: Callable[[], Any]) -> Any:
         if self._engine is None or rank_zero.is_alone():
             return work()
-        result, self.pid, self.returncode = _together(
+        result, self.pid, self.returncode = _run_once(
             self._engine, lambda: (work(), self.pid, self.returncode)
         )
         return result
@@ -94,7 +94,7 @@ class _Stream(io.IOBase):
 
     Args:
         command: The process.
-        name: Which of its streams.
+        name: The name of the stream: "stdin", "stdout" or "stderr".
     """
 
     def __init__(self, command: _Command, name: str) -> None:
@@ -116,11 +116,11 @@ class _Stream(io.IOBase):
         return self
 
     def __del__(self) -> None:
-        """Leave the pipe to the process."""
+        """Do nothing: the pipe belongs to the process on rank 0, and `io.IOBase` would close it."""
 
     @property
     def closed(self) -> bool:
-        """Whether it is closed on rank 0."""
+        """Whether the stream is closed on rank 0."""
         return bool(self._use("__getattribute__", "closed"))
 
 
@@ -134,11 +134,8 @@ def _command_method(name: str) -> Callable[..., Any]:
     @functools.wraps(method)
     def call(self: _Command, *args: Any, **kwargs: Any) -> Any:
         if name == "__exit__" and not rank_zero.is_alone():
-            args = (
-                None,
-                None,
-                None,
-            )  # an error of the script is no matter of the process, and may not be sent
+            # The process needs no details of an error in the script, and the error may not be picklable.
+            args = (None, None, None)
         return self._call(lambda: method(self, *args, **kwargs))
 
     return call
@@ -146,10 +143,10 @@ def _command_method(name: str) -> Callable[..., Any]:
 
 def _command_stream(name: str) -> property:
     def read(self: _Command) -> Any:
-        return vars(self).get(f"_real_{name}") if rank_zero.is_alone() else self._made.get(name, _own(self))
-
-    def _own(self: _Command) -> Any:
-        return vars(self).get(f"_real_{name}") if self._engine is None else None
+        real = vars(self).get(f"_real_{name}")
+        if rank_zero.is_alone():
+            return real
+        return self._streams.get(name, real if self._engine is None else None)
 
     def write(self: _Command, stream: Any) -> None:
         vars(self)[f"_real_{name}"] = stream

@@ -1,4 +1,4 @@
-"""What is going on: whether Keras is at work on behalf of all ranks, and whether a model computes its rows."""
+"""Keep track of whether Keras runs a step of all ranks, and whether a model computes the rows of this rank."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -8,16 +8,20 @@ from typing import Any
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.wrap.row_shard import Share
 
-_engine: ContextVar[Engine | None] = ContextVar("fit, evaluate or predict is at work", default=None)
-_share: ContextVar[Share | None] = ContextVar("a model is being called on a rank's rows", default=None)
+_engine: ContextVar[Engine | None] = ContextVar(
+    "the ranks of a running fit, evaluate or predict", default=None
+)
+_share: ContextVar[Share | None] = ContextVar("the rows on which a model is called", default=None)
 # Takes the name of a layer and a loss that it adds; returns the loss that Keras keeps.
-_combine: ContextVar[Callable[[str, Any], Any] | None] = ContextVar("losses are being added", default=None)
-_trying: ContextVar[bool] = ContextVar("a model is being tried on made-up rows", default=False)
+_combine: ContextVar[Callable[[str, Any], Any] | None] = ContextVar(
+    "changes the losses that layers add", default=None
+)
+_testing: ContextVar[bool] = ContextVar("a model is tested on generated rows", default=False)
 
 
 @contextlib.contextmanager
 def of_all_ranks(engine: Engine) -> Iterator[None]:
-    """Marks the time in which all ranks do the same step; other threads do not see it."""
+    """Mark the time in which all ranks do the same step. Other threads are not affected."""
     token = _engine.set(engine)
     try:
         yield
@@ -27,7 +31,7 @@ def of_all_ranks(engine: Engine) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_rows(share: Share) -> Iterator[None]:
-    """Marks the time in which a model computes a rank's rows."""
+    """Mark the time in which a model computes the rows of this rank."""
     token = _share.set(share)
     try:
         yield
@@ -37,7 +41,7 @@ def on_rows(share: Share) -> Iterator[None]:
 
 @contextlib.contextmanager
 def adding(combine: Callable[[str, Any], Any]) -> Iterator[None]:
-    """Mark the time in which the losses that layers add go through a function.
+    """Pass each loss that a layer adds through a function, for the time of this context.
 
     Args:
         combine: Takes the name of a layer and a loss; returns the loss that Keras keeps.
@@ -51,7 +55,7 @@ def adding(combine: Callable[[str, Any], Any]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def on_no_rows() -> Iterator[None]:
-    """Marks the time in which something is made that has nothing to do with any batch, such as a weight."""
+    """Mark the time in which something is created that belongs to no batch, such as a weight."""
     tokens = _engine.set(None), _share.set(None), _combine.set(None)
     try:
         yield
@@ -62,31 +66,31 @@ def on_no_rows() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def trying() -> Iterator[None]:
-    """Marks the time in which a model computes made-up rows on this rank alone."""
-    token = _trying.set(True)
+def testing() -> Iterator[None]:
+    """Mark the time in which a model computes generated rows on this rank alone."""
+    token = _testing.set(True)
     try:
         with on_no_rows():
             yield
     finally:
-        _trying.reset(token)
+        _testing.reset(token)
 
 
-def is_trying() -> bool:
-    """Tells whether what is computed is thrown away."""
-    return _trying.get()
+def is_testing() -> bool:
+    """Return whether the results are used only to test a model."""
+    return _testing.get()
 
 
 def engine() -> Engine | None:
-    """Returns the ranks that are at the same step, or None where each is by itself."""
+    """Return the engine of the ranks that do the same step, or None if this rank works alone."""
     return _engine.get()
 
 
 def share() -> Share | None:
-    """Returns which rows are being computed, or None where what is computed is the same on all ranks."""
+    """Return the rows of this rank, or None if all ranks compute the same."""
     return _share.get()
 
 
 def combine() -> Callable[[str, Any], Any] | None:
-    """Return what losses go through that layers add, or None where they stay as they are."""
+    """Return the function for the losses that layers add, or None if they stay unchanged."""
     return _combine.get()

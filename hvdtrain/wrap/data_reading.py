@@ -1,4 +1,4 @@
-"""How Keras reads data: all ranks read the same batches, and where that is not certain, rank 0's."""
+"""Change how Keras reads data: all ranks get the same batches, those of rank 0 where batches may differ."""
 
 import contextlib
 import inspect
@@ -15,6 +15,7 @@ from hvdtrain.collectives.engine import Engine
 from hvdtrain.patching import replace
 from hvdtrain.wrap import context, same_batches
 
+# For each method of a model the steps for which Keras reads data, in order.
 _FIRST_READS = {
     "fit": ["train_step", "test_step"],
     "evaluate": ["test_step"],
@@ -23,26 +24,26 @@ _FIRST_READS = {
     "test_on_batch": [],
 }
 
-# Of each model the steps that begin with rank 0's batch.
+# For each model the steps that first receive the batch of rank 0.
 _shared: WeakKeyDictionary[Any, set[str]] = WeakKeyDictionary()
 
 
 @dataclass
 class _Reader:
-    """A model that is about to read data.
+    """A model that reads data.
 
     Args:
         model: The model.
-        steps: Which of its steps reads next; the last one goes on reading.
-        scale: By what the batches that are trained on are multiplied.
+        steps: The steps that will read data, in order; the last one may read several times.
+        scale: Factor of the size of training batches.
     """
 
     model: Any
     steps: list[str]
     scale: int = 1
 
-    def next(self) -> str | None:
-        """Names the step that the next data are for, None where no step reads."""
+    def next_step(self) -> str | None:
+        """Return the name of the step that reads next, None if no step reads."""
         return self.steps.pop(0) if len(self.steps) > 1 else next(iter(self.steps), None)
 
 
@@ -50,18 +51,18 @@ _reader: ContextVar[_Reader | None] = ContextVar("the model that reads", default
 
 
 def install(engine: Engine) -> None:
-    """Changes how Keras chooses what reads a kind of data."""
-    replace(data_adapters, "get_data_adapter", lambda choose: _choosing(engine, choose))
+    """Change how Keras chooses a data adapter."""
+    replace(data_adapters, "get_data_adapter", lambda choose: _with_equal_batches(engine, choose))
 
 
 @contextlib.contextmanager
 def of(model: Any, method: str) -> Iterator[None]:
-    """Says for which model and method data are read in this time."""
+    """Set the model and the method that read data during this context."""
     for name in ("train_step", "test_step", "predict_step"):
         step = getattr(model, name)
         if not hasattr(step, "hvdtrain_wrapped"):
-            # In the instance, because scripts override it in their classes.
-            vars(model)[name] = _beginning(model, name, step)
+            # Set on the instance, because scripts override the method in their classes.
+            vars(model)[name] = _with_received_batch(model, name, step)
     token = _reader.set(_Reader(model, list(_FIRST_READS.get(method, []))))
     try:
         yield
@@ -70,13 +71,13 @@ def of(model: Any, method: str) -> Iterator[None]:
 
 
 def multiply(factor: int) -> None:
-    """Makes the batches that are trained on larger."""
+    """Multiply the size of training batches by a factor."""
     reader = _reader.get()
     if reader is not None:
         reader.scale = factor
 
 
-def _beginning(model: Any, name: str, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def _with_received_batch(model: Any, name: str, step: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def run(batch: Any) -> Any:
         engine = context.engine()
         if engine is not None and name in _shared.get(model, ()):
@@ -87,7 +88,7 @@ def _beginning(model: Any, name: str, step: Callable[[Any], Any]) -> Callable[[A
     return run
 
 
-def _choosing(engine: Engine, choose: Callable[..., Any]) -> Callable[..., Any]:
+def _with_equal_batches(engine: Engine, choose: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(choose)
 
     def get_data_adapter(*args: Any, **kwargs: Any) -> Any:
@@ -95,43 +96,45 @@ def _choosing(engine: Engine, choose: Callable[..., Any]) -> Callable[..., Any]:
         if reader is None:
             return choose(*args, **kwargs)
         given = signature.bind(*args, **kwargs).arguments
-        step = reader.next()
+        step = reader.next_step()
         arrays = {name: given.get(name) for name in ("x", "y", "sample_weight")}
         if data_adapters.array_data_adapter.can_convert_arrays(tuple(arrays.values())):
             given.update(same_batches.agreed(engine, arrays))
         elif step is not None and not same_batches.same_everywhere(given["x"]):
-            _share(reader.model, step)
+            _receive_batches(reader.model, step)
         adapter = choose(**given)
-        return _larger(adapter, reader.scale) if step == "train_step" and reader.scale > 1 else adapter
+        if step == "train_step" and reader.scale > 1:
+            return _with_larger_batches(adapter, reader.scale)
+        return adapter
 
     return get_data_adapter
 
 
-def _share(model: Any, step: str) -> None:
-    """Makes a step begin with rank 0's batch from now on; what was traced before does not."""
+def _receive_batches(model: Any, step: str) -> None:
+    """Let a step first receive the batch of rank 0 from now on; Keras must trace its function again."""
     steps = _shared.setdefault(model, set())
     if step not in steps:
         steps.add(step)
         setattr(model, step.replace("_step", "_function"), None)
 
 
-def _larger(adapter: Any, factor: int) -> Any:
-    """Joins batches of the script into larger ones."""
+def _with_larger_batches(adapter: Any, factor: int) -> Any:
+    """Join several batches of the script into one."""
     dataset, count = adapter.get_tf_dataset(), adapter.num_batches
     larger = type(
         "Larger" + type(adapter).__name__,
         (type(adapter),),
         {
             "num_batches": property(lambda self: None if count is None else -(-count // factor)),
-            "get_tf_dataset": lambda self: dataset.ragged_batch(factor).map(_end_to_end),
+            "get_tf_dataset": lambda self: dataset.ragged_batch(factor).map(_concatenated),
         },
     )
     adapter.__class__ = larger
     return adapter
 
 
-def _end_to_end(*batches: Any) -> Any:
-    """Puts several batches, which `ragged_batch` has stacked, one after the other."""
+def _concatenated(*batches: Any) -> Any:
+    """Concatenate the batches that `ragged_batch` has stacked."""
 
     def merged(stack: Any) -> Any:
         if isinstance(stack, tf.RaggedTensor):

@@ -1,10 +1,11 @@
-"""Files that ranks other than 0 write are copies of their own, which they and nobody else find where they put them.
+"""Redirect the files that ranks other than 0 write to a temporary folder of each rank.
 
-Every rank runs the whole script, so each would write the same file at the same place. Rank 0 does. On another rank
-what the script opens for writing lies in a temporary folder; whatever it does with that path later means the copy.
+Every rank runs the whole script, so each rank would write the same file to the same path. Only rank 0 does so.
+On another rank, a file that the script opens for writing lies in a temporary folder, and later uses of the same
+path on this rank find this copy.
 """
 
-# pathlib asks by the very functions that are changed here.
+# Path objects must not be used here: pathlib calls the functions that this module replaces.
 # ruff: noqa: PTH100, PTH118, PTH120
 
 import atexit
@@ -18,15 +19,15 @@ import shutil
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from hvdtrain.patching import replace
 
-_COARSE = 5  # CLOCK_REALTIME_COARSE, which the time module does not name
+_CLOCK_REALTIME_COARSE = 5  # the time module does not define it
 _EXEMPT = ("/dev/", "/proc/", "/sys/")
-# Functions of `os` that ask about a path, by which argument says on which folder it is relative.
-_ASKING = (
+# Functions of `os` that read or change the attributes of a path.
+_ATTRIBUTES = (
     *("stat", "lstat", "access", "chmod", "chown", "lchown", "utime", "readlink"),
     *("listxattr", "getxattr", "setxattr"),
 )
@@ -36,38 +37,40 @@ _REMOVING = ("remove", "unlink", "rmdir")
 
 
 class _Copies:
-    """This rank's own files.
+    """The copies of files that this rank has written.
 
     Args:
-        folder: Where they lie, each under its whole path.
-        since: Time of the start in seconds; what others have made since then is not there for this rank.
+        folder: Folder of the copies, each under its absolute path.
+        since: Seconds since the epoch. Files that other ranks have made after this time are hidden from this rank.
     """
 
     def __init__(self, folder: str, since: float) -> None:
         self.folder = folder
         self.since = since
         self.shared: set[str] = set()
-        self.gone: set[str] = set()
+        self.removed: set[str] = set()
 
-    def own(self, path: str) -> str:
-        """Returns where this rank's copy of a path is, if there is one."""
+    def copy_path(self, path: str) -> str:
+        """Return the path at which the copy of a file lies, if there is a copy."""
         return self.folder + path
 
-    def exempt(self, path: str) -> bool:
-        """Tells whether a path means the same for everyone."""
+    def is_exempt(self, path: str) -> bool:
+        """Return whether all ranks use the same file at a path."""
         return path.startswith((*_EXEMPT, self.folder))
 
-    def found(self, path: str) -> str:
-        """Returns what a path means on this rank: its copy, or what was there before."""
-        if self.exempt(path) or _lexists(self.own(path)):
-            return path if self.exempt(path) else self.own(path)
-        return self.own(path) if self.hidden(path) else path
+    def for_reading(self, path: str) -> str:
+        """Return the path to read on this rank: that of the copy, or of a file that was there before."""
+        if self.is_exempt(path):
+            return path
+        if _lexists(self.copy_path(path)) or self.is_hidden(path):
+            return self.copy_path(path)
+        return path
 
-    def hidden(self, path: str) -> bool:
-        """Tells whether a path is there for others only."""
-        if self.exempt(path) or any(path == each or path.startswith(each + os.sep) for each in self.shared):
+    def is_hidden(self, path: str) -> bool:
+        """Return whether a path exists for other ranks only."""
+        if self.is_exempt(path) or _is_inside(path, self.shared):
             return False
-        if any(path == each or path.startswith(each + os.sep) for each in self.gone):
+        if _is_inside(path, self.removed):
             return True
         try:
             return _lstat(path).st_ctime >= self.since and not _is_dir(path)
@@ -75,21 +78,27 @@ class _Copies:
             return False
 
     def for_writing(self, path: str, keep: bool) -> str:
-        """Returns where to write, with what was there before if that is to be kept."""
-        if self.exempt(path):
+        """Return the path of the copy to write.
+
+        Args:
+            path: An absolute path.
+            keep: Whether to copy the present content of the file first.
+        """
+        if self.is_exempt(path):
             return path
-        # In this order: what another rank makes at this moment is either not there yet, or hidden.
-        there, own, before = _lexists(path), self.own(path), self.found(path)
-        if _is_dir(self.found(os.path.dirname(path))):
-            _makedirs(os.path.dirname(own))
-        if keep and there and before != own and not _is_dir(before):
-            # Past the functions that are changed here, which would no longer see it once another rank adds to it.
-            with contextlib.suppress(FileNotFoundError), _open(before, "rb") as old, _open(own, "wb") as new:
+        # The order matters: a file that another rank makes at this moment either does not exist yet, or is hidden.
+        exists, copy, before = _lexists(path), self.copy_path(path), self.for_reading(path)
+        if _is_dir(self.for_reading(os.path.dirname(path))):
+            _makedirs(os.path.dirname(copy))
+        if keep and exists and before != copy and not _is_dir(before):
+            # With the original open: the replaced one would hide the file as soon as another rank appends to it.
+            with contextlib.suppress(FileNotFoundError), _open(before, "rb") as old, _open(copy, "wb") as new:
                 shutil.copyfileobj(old, new)
-        return own
+        return copy
 
 
 _copies: _Copies | None = None
+# The original functions, before `install` replaces them.
 _rmtree = shutil.rmtree
 _lstat, _stat, _mkdir, _listdir, _open, _scandir = (
     os.lstat,
@@ -102,16 +111,16 @@ _lstat, _stat, _mkdir, _listdir, _open, _scandir = (
 
 
 def install() -> None:
-    """Begins to keep this rank's files apart."""
+    """Redirect the files that this rank writes from now on."""
     global _copies
     folder = tempfile.mkdtemp(prefix="hvdtrain-wrap-")
     _copies = copies = _Copies(folder, time.time())
-    atexit.register(forget)
+    atexit.register(remove_copies)
     builtins.open = io.open = _opening(copies, _open)
     replace(os, "open", lambda opening: _opening_by_flags(copies, opening))
     replace(os, "mkdir", lambda make: _making(copies, make))
     for change, names in (
-        (_asking, _ASKING),
+        (_reading_copy, _ATTRIBUTES),
         (_removing, _REMOVING),
         (_renaming, _RENAMING),
         (_linking, _LINKING),
@@ -119,74 +128,77 @@ def install() -> None:
         for name in names:
             replace(os, name, functools.partial(change, copies))
     replace(shutil, "rmtree", functools.partial(_removing, copies))
-    replace(os, "listdir", lambda _: lambda path=".": _names(copies, path))
+    replace(os, "listdir", lambda _: lambda path=".": _list_names(copies, path))
     replace(os, "scandir", lambda _: lambda path=".": _Entries(copies, path))
-    tarfile.bltn_open = io.open  # type: ignore[attr-defined] # it keeps the function that it found at first
-    _follow_pathlib()
+    tarfile.bltn_open = io.open  # type: ignore[attr-defined] # tarfile has stored the original function
+    _update_pathlib()
 
 
 def drop_copies() -> None:
-    """Let this rank see all files as rank 0 has them on this host; its own copies of them are removed."""
+    """Remove the copies of this rank and show it all files as rank 0 has them on this host."""
     if _copies is not None:
         _rmtree(_copies.folder, ignore_errors=True)
         _makedirs(_copies.folder)
-        _copies.gone.clear()
+        _copies.removed.clear()
 
 
-def forget() -> None:
-    """Removes this rank's own files."""
+def remove_copies() -> None:
+    """Remove all copies of this rank."""
     if _copies is not None:
         _rmtree(_copies.folder, ignore_errors=True)
 
 
-def moment() -> float:
-    """Return a time after all files made so far and before all that this process makes next, in seconds.
+def time_between_files() -> float:
+    """Return a time after all files made so far and before all files made later by this process.
 
-    Linux stamps files with a clock that advances every few milliseconds, so the next tick is awaited.
+    Linux stamps files with a clock that advances every few milliseconds, so this waits for its next tick.
+
+    Returns:
+        Seconds since the epoch.
     """
-    now = then = time.clock_gettime(_COARSE)
+    now = then = time.clock_gettime(_CLOCK_REALTIME_COARSE)
     while then <= now:
         time.sleep(0.001)
-        then = time.clock_gettime(_COARSE)
+        then = time.clock_gettime(_CLOCK_REALTIME_COARSE)
     return (now + then) / 2
 
 
-def see_until(moment: float) -> None:
-    """Lets this rank see what others have made by now, where it has no copy of its own.
+def show_files_until(moment: float) -> None:
+    """Show this rank the files that other ranks have made until a time, where it has no copy.
 
     Args:
-        moment: Seconds since the epoch, at which rank 0 came to where this rank is now.
+        moment: Seconds since the epoch, at which rank 0 reached the present point of the script.
     """
     if _copies is not None:
         _copies.since = max(_copies.since, moment)
 
 
-def found(path: Any) -> str:
-    """Returns what a path means on this rank."""
-    place = os.path.abspath(os.fspath(path))
-    return place if _copies is None else _copies.found(place)
+def for_reading(path: Any) -> str:
+    """Return the absolute path to read on this rank in place of a path."""
+    absolute = os.path.abspath(os.fspath(path))
+    return absolute if _copies is None else _copies.for_reading(absolute)
 
 
 def share(path: Any) -> bool:
-    """Lets this rank see what rank 0 has just written; False if it is not there for this host."""
-    place = os.path.abspath(os.fspath(path))
+    """Show this rank a file that rank 0 has just written; return False if it does not exist on this host."""
+    absolute = os.path.abspath(os.fspath(path))
     if _copies is None:
         return True
-    if not _lexists(place):
+    if not _lexists(absolute):
         return False
-    _copies.shared.add(place)
+    _copies.shared.add(absolute)
     return True
 
 
-def private(path: Any, keep: bool = False) -> str:
-    """Returns where this rank's own copy of a path is to be written.
+def for_writing(path: Any, keep: bool = False) -> str:
+    """Return the absolute path to write on this rank in place of a path.
 
     Args:
         path: The path.
-        keep: Whether what is there is to be copied first.
+        keep: Whether to copy the present content of the file first.
     """
-    place = os.path.abspath(os.fspath(path))
-    return place if _copies is None else _copies.for_writing(place, keep)
+    absolute = os.path.abspath(os.fspath(path))
+    return absolute if _copies is None else _copies.for_writing(absolute, keep)
 
 
 def _opening(copies: _Copies, opening: Callable[..., Any]) -> Callable[..., Any]:
@@ -196,56 +208,56 @@ def _opening(copies: _Copies, opening: Callable[..., Any]) -> Callable[..., Any]
             return opening(file, mode, *args, **kwargs)
         if set(mode) & set("wax+"):
             return opening(copies.for_writing(path, keep="w" not in mode), mode, *args, **kwargs)
-        return opening(copies.found(path), mode, *args, **kwargs)
+        return opening(copies.for_reading(path), mode, *args, **kwargs)
 
     return open
 
 
 def _opening_by_flags(copies: _Copies, opening: Callable[..., int]) -> Callable[..., int]:
     def open(file: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        path = None if kwargs.get("dir_fd") is not None else _path(file)
+        path = _path(file, kwargs)
         if path is None:
             return opening(file, flags, *args, **kwargs)
         if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             return opening(copies.for_writing(path, keep=not flags & os.O_TRUNC), flags, *args, **kwargs)
-        return opening(copies.found(path), flags, *args, **kwargs)
+        return opening(copies.for_reading(path), flags, *args, **kwargs)
 
     return open
 
 
 def _making(copies: _Copies, make: Callable[..., None]) -> Callable[..., None]:
     def mkdir(file: Any, *args: Any, **kwargs: Any) -> None:
-        path = None if kwargs.get("dir_fd") is not None else _path(file)
-        if path is None or copies.exempt(path):
+        path = _path(file, kwargs)
+        if path is None or copies.is_exempt(path):
             return make(file, *args, **kwargs)
-        # A folder that rank 0 has made meanwhile is none that was there before.
-        if not copies.hidden(path) and _lexists(path) and _stat(path).st_ctime < copies.since:
+        # A folder that rank 0 has made in the meantime does not count as existing.
+        if not copies.is_hidden(path) and _lexists(path) and _stat(path).st_ctime < copies.since:
             raise FileExistsError(17, os.strerror(17), path)
         return make(copies.for_writing(path, keep=False), *args, **kwargs)
 
     return mkdir
 
 
-def _asking(copies: _Copies, ask: Callable[..., Any]) -> Callable[..., Any]:
-    def asked(file: Any, *args: Any, **kwargs: Any) -> Any:
-        path = None if kwargs.get("dir_fd") is not None else _path(file)
-        return ask(file if path is None else copies.found(path), *args, **kwargs)
+def _reading_copy(copies: _Copies, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(file: Any, *args: Any, **kwargs: Any) -> Any:
+        path = _path(file, kwargs)
+        return function(file if path is None else copies.for_reading(path), *args, **kwargs)
 
-    return asked
+    return call
 
 
 def _removing(copies: _Copies, remove: Callable[..., None]) -> Callable[..., None]:
     def removed(file: Any, *args: Any, **kwargs: Any) -> None:
-        path = None if kwargs.get("dir_fd") is not None else _path(file)
-        if path is None or copies.exempt(path):
+        path = _path(file, kwargs)
+        if path is None or copies.is_exempt(path):
             remove(file, *args, **kwargs)
             return
-        if _lexists(copies.own(path)):
-            remove(copies.own(path), *args, **kwargs)
-        elif path not in copies.shared and copies.hidden(path):
+        if _lexists(copies.copy_path(path)):
+            remove(copies.copy_path(path), *args, **kwargs)
+        elif path not in copies.shared and copies.is_hidden(path):
             raise FileNotFoundError(2, os.strerror(2), path)
-        # Otherwise it was there before, and rank 0 removes it, or has done so.
-        copies.gone.add(path)
+        # Otherwise the file was there before, and rank 0 removes it or has removed it.
+        copies.removed.add(path)
         copies.shared.discard(path)
 
     return removed
@@ -253,65 +265,64 @@ def _removing(copies: _Copies, remove: Callable[..., None]) -> Callable[..., Non
 
 def _renaming(copies: _Copies, rename: Callable[..., None]) -> Callable[..., None]:
     def renamed(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
-        here, there = _path(source), _path(target)
-        if here is None or there is None or copies.exempt(here):
+        old, new = _path(source), _path(target)
+        if old is None or new is None or copies.is_exempt(old):
             rename(source, target, *args, **kwargs)
             return
-        found, own = copies.found(here), copies.for_writing(there, keep=False)
-        if found != here:
-            rename(found, own)
-        elif _lexists(found):
-            shutil.copytree(found, own) if _is_dir(found) else shutil.copyfile(found, own)
-        copies.gone.add(here)
+        present, copy = copies.for_reading(old), copies.for_writing(new, keep=False)
+        if present != old:
+            rename(present, copy)
+        elif _is_dir(present):
+            shutil.copytree(present, copy)
+        elif _lexists(present):
+            shutil.copyfile(present, copy)
+        copies.removed.add(old)
 
     return renamed
 
 
 def _linking(copies: _Copies, link: Callable[..., None]) -> Callable[..., None]:
     def linked(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
-        there = None if kwargs.get("dir_fd") is not None else _path(target)
-        link(source, target if there is None else copies.for_writing(there, keep=False), *args, **kwargs)
+        path = _path(target, kwargs)
+        link(source, target if path is None else copies.for_writing(path, keep=False), *args, **kwargs)
 
     return linked
 
 
-def _names(copies: _Copies, file: Any) -> list[Any]:
+def _list_names(copies: _Copies, file: Any) -> list[Any]:
     path = _path(file)
     if path is None or isinstance(file, bytes):
         return _listdir(file)
-    own = copies.own(path)
-    kept = _is_dir(own) and not copies.exempt(path)
-    mine = _listdir(own) if kept else []
-    if kept and not _is_dir(path):
-        return mine
-    others = [each for each in _listdir(path) if not copies.hidden(os.path.join(path, each))]
-    return list(dict.fromkeys([*others, *mine]))
+    copy = copies.copy_path(path)
+    has_copy = _is_dir(copy) and not copies.is_exempt(path)
+    copied = _listdir(copy) if has_copy else []
+    if has_copy and not _is_dir(path):
+        return copied
+    visible = [name for name in _listdir(path) if not copies.is_hidden(os.path.join(path, name))]
+    return list(dict.fromkeys([*visible, *copied]))
 
 
 class _Entries:
-    """What `os.scandir` returns: entries of a folder, and of this rank's copy of it."""
+    """The replacement for the result of `os.scandir`: entries of a folder and of this rank's copy of it."""
 
     def __init__(self, copies: _Copies, file: Any) -> None:
-        self._entries = iter(self._found(copies, file))
+        self._entries = iter(self._list(copies, file))
 
-    def _found(self, copies: _Copies, file: Any) -> list[Any]:
+    def _list(self, copies: _Copies, file: Any) -> list[Any]:
         path = _path(file)
         if path is None or isinstance(file, bytes):
             return list(_scandir(file))
-        own = copies.own(path)
-        kept = _is_dir(own) and not copies.exempt(path)
-        mine = list(_scandir(own)) if kept else []
-        if kept and not _is_dir(path):
-            return mine
-        taken = {each.name for each in mine}
-        return [
-            *(
-                each
-                for each in _scandir(file)
-                if each.name not in taken and not copies.hidden(os.path.abspath(each.path))
-            ),
-            *mine,
-        ]
+        copy = copies.copy_path(path)
+        has_copy = _is_dir(copy) and not copies.is_exempt(path)
+        copied = list(_scandir(copy)) if has_copy else []
+        if has_copy and not _is_dir(path):
+            return copied
+        names = {entry.name for entry in copied}
+        visible = []
+        for entry in _scandir(file):
+            if entry.name not in names and not copies.is_hidden(os.path.abspath(entry.path)):
+                visible.append(entry)
+        return [*visible, *copied]
 
     def __iter__(self) -> Iterator[Any]:
         return self
@@ -326,33 +337,42 @@ class _Entries:
         self.close()
 
     def close(self) -> None:
-        """Does nothing: all entries have been read."""
+        """Do nothing: all entries have been read."""
 
 
-def _follow_pathlib() -> None:
-    """Lets Python 3.10's pathlib, which keeps the functions it found at first, find these."""
+def _update_pathlib() -> None:
+    """Give pathlib of Python 3.10, which has stored the original functions, the replacements."""
     accessor = getattr(pathlib, "_NormalAccessor", None)
+    if accessor is None:
+        return
     for name in (
-        "stat",
         "open",
+        "stat",
         "listdir",
         "scandir",
         "mkdir",
-        "unlink",
         "rmdir",
+        "unlink",
         "rename",
         "replace",
         "chmod",
     ):
-        if accessor is not None and hasattr(accessor, name):
+        if hasattr(accessor, name):
             setattr(accessor, name, staticmethod(io.open if name == "open" else getattr(os, name)))
 
 
-def _path(file: Any) -> str | None:
-    """Returns the whole path of what is one, None for a descriptor."""
+def _path(file: Any, kwargs: Mapping[str, Any] | None = None) -> str | None:
+    """Return the absolute path of a file; None for a descriptor, or a path relative to the argument `dir_fd`."""
+    if kwargs and kwargs.get("dir_fd") is not None:
+        return None
     if isinstance(file, int) or not isinstance(file, str | bytes | os.PathLike):
         return None
     return os.path.abspath(os.fsdecode(file))
+
+
+def _is_inside(path: str, folders: Iterable[str]) -> bool:
+    """Return whether a path is one of the folders, or lies inside one of them."""
+    return any(path == folder or path.startswith(folder + os.sep) for folder in folders)
 
 
 def _lexists(path: str) -> bool:

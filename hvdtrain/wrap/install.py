@@ -1,4 +1,4 @@
-"""All that is changed in Keras, in one place."""
+"""Join the ranks and make all changes in Keras; importing this module loads Keras."""
 
 import hvdtrain.keras as hvd
 from hvdtrain import runtime
@@ -12,19 +12,18 @@ from hvdtrain.wrap import (
     optimizers,
     randomness,
     refusals,
-    saving,
     training,
 )
 
 
 def install(scale_batch: bool) -> None:
-    """Joins the ranks and makes Keras work for all of them together.
+    """Join the ranks and make Keras work for all of them together.
 
     Args:
-        scale_batch: Whether each rank keeps the script's batch.
+        scale_batch: Whether each rank keeps the batch size of the script.
     """
     hvd.init()
-    model_fit.install(check_data=False)  # every rank reads all of it, and computes its rows
+    model_fit.install(check_data=False)  # every rank reads all data and computes only its rows
     engine = runtime.engine()
     randomness.install(engine)
     model_calls.install()
@@ -33,6 +32,6 @@ def install(scale_batch: bool) -> None:
     normalization.install()
     optimizers.install()
     training.install(engine, scale_batch)
-    saving.install(engine)
+    native_files.install_saving(engine)
     native_files.install(engine)
     refusals.install_in_keras()

@@ -1,8 +1,8 @@
-"""Combine the losses that layers add for a rank's rows into the losses of the whole batch.
+"""Combine the losses that layers add for the rows of each rank into the losses of the whole batch.
 
-Keras sums whatever `add_loss` is given. A scalar may be a mean over the rows, or a sum; a tensor may hold one value
-for each row. `row_trial.py` finds out which by trying the model on made-up rows. A loss that is none of these makes
-every rank compute whole batches.
+Keras sums all values passed to `add_loss`. A scalar may be a mean over the rows, or a sum; a tensor may hold one
+value for each row. `row_trial.py` tests the model on generated rows to find out which. If a loss is none of these,
+every rank computes whole batches.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -18,12 +18,12 @@ from hvdtrain.patching import replace
 from hvdtrain.wrap import context
 from hvdtrain.wrap.row_shard import Share
 
-# The name under which a model's output without rows is combined as losses are.
+# The name for a model output without rows, which is combined like a loss.
 OUTPUT = "an output"
 
 
 class Kind(Enum):
-    """How the loss of a batch follows from the losses of its parts."""
+    """The relation between the loss of a batch and the losses of its parts."""
 
     ROWS = "one value for each row"
     MEAN = "a mean over rows"
@@ -32,12 +32,12 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Observation:
-    """A loss of made-up rows: computed from all rows, and from each part of them.
+    """A loss of generated rows: computed from all rows, and from each part of them.
 
     Args:
         whole: The loss of all rows.
         parts: The losses of the parts.
-        rows: How many rows each part has.
+        rows: Number of rows of each part.
     """
 
     whole: np.ndarray
@@ -46,22 +46,22 @@ class Observation:
 
 
 def kind_of(observations: Sequence[Observation], tolerance: float) -> Kind | None:
-    """Return how a loss depends on rows; None if it is none of the kinds, or nothing tells which.
+    """Return the kind of a loss; None if it is none of the kinds, or if the observations do not decide.
 
     Args:
         observations: The same loss for several sets of rows.
-        tolerance: By how much sums in another order may differ, relative to the largest number.
+        tolerance: Allowed difference of sums in another order, relative to the largest number.
     """
-    if all(_has_rows(each) for each in observations):
-        joined = [_close(each, np.concatenate(each.parts), tolerance) for each in observations]
+    if all(_has_rows(observed) for observed in observations):
+        joined = [_close(observed, np.concatenate(observed.parts), tolerance) for observed in observations]
         return Kind.ROWS if all(joined) else None
-    if any(part.shape != each.whole.shape for each in observations for part in each.parts):
+    if any(part.shape != observed.whole.shape for observed in observations for part in observed.parts):
         return None
-    # A loss that is 0 everywhere, or not a number, says nothing.
-    telling = [each for each in observations if np.isfinite([each.whole, *each.parts]).all()]
+    # A loss that is 0 in all observations, or never finite, fits both kinds and so decides nothing.
+    finite = [observed for observed in observations if np.isfinite([observed.whole, *observed.parts]).all()]
     fitting = []
     for kind in (Kind.MEAN, Kind.SUM):
-        if all(_close(each, _expected(each, kind), tolerance) for each in telling):
+        if all(_close(observed, _expected(observed, kind), tolerance) for observed in finite):
             fitting.append(kind)
     return fitting[0] if len(fitting) == 1 else None
 
@@ -81,33 +81,33 @@ def _close(observed: Observation, expected: np.ndarray, tolerance: float) -> boo
     return bool(np.allclose(observed.whole, expected, rtol=0, atol=tolerance * largest, equal_nan=True))
 
 
-class Recorded:
-    """Keep the losses that layers add, unchanged.
+class LossRecorder:
+    """A list of the losses that layers add, which stay unchanged.
 
     Attributes:
-        found: The name of the layer, and the loss, in the order in which they were added.
+        losses: Pairs of a layer name and a loss, in the order in which they were added.
     """
 
     def __init__(self) -> None:
-        self.found: list[tuple[str, Any]] = []
+        self.losses: list[tuple[str, Any]] = []
 
     def __call__(self, name: str, loss: Any) -> Any:
-        """Keep one loss.
+        """Record one loss and return it.
 
         Args:
             name: The name of the layer.
             loss: The loss.
         """
-        self.found.append((name, loss))
+        self.losses.append((name, loss))
         return loss
 
 
-class Joined:
-    """Turn the losses of a rank's rows into those of the batch.
+class LossCombiner:
+    """A function that turns the losses of the rows of each rank into the losses of the batch.
 
     Args:
-        share: The rank's rows.
-        kinds: The name of the layer, and the kind of loss, in the order in which they are added.
+        share: The rows of this rank.
+        kinds: Pairs of a layer name and a kind of loss, in the order in which the losses are added.
     """
 
     def __init__(self, share: Share, kinds: Sequence[tuple[str, Kind]]) -> None:
@@ -122,13 +122,13 @@ class Joined:
             loss: The loss of this rank's rows.
 
         Raises:
-            RuntimeError: If it was not added when the model was tried.
+            RuntimeError: If the test of the model did not see this loss here.
         """
         expected, kind = next(self._kinds, ("no other loss", None))
         if kind is None or name != expected:
             raise RuntimeError(
-                f"hvdtrain run --wrap: expected {expected} here, as when the model was tried on made-up rows. "
-                f"Received a loss of {name}. It is not known how the losses of all ranks' rows combine. Use "
+                f"hvdtrain run --wrap: expected {expected} here, as when the model was tested on generated rows. "
+                f"Received a loss of {name}. So it is not known how to combine the losses of all ranks. Use "
                 "hvd.DistributedOptimizer in the script, and hvdtrain run."
             )
         loss = tf.convert_to_tensor(loss)
@@ -140,15 +140,15 @@ class Joined:
 
 
 def install() -> None:
-    """Change `Layer.add_loss`, for as long as `context.adding` lasts."""
-    replace(keras.layers.Layer, "add_loss", _of_the_batch)
+    """Change `Layer.add_loss`, for the time of `context.adding`."""
+    replace(keras.layers.Layer, "add_loss", _with_combined_loss)
 
 
-def _of_the_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+def _with_combined_loss(original: Callable[..., Any]) -> Callable[..., Any]:
     def add_loss(self: Any, loss: Any) -> None:
         combine = context.combine()
         if combine is not None:
-            loss = keras.tree.map_structure(lambda each: combine(self.name, each), loss)
+            loss = keras.tree.map_structure(lambda leaf: combine(self.name, leaf), loss)
         original(self, loss)
 
     return add_loss

@@ -1,4 +1,4 @@
-"""While `fit` runs: all ranks start alike, see the same logs, stop at the same step, and have not drifted apart."""
+"""Keep the ranks equal during `fit`: same initial state, same logs, same last step, same weights."""
 
 import time
 from typing import Any
@@ -10,25 +10,34 @@ from hvdtrain.data import structures
 from hvdtrain.keras.broadcast_variables import broadcast_variables
 from hvdtrain.wrap.optimizers import of_model
 
-# To average gradients and to start a step take milliseconds, which more ranks do not shorten.
+# Averaging gradients and starting a step take milliseconds, which more ranks do not reduce. In seconds.
 _SMALL_STEP, _ENOUGH_STEPS = 0.005, 10
 _BATCH_HOOKS = ("on_train_batch_end", "on_batch_end", "on_train_batch_begin", "on_batch_begin")
 
 
-def followed(engine: Engine, callbacks: Any) -> Any:
-    """Returns the user's callbacks between one that comes first and one that comes last."""
+def with_lockstep_callbacks(engine: Engine, callbacks: Any) -> Any:
+    """Return the callbacks of the script with `FirstCallback` before and `LastCallback` after them."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
-        for index, each in ((0, First(engine)), (len(callbacks.callbacks) + 1, Last(engine, []))):
-            callbacks.callbacks.insert(index, each)
-            each.set_model(callbacks.model)
-            each.set_params(callbacks.params)
+        added = (FirstCallback(engine), LastCallback(engine, []))
+        for callback in added:
+            callback.set_model(callbacks.model)
+            callback.set_params(callbacks.params)
+        callbacks.callbacks.insert(0, added[0])
+        callbacks.callbacks.append(added[1])
         return callbacks
-    users = [] if callbacks is None else callbacks if isinstance(callbacks, list | tuple) else [callbacks]
-    return [First(engine), *users, Last(engine, users)]
+    users = as_list(callbacks)
+    return [FirstCallback(engine), *users, LastCallback(engine, users)]
 
 
-class First(keras.callbacks.Callback):
-    """Comes before all others: equal weights, then equal logs.
+def as_list(callbacks: Any) -> list[Any]:
+    """Return the callbacks of a script, given as None, one callback, a list or a tuple, as a list."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+
+
+class FirstCallback(keras.callbacks.Callback):
+    """A callback before all others that gives all ranks equal weights and equal logs.
 
     Args:
         engine: The ranks.
@@ -39,18 +48,20 @@ class First(keras.callbacks.Callback):
         self._engine = engine
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Starts all ranks from rank 0's weights, optimizer states and seeds."""
-        state = [each for optimizer in of_model(self.model) for each in optimizer.variables]
-        broadcast_variables([*self.model.variables, *state])
+        """Give all ranks the weights, optimizer states and seeds of rank 0."""
+        variables = list(self.model.variables)
+        for optimizer in of_model(self.model):
+            variables += optimizer.variables
+        broadcast_variables(variables)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Replaces the logs by rank 0's: the last bits may differ where machines do."""
+        """Replace the logs by those of rank 0: the last bits may differ between different machines."""
         if logs is not None:
             logs.update(self._engine.broadcast_object(dict(logs)))
 
 
-class Last(keras.callbacks.Callback):
-    """Comes after all others: what they decided on rank 0 counts, and the weights are still the same everywhere.
+class LastCallback(keras.callbacks.Callback):
+    """A callback after all others that stops all ranks where rank 0 stops, and compares the weights.
 
     Args:
         engine: The ranks.
@@ -60,23 +71,23 @@ class Last(keras.callbacks.Callback):
     def __init__(self, engine: Engine, users: Any) -> None:
         super().__init__()
         self._engine = engine
-        self._each_batch = any(_acts_on_batches(each) for each in users)
+        self._stop_after_any_batch = any(_acts_on_batches(callback) for callback in users)
         self._checked = False
-        self._began: float | None = None  # when the first step of the first epoch had ended
+        self._began: float | None = None  # end of the first step of the first epoch, in seconds
         self._steps = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Lets all ranks stop where rank 0 does; after the first step compares the weights."""
+        """Stop all ranks where rank 0 stops; compare the weights after the first step."""
         if not self._checked:
             self._checked = True
             self._compare()
             self._began = time.monotonic()
         self._steps = batch
-        if self._each_batch:
+        if self._stop_after_any_batch:
             self._agree_to_stop()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Lets all ranks stop where rank 0 does, and compares the weights."""
+        """Stop all ranks where rank 0 stops, and compare the weights."""
         self._hint_at_small_steps()
         self._agree_to_stop()
         self._compare()
@@ -89,7 +100,7 @@ class Last(keras.callbacks.Callback):
         if seconds < _SMALL_STEP:
             self._engine.say(
                 f"a step takes {1000 * seconds:.1f} ms on {self._engine.size} ranks, which is too little work to "
-                "divide: one process is likely to be as fast. Larger batches gain more, for example by "
+                "divide: one process is probably as fast. Larger batches gain more, for example with "
                 "--scale-batch."
             )
 
@@ -97,20 +108,25 @@ class Last(keras.callbacks.Callback):
         self.model.stop_training = self._engine.broadcast_object(bool(self.model.stop_training))
 
     def _compare(self) -> None:
-        mine = {each.path: structures.checksum(each.numpy()) for each in self.model.variables}
-        everyone = self._engine.allgather_object(mine)
-        wrong = [path for path in mine if any(each.get(path) != mine[path] for each in everyone)]
-        if self._engine.allgather_object(bool(wrong)) != [False] * self._engine.size:
+        checksums = {
+            variable.path: structures.checksum(variable.numpy()) for variable in self.model.variables
+        }
+        of_ranks = self._engine.allgather_object(checksums)
+        unequal = []
+        for path, checksum in checksums.items():
+            if any(of_rank.get(path) != checksum for of_rank in of_ranks):
+                unequal.append(path)
+        if self._engine.allgather_object(bool(unequal)) != [False] * self._engine.size:
             raise MismatchError(
-                "hvdtrain run --wrap: after a step the ranks do not hold the same "
-                f"{', '.join(wrong[:3]) or 'weights'}. A layer changes it by what it sees of the batch, and each "
-                "rank sees its rows only. Such a model cannot be wrapped; use hvd.DistributedOptimizer in the "
-                "script, and hvdtrain run."
+                "hvdtrain run --wrap: after a step the ranks do not have the same "
+                f"{', '.join(unequal[:3]) or 'weights'}. A layer probably computes it from the batch, but each "
+                "rank computes only its rows. --wrap cannot distribute such a model; use "
+                "hvd.DistributedOptimizer in the script, and hvdtrain run."
             )
 
 
 def _acts_on_batches(callback: Any) -> bool:
-    known = type(callback).__module__.startswith(("keras.", "hvdtrain."))
-    return not known and any(
-        getattr(type(callback), each) is not getattr(keras.callbacks.Callback, each) for each in _BATCH_HOOKS
-    )
+    kind = type(callback)
+    if kind.__module__.startswith(("keras.", "hvdtrain.")):
+        return False
+    return any(getattr(kind, hook) is not getattr(keras.callbacks.Callback, hook) for hook in _BATCH_HOOKS)

@@ -1,4 +1,4 @@
-"""Where the work is divided: a model that Keras calls on a batch computes each rank's rows on that rank."""
+"""Divide the work: a model that Keras calls on a batch computes on each rank the rows of that rank."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,14 +14,14 @@ from hvdtrain.wrap.row_shard import Share
 from hvdtrain.wrap.row_trial import Verdict
 from hvdtrain.wrap.tensor_attributes import moved
 
-# What was found out about each model, by whether it is training.
+# For each model its verdicts, by training mode and number of layers.
 _verdicts: WeakKeyDictionary[Any, dict[Any, Verdict]] = WeakKeyDictionary()
 
 
 def install() -> None:
-    """Changes `keras.Model.__call__`, for as long as `context.of_all_ranks` lasts.
+    """Change `keras.Model.__call__`, for the time of `context.of_all_ranks`.
 
-    Where Keras only wants to know shapes, or makes variables, nothing is divided.
+    Where Keras only computes shapes or creates variables, nothing is divided.
     """
     replace(keras.Model, "__call__", _divided)
     replace(backend, "compute_output_spec", _on_no_rows)
@@ -31,14 +31,14 @@ def install() -> None:
 def _divided(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         engine = context.engine()
-        if engine is None or context.share() is not None or _reads_data():
+        if engine is None or context.share() is not None or _in_data_pipeline():
             return original(self, *args, **kwargs)
         count = _rows((args, kwargs))
         verdict = None if count is None else _verdict(self, engine, original, args, kwargs)
         if verdict is None or verdict.why_whole:
             return original(self, *args, **kwargs)
         share = Share.of(engine, count)
-        combine = layer_losses.Joined(share, verdict.losses)
+        combine = layer_losses.LossCombiner(share, verdict.losses)
         args, kwargs = keras.tree.map_structure(lambda leaf: row_trial.part(leaf, share), (args, kwargs))
         with context.on_rows(share), context.adding(combine):
             outputs = original(self, *args, **kwargs)
@@ -47,8 +47,8 @@ def _divided(original: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _reads_data() -> bool:
-    """Tells whether a function of a tf.data pipeline is being traced, which runs when it likes."""
+def _in_data_pipeline() -> bool:
+    """Return whether TensorFlow traces a function of a tf.data pipeline, which may run at any time."""
     graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
     while graph is not None and not str(getattr(graph, "name", "")).startswith("Dataset_"):
         graph = getattr(graph, "outer_graph", None)
@@ -56,14 +56,14 @@ def _reads_data() -> bool:
 
 
 def _rows(arguments: Any) -> Any:
-    """Returns the number of rows that all tensors among the arguments have; None if they cannot be divided."""
+    """Return the common number of rows of all tensors in the arguments, None if they cannot be divided."""
     leaves = keras.tree.flatten(arguments)
-    tensors = [each for each in leaves if row_trial.has_rows(each)]
-    if not tensors or any(isinstance(each, keras.KerasTensor) for each in leaves):
+    tensors = [leaf for leaf in leaves if row_trial.has_rows(leaf)]
+    if not tensors or any(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
         return None
-    if any(tf.TensorShape(each.shape).rank is None for each in tensors):
+    if any(tf.TensorShape(tensor.shape).rank is None for tensor in tensors):
         return None
-    known = {each.shape[0] for each in tensors}
+    known = {tensor.shape[0] for tensor in tensors}
     if len(known) != 1:
         return None
     (count,) = known
@@ -71,60 +71,61 @@ def _rows(arguments: Any) -> Any:
 
 
 def _common_rows(tensors: list[Any]) -> Any:
-    counts = [_row_count(each) for each in tensors]
-    checks = [
-        tf.debugging.assert_equal(
-            each,
+    counts = [_row_count(tensor) for tensor in tensors]
+    checks = []
+    for count in counts[1:]:
+        check = tf.debugging.assert_equal(
+            count,
             counts[0],
             "hvdtrain run --wrap: a model is called with tensors of different numbers of rows, so its batch cannot "
             "be divided among the ranks. Use hvd.DistributedOptimizer in the script, and hvdtrain run.",
         )
-        for each in counts[1:]
-    ]
-    with tf.control_dependencies([each for each in checks if each is not None]):
+        if check is not None:
+            checks.append(check)
+    with tf.control_dependencies(checks):
         return tf.identity(counts[0])
 
 
 def _row_count(tensor: Any) -> Any:
     if isinstance(tensor, tf.RaggedTensor):
         return tensor.nrows(tf.int32)
-    return (
-        tf.cast(tensor.dense_shape[0], tf.int32)
-        if isinstance(tensor, tf.SparseTensor)
-        else tf.shape(tensor)[0]
-    )
+    if isinstance(tensor, tf.SparseTensor):
+        return tf.cast(tensor.dense_shape[0], tf.int32)
+    return tf.shape(tensor)[0]
 
 
-def _joined(leaf: Any, share: Share, combine: layer_losses.Joined) -> Any:
+def _joined(leaf: Any, share: Share, combine: layer_losses.LossCombiner) -> Any:
     if not tf.is_tensor(leaf):
         return leaf
     return combine(layer_losses.OUTPUT, leaf) if leaf.shape.rank == 0 else moved(leaf, share.join)
 
 
 def _verdict(model: Any, engine: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Verdict:
-    """Return what was found out about a model. Say once if it needs whole batches."""
+    """Return the verdict on a model; print once if it needs whole batches."""
     verdicts = _verdicts.setdefault(model, {})
     training = kwargs.get("training")
     mode = training if isinstance(training, bool) else None, len(model._flatten_layers())
     if mode not in verdicts:
         reason = _why_whole(model)
         verdict = Verdict(reason) if reason else row_trial.verdict(model, call, args, kwargs)
-        said = [each.why_whole for each in verdicts.values()]
+        printed = [earlier.why_whole for earlier in verdicts.values()]
         verdicts[mode] = verdict = engine.broadcast_object(verdict)
-        if verdict.why_whole and verdict.why_whole not in said:
+        if verdict.why_whole and verdict.why_whole not in printed:
             engine.say(
                 f"the model {model.name} {verdict.why_whole}, so every rank computes whole batches: same result, "
-                "no sooner."
+                "not faster."
             )
     return verdicts[mode]
 
 
 def _why_whole(model: Any) -> str:
-    if any(getattr(each, "stateful", False) for each in model._flatten_layers()):
+    if any(getattr(layer, "stateful", False) for layer in model._flatten_layers()):
         return "keeps states from batch to batch"
-    # A Sequential model takes the size of the first batch it sees for its input's, and any other too.
+    # A Sequential model stores the size of its first batch in its input, but accepts other sizes too.
     inputs = [] if isinstance(model, keras.Sequential) else getattr(model, "_inputs", None) or []
-    return "has a fixed batch size" if any(each.shape[:1] not in ((), (None,)) for each in inputs) else ""
+    if any(tensor.shape[:1] not in ((), (None,)) for tensor in inputs):
+        return "has a fixed batch size"
+    return ""
 
 
 def _on_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:

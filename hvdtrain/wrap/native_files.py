@@ -1,4 +1,4 @@
-"""Files that C and C++ open without asking Python's `open`: HDF5, TFRecords, checkpoints, event files."""
+"""Let rank 0 alone write models, HDF5, TFRecords, checkpoints and event files, which bypass Python's `open`."""
 
 import inspect
 import os
@@ -13,11 +13,12 @@ import keras
 import tensorflow as tf
 
 from hvdtrain.collectives.engine import Engine
-from hvdtrain.patching import replace
+from hvdtrain.patching import replace, replace_where_defined
 from hvdtrain.wrap import files
 from hvdtrain.wrap.rank_zero import on_rank_zero
 
 _get_file = keras.utils.get_file
+# Preprocessing layers whose `adapt` may read files.
 _ADAPTED = ("Discretization", "IntegerLookup", "Normalization", "StringLookup", "TextVectorization")
 _READERS = (
     (tf.data.TFRecordDataset, "__init__"),
@@ -27,92 +28,130 @@ _READERS = (
 )
 
 
-def install(engine: Engine) -> None:
-    """Keeps what ranks other than 0 write there apart, as `files.py` does.
+def install_saving(engine: Engine) -> None:
+    """Let rank 0 save the models and weights of Keras.
 
     Args:
         engine: The ranks.
     """
-    _name_alike(engine)
+    for name in ("save", "save_weights", "export"):
+        replace_where_defined(keras.Model, name, lambda method: _saved_by_rank_zero(engine, method))
+
+
+def _saved_by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(method)
+
+    def save(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = signature.bind(self, *args, **kwargs)
+        path = given.arguments.get("filepath")
+        if not isinstance(path, str | os.PathLike):
+            method(*given.args, **given.kwargs)
+            return
+        on_rank_zero(engine, lambda: method(*given.args, **given.kwargs))
+        is_shared = not engine.rank or files.share(path)
+        engine.barrier()  # before this, rank 0 must not remove the file, as BackupAndRestore does at the end
+        if not is_shared:
+            # This host does not share the disk of rank 0: write a copy here.
+            given.arguments["filepath"] = files.for_writing(path)
+            method(*given.args, **given.kwargs)
+
+    return save
+
+
+def install(engine: Engine) -> None:
+    """Redirect the other files that ranks other than 0 write without Python's `open`, as `files.py` does.
+
+    Args:
+        engine: The ranks.
+    """
+    _use_same_temporary_names(engine)
     for name in ("save", "write"):
         replace(tf.train.Checkpoint, name, lambda method: _by_rank_zero(engine, method))
     replace(tf.saved_model, "save", lambda method: _by_rank_zero(engine, method))
-    for module in [each for name, each in sys.modules.items() if name.startswith("keras.") and each]:
-        if getattr(module, "get_file", None) is _get_file:
-            replace(module, "get_file", lambda fetch: _once_a_disk(engine, fetch))
+    for name, module in list(sys.modules.items()):
+        if name.startswith("keras.") and getattr(module, "get_file", None) is _get_file:
+            replace(module, "get_file", lambda fetch: _once_per_disk(engine, fetch))
     for name in _ADAPTED:
-        replace(getattr(keras.layers, name), "adapt", lambda method: _behind_rank_zero(engine, method))
+        replace(getattr(keras.layers, name), "adapt", lambda method: _after_rank_zero(engine, method))
     if engine.rank == 0:
         return
     tf.summary.create_file_writer = lambda *args, **kwargs: tf.summary.create_noop_writer()
-    replace(tf.io.TFRecordWriter, "__init__", lambda method: _moved(method, 1, files.private))
-    replace(tf.io, "write_file", lambda method: _moved(method, 0, files.private))
-    replace(h5py.File, "__init__", _of_mode)
-    replace(tf.io.gfile.GFile, "__init__", _of_mode)
+    replace(tf.io.TFRecordWriter, "__init__", lambda method: _with_path(method, 1, files.for_writing))
+    replace(tf.io, "write_file", lambda method: _with_path(method, 0, files.for_writing))
+    replace(h5py.File, "__init__", _with_path_for_mode)
+    replace(tf.io.gfile.GFile, "__init__", _with_path_for_mode)
     for owner, name in _READERS:
-        replace(owner, name, lambda method: _moved(method, int(method.__name__ == "__init__"), files.found))
+        replace(
+            owner,
+            name,
+            lambda method: _with_path(method, int(method.__name__ == "__init__"), files.for_reading),
+        )
 
 
-def _name_alike(engine: Engine) -> None:
-    """Lets `tempfile` find the same names on all ranks, so that all can read what rank 0 puts there."""
+def _use_same_temporary_names(engine: Engine) -> None:
+    """Let `tempfile` choose the same names on all ranks, so that all ranks can read the files of rank 0."""
     names: Any = tempfile._RandomNameSequence()  # type: ignore[attr-defined]
-    names._rng_pid, names._rng = (
-        os.getpid(),
-        random.Random(engine.broadcast_object(random.SystemRandom().random())),
-    )
+    names._rng_pid = os.getpid()
+    names._rng = random.Random(engine.broadcast_object(random.SystemRandom().random()))
     tempfile._name_sequence = names  # type: ignore[attr-defined]
 
 
 def _by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets rank 0 write or download something; the others see it when it is there."""
+    """Let rank 0 write or download something; other ranks see it afterwards."""
 
     def by_rank_zero(*args: Any, **kwargs: Any) -> Any:
         result = on_rank_zero(engine, lambda: method(*args, **kwargs))
-        follow(engine)
+        see_files_of_rank_zero(engine)
         return result
 
     return by_rank_zero
 
 
-def _once_a_disk(engine: Engine, fetch: Callable[..., str]) -> Callable[..., str]:
+def _once_per_disk(engine: Engine, fetch: Callable[..., str]) -> Callable[..., str]:
     fetch_first = _by_rank_zero(engine, fetch)
 
     def get_file(*args: Any, **kwargs: Any) -> str:
         path = fetch_first(*args, **kwargs)
-        # Not there: this host has a disk of its own.
+        # The file is missing if this host does not share the disk of rank 0.
         return path if os.path.exists(path) else fetch(*args, **kwargs)  # noqa: PTH110 - see files.py
 
     return get_file
 
 
-def _behind_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
-    """Lets data be read from files only when rank 0 has written them all."""
+def _after_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
+    """Read data from files only after rank 0 has written them."""
 
     def read(*args: Any, **kwargs: Any) -> Any:
-        follow(engine)
+        see_files_of_rank_zero(engine)
         return method(*args, **kwargs)
 
     return read
 
 
-def follow(engine: Engine) -> None:
-    """Waits for rank 0; what it has made by now is there for this rank too.
+def see_files_of_rank_zero(engine: Engine) -> None:
+    """Wait for rank 0, and show this rank the files that rank 0 has made until now.
 
     Args:
         engine: The ranks.
     """
-    files.see_until(engine.broadcast_object(files.moment()))
+    files.show_files_until(engine.broadcast_object(files.time_between_files()))
 
 
-def _moved(method: Callable[..., Any], index: int, move: Callable[[Any], str]) -> Callable[..., Any]:
-    """Takes the argument at an index for a path, or for a list of them."""
+def _with_path(method: Callable[..., Any], index: int, move: Callable[[Any], str]) -> Callable[..., Any]:
+    """Change an argument that is a path or a list of paths.
+
+    Args:
+        method: The function or method to wrap.
+        index: Position of the argument.
+        move: Returns the path to use in place of a path.
+    """
     name = list(inspect.signature(method).parameters)[index]
 
     def call(*args: Any, **kwargs: Any) -> Any:
         given = {name: args[index]} if len(args) > index else kwargs
         paths = given.get(name)
-        if isinstance(paths, list | tuple) and all(isinstance(each, str | os.PathLike) for each in paths):
-            paths = [move(each) for each in paths]
+        if isinstance(paths, list | tuple) and all(isinstance(path, str | os.PathLike) for path in paths):
+            paths = [move(path) for path in paths]
         elif isinstance(paths, str | os.PathLike) and "://" not in os.fspath(paths):
             paths = move(paths)
         rest = {key: value for key, value in kwargs.items() if key != name}
@@ -123,11 +162,11 @@ def _moved(method: Callable[..., Any], index: int, move: Callable[[Any], str]) -
     return call
 
 
-def _of_mode(method: Callable[..., Any]) -> Callable[..., Any]:
+def _with_path_for_mode(method: Callable[..., Any]) -> Callable[..., Any]:
     def opened(self: Any, name: Any, mode: str = "r", *args: Any, **kwargs: Any) -> None:
         if isinstance(name, str | os.PathLike) and "://" not in os.fspath(name):
-            keeps = set(mode) & set("a+")
-            name = files.private(name, bool(keeps)) if keeps or set(mode) & set("wx-") else files.found(name)
+            writes, keeps = bool(set(mode) & set("wxa+-")), bool(set(mode) & set("a+"))
+            name = files.for_writing(name, keeps) if writes else files.for_reading(name)
         method(self, name, mode, *args, **kwargs)
 
     return opened

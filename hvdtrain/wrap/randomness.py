@@ -1,4 +1,4 @@
-"""Chance that is the same on all ranks, and drawn for the whole batch where a rank computes some of its rows."""
+"""Draw the same random numbers on all ranks, and draw them for the whole batch where a rank computes some rows."""
 
 import contextlib
 import functools
@@ -22,9 +22,9 @@ from hvdtrain.patching import replace
 from hvdtrain.wrap import context
 from hvdtrain.wrap.row_shard import Share
 
-# Draws whose numbers belong to rows; the first argument is a shape.
+# Functions whose numbers belong to rows. The first argument is a shape.
 _OF_SHAPES = ("normal", "uniform", "randint", "truncated_normal")
-# Draws that also take tensors of the rank's rows; there the ranks' seeds are kept apart instead.
+# Functions that also take tensors with the rows of this rank. Each rank uses another seed for them.
 _OF_ROWS = ("categorical", "gamma", "binomial", "beta", "shuffle")
 _GENERATORS = (
     random.Random,
@@ -36,54 +36,54 @@ _GENERATORS = (
 
 
 def install(engine: Engine) -> None:
-    """Let all ranks draw the same random numbers: those of one process, wherever the script sets a seed."""
+    """Let all ranks draw the same random numbers. Where the script sets a seed, they are those of one process."""
     align(engine)  # the script may have set seeds before it imported Keras
     seeds = random.Random(engine.broadcast_object(random.SystemRandom().randrange(2**31)))
-    _seed_what_asks_the_system(seeds)
+    _seed_unseeded_generators(seeds)
     for module, names in ((keras_random, _OF_SHAPES), (tf.random, ("normal", "uniform", "truncated_normal"))):
         for name in names:
-            replace(module, name, _for_the_batch)
-    replace(keras_random, "dropout", _dropout_of_the_batch)
+            replace(module, name, _for_whole_batch)
+    replace(keras_random, "dropout", _dropout_for_whole_batch)
     for name in _OF_ROWS:
-        replace(keras_random, name, _apart)
+        replace(keras_random, name, _with_rank_in_seed)
 
 
 def align(engine: Engine) -> None:
-    """Gives all ranks rank 0's place in Python's and NumPy's random numbers: threads may have drawn from them."""
-    ours, numpys = engine.broadcast_object((random.getstate(), np.random.get_state()))
-    random.setstate(ours)
-    np.random.set_state(numpys)
+    """Copy the states of the generators of Python and NumPy from rank 0: threads may have drawn from them."""
+    python_state, numpy_state = engine.broadcast_object((random.getstate(), np.random.get_state()))
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
 
 
 def generators() -> list[Any]:
-    """Find every generator of random numbers that a layer, a module or a function holds. It takes 0.2 s."""
-    return [found for found in gc.get_objects() if issubclass(type(found), _GENERATORS)]
+    """Return all random number generators of layers, modules and functions. This takes 0.2 s."""
+    return [value for value in gc.get_objects() if issubclass(type(value), _GENERATORS)]
 
 
 @contextlib.contextmanager
 def unchanged(generators: Sequence[Any]) -> Iterator[None]:
-    """Leave generators of random numbers, and the one that Keras may make for itself, where they are.
+    """Restore random number generators, also the global one of Keras, at the end of this context.
 
     Args:
-        generators: What `generators` has found.
+        generators: The result of `generators`.
     """
-    keras_had_one = get_global_attribute(GLOBAL_SEED_GENERATOR) is not None
-    restore = [_restorer(generator) for generator in generators]
+    keras_had_generator = get_global_attribute(GLOBAL_SEED_GENERATOR) is not None
+    restorers = [_restorer(generator) for generator in generators]
     with _fresh_kernels():
         try:
             yield
         finally:
-            for put_back in restore:
-                put_back()
-            if not keras_had_one:
+            for restore in restorers:
+                restore()
+            if not keras_had_generator:
                 set_global_attribute(GLOBAL_SEED_GENERATOR, None)
 
 
 def _restorer(generator: Any) -> Callable[[], Any]:
-    """Return what puts a generator back to where it is now."""
+    """Return a function that restores the present state of a generator."""
     if isinstance(generator, np.random.Generator):
-        bits, place = generator.bit_generator, generator.bit_generator.state
-        return lambda: setattr(bits, "state", place)
+        bits, state = generator.bit_generator, generator.bit_generator.state
+        return lambda: setattr(bits, "state", state)
     if isinstance(generator, np.random.RandomState):
         return functools.partial(generator.set_state, generator.get_state())
     if isinstance(generator, random.SystemRandom):
@@ -96,14 +96,14 @@ def _restorer(generator: Any) -> Callable[[], Any]:
 
 @contextlib.contextmanager
 def _fresh_kernels() -> Iterator[None]:
-    """Run TensorFlow's stateful draws in kernels of their own.
+    """Run the stateful random operations of TensorFlow in new kernels.
 
-    TensorFlow keeps the kernel of an eager operation for the next call with the same seeds, which goes on with the
-    numbers where the last one stopped.
+    TensorFlow keeps the kernel of an eager operation for the next call with the same seeds, which continues the
+    sequence of numbers of the last call.
     """
-    kept = {name: function for name, function in vars(gen_random_ops).items() if _draws(name, function)}
+    kept = {name: function for name, function in vars(gen_random_ops).items() if _is_random(name, function)}
     for name, function in kept.items():
-        setattr(gen_random_ops, name, _in_a_graph_of_its_own(function))
+        setattr(gen_random_ops, name, _in_new_graph(function))
     try:
         yield
     finally:
@@ -111,13 +111,13 @@ def _fresh_kernels() -> Iterator[None]:
             setattr(gen_random_ops, name, function)
 
 
-def _draws(name: str, function: Any) -> bool:
+def _is_random(name: str, function: Any) -> bool:
     if not inspect.isfunction(function) or name.endswith("_fallback"):
         return False
     return name.islower() and "seed2" in inspect.signature(function).parameters
 
 
-def _in_a_graph_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
+def _in_new_graph(function: Callable[..., Any]) -> Callable[..., Any]:
     def draw(*args: Any, **kwargs: Any) -> Any:
         if not tf.executing_eagerly():
             return function(*args, **kwargs)
@@ -126,10 +126,10 @@ def _in_a_graph_of_its_own(function: Callable[..., Any]) -> Callable[..., Any]:
     return draw
 
 
-def _seed_what_asks_the_system(seeds: random.Random) -> None:
-    """Make all that has no seed draw alike on all ranks.
+def _seed_unseeded_generators(seeds: random.Random) -> None:
+    """Make generators without a seed draw the same numbers on all ranks.
 
-    What has one keeps it: the numbers are those of one process, and the same at the next start.
+    A generator with a seed keeps it. Its numbers are those of one process, and the same in the next run.
     """
 
     def seeded(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -138,7 +138,9 @@ def _seed_what_asks_the_system(seeds: random.Random) -> None:
     def operation_seeds(original: Callable[..., Any]) -> Callable[..., Any]:
         def get_seed(op_seed: Any) -> tuple[Any, Any]:
             found = original(op_seed)
-            return (seeds.randrange(1, 2**31), seeds.randrange(2**31)) if found == (None, None) else found
+            if found == (None, None):
+                return seeds.randrange(1, 2**31), seeds.randrange(2**31)
+            return found
 
         return get_seed
 
@@ -148,17 +150,17 @@ def _seed_what_asks_the_system(seeds: random.Random) -> None:
     tf.random.Generator.from_non_deterministic_state = lambda alg=None: generator(seeds.randrange(2**32), alg)
 
 
-def _for_the_batch(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Draws for all rows, of which a rank takes its own: the same numbers as on one process."""
+def _for_whole_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Draw numbers for all rows and keep those of this rank: the same numbers as on one process."""
 
     def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
         share = context.share()
         if share is None or _rank_of(shape) == 0:
             return original(shape, *args, **kwargs)
         first, rest = _split(shape)
-        times, whole = _times(first, share)
+        per_row, whole = _counts(first, share)
         drawn = original(tf.concat([[whole], rest], 0), *args, **kwargs)
-        begin = tf.where(times > 0, share.start * times, 0)
+        begin = tf.where(per_row > 0, share.start * per_row, 0)
         mine = drawn[begin : begin + first]
         mine.set_shape(_static(shape))
         return mine
@@ -166,31 +168,35 @@ def _for_the_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     return draw
 
 
-def _dropout_of_the_batch(original: Callable[..., Any]) -> Callable[..., Any]:
+def _dropout_for_whole_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     def dropout(inputs: Any, rate: float, noise_shape: Any = None, seed: Any = None) -> Any:
         share = context.share()
         if share is None or not 0 < rate < 1 or inputs.shape.rank in (0, None):
             return original(inputs, rate, noise_shape, seed)
         shape = tf.shape(inputs)
-        times, whole = _times(shape[0], share)
+        per_row, whole = _counts(shape[0], share)
         ones = tf.ones(tf.concat([[whole], shape[1:]], 0), inputs.dtype)
         if noise_shape is not None and (tf.is_tensor(noise_shape[0]) or noise_shape[0] not in (1, None)):
             noise_shape = (None, *noise_shape[1:])
         factor = original(ones, rate, noise_shape, seed)
-        begin = tf.where(times > 0, share.start * times, 0)
+        begin = tf.where(per_row > 0, share.start * per_row, 0)
         return inputs * tf.ensure_shape(factor[begin : begin + shape[0]], inputs.shape)
 
     return dropout
 
 
-def _times(first: Any, share: Share) -> tuple[Any, Any]:
-    """Returns how many rows belong to a row of the batch, and how many all of these are.
+def _counts(first: Any, share: Share) -> tuple[Any, Any]:
+    """Return how many drawn rows belong to one row of the batch, and the number of rows to draw.
 
-    Where `first` is no multiple of the rank's rows the first is 0: these numbers belong to no row.
+    The first is 0 if `first` is not a multiple of this rank's rows: then the numbers belong to no row.
+
+    Args:
+        first: The first dimension of the shape to draw.
+        share: The rows of this rank.
     """
-    rows, count = (tf.cast(each, tf.int32) for each in (share.rows, share.count))
-    times = tf.where(first % rows == 0, first // rows, 0)
-    return times, tf.where(times > 0, tf.maximum(count * times, first), first)
+    rows, count = tf.cast(share.rows, tf.int32), tf.cast(share.count, tf.int32)
+    per_row = tf.where(first % rows == 0, first // rows, 0)
+    return per_row, tf.where(per_row > 0, tf.maximum(count * per_row, first), first)
 
 
 def _split(shape: Any) -> tuple[Any, Any]:
@@ -203,18 +209,16 @@ def _rank_of(shape: Any) -> int | None:
 
 
 def _static(shape: Any) -> Any:
-    if tf.is_tensor(shape):
-        known = tf.get_static_value(shape, partial=True)
-        return (
-            [None] * shape.shape[0]
-            if known is None
-            else [None if each is None else int(each) for each in known]
-        )
-    return [None if tf.is_tensor(each) else each for each in shape]
+    if not tf.is_tensor(shape):
+        return [None if tf.is_tensor(size) else size for size in shape]
+    known = tf.get_static_value(shape, partial=True)
+    if known is None:
+        return [None] * shape.shape[0]
+    return [None if size is None else int(size) for size in known]
 
 
-def _apart(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds the rank to the seed, so that no two ranks draw alike for different rows."""
+def _with_rank_in_seed(original: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the rank to the seed, so that different rows on two ranks get different numbers."""
 
     def draw(*args: Any, **kwargs: Any) -> Any:
         share, plain = context.share(), keras_random._cast_seed

@@ -1,4 +1,4 @@
-"""What only rank 0 does, and all ranks get the result of, or the error."""
+"""Run a function on rank 0 only, and give its result or its error to all ranks."""
 
 import pickle
 from collections.abc import Callable
@@ -8,23 +8,23 @@ from typing import Any
 from hvdtrain.collectives.agreement import Known, mark
 from hvdtrain.collectives.engine import Engine
 
-_alone: ContextVar[bool] = ContextVar("rank 0 works while the others wait", default=False)
+_alone: ContextVar[bool] = ContextVar("rank 0 runs a function while the others wait", default=False)
 
 
 def is_alone() -> bool:
-    """Tell whether rank 0 is in `on_rank_zero`, where nothing may communicate."""
+    """Return whether this process is inside `on_rank_zero`, where it must not communicate."""
     return _alone.get()
 
 
 def on_rank_zero(engine: Engine, work: Callable[[], Any]) -> Any:
-    """Returns on every rank what `work` returns on rank 0.
+    """Return on every rank what `work` returns on rank 0.
 
     Args:
         engine: The ranks.
-        work: Is called on rank 0 only, and must not communicate.
+        work: A function that is called on rank 0 only. It must not communicate.
 
     Raises:
-        Exception: On every rank, what rank 0 has met.
+        Exception: On every rank, the exception that `work` raised on rank 0.
     """
     result, error = None, None
     if engine.rank == 0:

@@ -1,4 +1,4 @@
-"""What cannot be divided by one who does not know it is refused, before it could go wrong."""
+"""Reject scripts that `--wrap` cannot distribute safely."""
 
 import _thread
 import builtins
@@ -21,62 +21,62 @@ _STRATEGIES = (
 )
 _ON_ONE_DEVICE = ("MirroredStrategy", "OneDeviceStrategy")
 _OURS = ("hvdtrain", "horovod")
-# These, and what unpickles their objects.
+# Packages that may import hvdtrain and Horovod: themselves, and those that unpickle their objects.
 _MAY_IMPORT = {*_OURS, *sys.stdlib_module_names, "cloudpickle", "mpi4py"} - {"__main__"}
 _RANKS = (
-    "hvdtrain run --wrap is for scripts that know nothing of ranks, and this one imports {name}. Start it without "
-    "--wrap: {typed}"
+    "hvdtrain run --wrap is for scripts written for a single process, but this script imports {name}. Start it "
+    "without --wrap: {typed}"
 )
 _STRATEGY = (
-    "hvdtrain run --wrap: the script {what}, which divides the work in a way of its own. Leave it out, "
-    "with its scope(), or start the script with python."
+    "hvdtrain run --wrap: the script {what}, which divides the work by itself. Remove it and its scope(), "
+    "or start the script with python."
 )
 _THREAD = (
-    "hvdtrain run --wrap: {what} is called in the thread {thread}. All ranks have to do the same steps in the same "
-    "order, which threads do not keep. Call it in the main thread."
+    "hvdtrain run --wrap: {what} is called in the thread {thread}. All ranks must do the same steps in the same "
+    "order, but the order of threads varies. Call it in the main thread."
 )
 
-_in_threads: list[RuntimeError] = []
+_errors_in_threads: list[RuntimeError] = []
 
 
-def run(words: Sequence[str]) -> None:
-    """Runs the script; what was refused in one of its threads ends it too.
+def run(arguments: Sequence[str]) -> None:
+    """Run the script; an error of `check_thread` in one of its threads ends it too.
 
     Args:
-        words: `script.py args...`, or `-m module args...`.
+        arguments: `script.py args...`, or `-m module args...`.
     """
     try:
-        script.run(words)
+        script.run(arguments)
     except KeyboardInterrupt:
-        if not _in_threads:
+        if not _errors_in_threads:
             raise
-    if _in_threads:
-        raise _in_threads[0]
+    if _errors_in_threads:
+        raise _errors_in_threads[0]
 
 
 def check_thread(what: str) -> None:
-    """Refuses a call that does not come from the main thread.
+    """Reject a call outside the main thread.
 
     Args:
-        what: The call.
+        what: The name of the called function.
 
     Raises:
-        RuntimeError: In that thread, and in the main thread as well.
+        RuntimeError: In this thread, and also in the main thread.
     """
     thread = threading.current_thread()
     if thread is not threading.main_thread():
-        _in_threads.append(RuntimeError(_THREAD.format(what=what, thread=thread.name)))
+        _errors_in_threads.append(RuntimeError(_THREAD.format(what=what, thread=thread.name)))
         _thread.interrupt_main()
-        raise _in_threads[-1]
+        raise _errors_in_threads[-1]
 
 
 def install() -> None:
-    """Refuses the import of hvdtrain and Horovod by anyone but themselves."""
-    replace(builtins, "__import__", _without_ranks)
+    """Reject imports of hvdtrain and Horovod by the script."""
+    replace(builtins, "__import__", _rejecting_import)
 
 
 def install_in_keras() -> None:
-    """Refuses strategies of TensorFlow and distributions of Keras."""
+    """Reject strategies of TensorFlow and distributions of Keras."""
     import keras
     import tensorflow as tf
 
@@ -85,15 +85,15 @@ def install_in_keras() -> None:
     for owner in (tf.distribute, tf.distribute.experimental):
         for name in _STRATEGIES:
             if hasattr(owner, name):
-                replace(getattr(owner, name), "__init__", _refusing(f"makes a {name}"))
-    replace(keras.distribution, "set_distribution", _refusing("sets a keras.distribution"))
+                replace(getattr(owner, name), "__init__", _rejecting(f"makes a {name}"))
+    replace(keras.distribution, "set_distribution", _rejecting("sets a keras.distribution"))
 
 
-def _without_ranks(load: Any) -> Any:
+def _rejecting_import(load: Any) -> Any:
     def import_(name: str, namespace: Any = None, *args: Any, **kwargs: Any) -> Any:
         if name.partition(".")[0] in _OURS and not (args[1:2] or [kwargs.get("level", 0)])[0]:
-            asker = str((namespace or {}).get("__name__", "")).partition(".")[0]
-            if asker and asker not in _MAY_IMPORT:
+            importer = str((namespace or {}).get("__name__", "")).partition(".")[0]
+            if importer and importer not in _MAY_IMPORT:
                 raise ImportError(_RANKS.format(name=name, typed=_typed(name)))
         return load(name, namespace, *args, **kwargs)
 
@@ -101,14 +101,14 @@ def _without_ranks(load: Any) -> Any:
 
 
 def _typed(name: str) -> str:
-    """Return the command that was typed, as it should have been for a script that imports this."""
+    """Return the typed command without --wrap, for a script that imports a module."""
     typed = os.environ.get("HVDTRAIN_RUN_TYPED", "hvdtrain run -np N script.py")
     mode = "hvdtrain run --as-horovod" if name.startswith("horovod") else "hvdtrain run"
     return typed.replace("hvdtrain run", mode, 1)
 
 
 def _default_on_one_device(cls: Any, devices: Any = None, *args: Any, **kwargs: Any) -> Any:
-    """Return the default strategy, which divides nothing, in place of one of a single device."""
+    """Return the default strategy, which divides nothing, in place of a strategy with one device."""
     import tensorflow as tf
 
     devices = kwargs.get("device", devices)
@@ -116,11 +116,11 @@ def _default_on_one_device(cls: Any, devices: Any = None, *args: Any, **kwargs: 
     if len(found) > 1:
         return object.__new__(cls)
     runtime.engine().say(f"{cls.__name__} has one device on each rank, and is taken as no strategy.")
-    return tf.distribute.get_strategy()  # no instance of `cls`, so Python does not call its __init__
+    return tf.distribute.get_strategy()  # not an instance of `cls`, so Python does not call its __init__
 
 
-def _refusing(what: str) -> Any:
-    def refuse(*args: Any, **kwargs: Any) -> None:
+def _rejecting(what: str) -> Any:
+    def reject(*args: Any, **kwargs: Any) -> None:
         raise RuntimeError(_STRATEGY.format(what=what))
 
-    return lambda _: refuse
+    return lambda _: reject

@@ -1,4 +1,4 @@
-"""One batch, divided among the ranks and put together again, so that gradients come out as if it never had been."""
+"""Divide one batch among the ranks and join the results, with the gradients of an undivided batch."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,17 +12,18 @@ from hvdtrain.collectives.scaling import Reduction
 
 @dataclass(frozen=True)
 class Share:
-    """A rank's rows of one batch that all ranks hold.
+    """The rows of one rank in a batch that all ranks hold.
 
-    What lies between `take` and `join` is computed for these rows only; everything else is the same on all ranks.
-    A gradient that goes back through `join` is multiplied by the number of ranks: afterwards the optimizer's mean
-    over ranks is the sum of what the rows contribute, and what all ranks computed alike stays as it is.
+    Operations between `take` and `join` compute these rows only; everything else is the same on all ranks.
+    `join` multiplies a gradient by the number of ranks in the backward pass. So the mean over ranks, which the
+    optimizer takes later, is the sum of the contributions of all rows, and it does not change a gradient that all
+    ranks computed in the same way.
 
     Args:
         engine: The ranks.
-        count: Rows of the batch; a tensor where a graph does not know it.
-        start: This rank's first row.
-        real: Number of its rows.
+        count: Number of rows of the batch; a tensor if it is not known while a graph is built.
+        start: The first row of this rank.
+        real: Number of rows of this rank; may be 0.
     """
 
     engine: Engine
@@ -32,26 +33,26 @@ class Share:
 
     @classmethod
     def of(cls, engine: Engine, count: Any) -> "Share":
-        """Divides `count` rows into blocks that differ by one row at most."""
+        """Divide `count` rows into blocks that differ by one row at most."""
         start, end = (rank * count // engine.size for rank in (engine.rank, engine.rank + 1))
         return cls(engine, count, start, end - start)
 
     @property
     def rows(self) -> Any:
-        """Rows that this rank computes: one that counts for nothing where there are fewer rows than ranks."""
+        """Number of rows that this rank computes: 1 unused row if the batch has fewer rows than there are ranks."""
         return max(self.real, 1) if isinstance(self.real, int) else tf.maximum(self.real, 1)
 
     @property
     def weight(self) -> Any:
-        """What part of the batch this rank's rows are, as a float64 scalar."""
+        """Fraction of the batch that belongs to this rank, as a float64 scalar."""
         return tf.cast(self.real, tf.float64) / tf.cast(self.count, tf.float64)
 
     def take(self, whole: Any, times: Any = 1) -> Any:
-        """Returns this rank's rows of a tensor.
+        """Return this rank's rows of a tensor.
 
         Args:
             whole: Tensor of shape (count * times, ...).
-            times: Rows of the tensor for each row of the batch.
+            times: Number of rows of the tensor for each row of the batch.
         """
         begin, end = self.start * times, (self.start + self.rows) * times
         if isinstance(whole, tf.SparseTensor):
@@ -70,46 +71,43 @@ class Share:
         return forward(whole)
 
     def join(self, mine: Any) -> Any:
-        """Returns the rows of all ranks in their order, shape (count, ...), from this rank's rows."""
+        """Return the rows of all ranks in rank order, shape (count, ...), given the rows of this rank."""
         if not mine.dtype.is_floating:
             return self._gathered(mine)
 
         @tf.custom_gradient
         def forward(tensor: Any) -> Any:
             def gradient(upstream: Any) -> Any:
-                counts = tf.cast(
-                    self.engine.size
-                    if isinstance(self.real, int) and self.real
-                    else self.engine.size * tf.minimum(self.real, 1),
-                    tensor.dtype,
-                )
-                return self.take(tf.convert_to_tensor(upstream)) * counts
+                factor = self.engine.size
+                if not (isinstance(self.real, int) and self.real):
+                    factor *= tf.minimum(self.real, 1)  # 0 for an unused row
+                return self.take(tf.convert_to_tensor(upstream)) * tf.cast(factor, tensor.dtype)
 
             return self._gathered(tensor), gradient
 
         return forward(mine)
 
     def replicated(self, whole: Any) -> Any:
-        """Returns a tensor that all ranks hold alike, for use on rows; all rows' gradients come back to it."""
+        """Return a tensor that is equal on all ranks, for use with the rows; its gradient sums over all ranks."""
 
         @tf.custom_gradient
         def forward(tensor: Any) -> Any:
-            return (
-                tf.identity(tensor),
-                lambda upstream: (
-                    differentiable.allreduce(self.engine, tf.convert_to_tensor(upstream), Reduction(Op.SUM))
-                    / self.engine.size
-                ),
-            )
+            def gradient(upstream: Any) -> Any:
+                total = differentiable.allreduce(
+                    self.engine, tf.convert_to_tensor(upstream), Reduction(Op.SUM)
+                )
+                return total / self.engine.size
+
+            return tf.identity(tensor), gradient
 
         return forward(whole)
 
     def mean(self, mine: Any) -> Any:
-        """Return the mean over the batch of what each rank has as a mean over its rows."""
+        """Return the mean over the batch, given on each rank the mean over its rows."""
         return self._weighted(mine, self.weight)
 
     def sum(self, mine: Any) -> Any:
-        """Return the sum over the batch of what each rank has as a sum over its rows."""
+        """Return the sum over the batch, given on each rank the sum over its rows."""
         return self._weighted(mine, tf.minimum(self.real, 1))
 
     def _weighted(self, mine: Any, weight: Any) -> Any:
@@ -124,13 +122,13 @@ class Share:
         return forward(mine)
 
     def _gathered(self, mine: Any) -> Any:
-        right = tf.debugging.assert_equal(
+        check = tf.debugging.assert_equal(
             tf.shape(mine)[0],
             self.rows,
-            "hvdtrain run --wrap: a model returned another number of rows than it was given. Its batch cannot be "
-            "divided among the ranks by rows. Use hvd.DistributedOptimizer in the script, and hvdtrain run.",
+            "hvdtrain run --wrap: a model returned another number of rows than it received, so its batch cannot be "
+            "divided among the ranks. Use hvd.DistributedOptimizer in the script, and hvdtrain run.",
         )
-        with tf.control_dependencies([] if right is None else [right]):
+        with tf.control_dependencies([] if check is None else [check]):
             (whole,) = differentiable.allgather(self.engine, [mine[: self.real]])
         whole.set_shape([self.count if isinstance(self.count, int) else None, *mine.shape[1:]])
         return whole

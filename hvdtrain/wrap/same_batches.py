@@ -1,7 +1,6 @@
-"""All ranks hold the same batches: where that is not certain, rank 0's are the truth."""
+"""Give all ranks the same batches: those of rank 0 where batches may differ."""
 
 import types
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -12,15 +11,16 @@ from hvdtrain.backends.tensorflow import host_calls
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.data import structures
 
+# Number of values of each array in its checksum.
 _SAMPLES = 1024
 
 
 def agreed(engine: Engine, arrays: Any) -> Any:
-    """Returns arrays that are the same on all ranks: these, if they are, else rank 0's.
+    """Return the arrays if they are equal on all ranks, otherwise those of rank 0.
 
     Args:
         engine: The ranks.
-        arrays: A nest of arrays, tensors or data frames, or None.
+        arrays: A nested structure of arrays, tensors or data frames, or None.
     """
     if len(set(engine.allgather_object(_checksum(arrays)))) == 1:
         return arrays
@@ -28,43 +28,48 @@ def agreed(engine: Engine, arrays: Any) -> Any:
 
 
 def of_rank_zero(engine: Engine, batch: Any) -> Any:
-    """Returns rank 0's batch on all ranks, in a graph or eagerly.
+    """Return the batch of rank 0 on all ranks, in a graph or eagerly.
 
     Args:
         engine: The ranks.
-        batch: A nest of tensors, of the same structure and dtypes on all ranks.
+        batch: A nested structure of tensors, of the same structure and dtypes on all ranks.
     """
     leaves = tf.nest.flatten(batch, expand_composites=True)
-    mine = [each for each in leaves if tf.is_tensor(each)]
+    tensors = [leaf for leaf in leaves if tf.is_tensor(leaf)]
 
     def send(*arrays: np.ndarray) -> list[Any]:
         return list(engine.broadcast_object(arrays if engine.rank == 0 else None))
 
-    received = iter(host_calls.on_host(engine, send, mine, [each.dtype for each in mine]))
-    whole = [_shaped(next(received), each) if tf.is_tensor(each) else each for each in leaves]
-    return tf.nest.pack_sequence_as(batch, whole, expand_composites=True)
+    received = iter(host_calls.on_host(engine, send, tensors, [tensor.dtype for tensor in tensors]))
+    result = [_with_shape(next(received), leaf) if tf.is_tensor(leaf) else leaf for leaf in leaves]
+    return tf.nest.pack_sequence_as(batch, result, expand_composites=True)
 
 
 def same_everywhere(dataset: Any) -> bool:
-    """Tells whether a data set is sure to yield the same on all ranks, without chance or calls of Python.
+    """Return whether a data set certainly yields the same on all ranks, without randomness or Python functions.
 
     Args:
-        dataset: What `fit` was given. Ranks shuffle alike, because they have the same seeds.
+        dataset: The data passed to `fit`. All ranks shuffle in the same order, because they have the same seeds.
     """
     if not isinstance(dataset, tf.data.Dataset):
         return False
     if getattr(dataset, "_deterministic", None) == "false" or "Generator" in type(dataset).__name__:
         return False
-    return not any(map(_by_chance, vars(dataset).values())) and all(map(same_everywhere, dataset._inputs()))
+    if any(_is_random(attribute) for attribute in vars(dataset).values()):
+        return False
+    return all(same_everywhere(source) for source in dataset._inputs())
 
 
-def _by_chance(part: Any) -> bool:
-    function = getattr(part, "function", None)
+def _is_random(attribute: Any) -> bool:
+    """Return whether an attribute of a data set is a function with a stateful operation."""
+    function = getattr(attribute, "function", None)
     graph = getattr(function, "graph", None)
     if graph is None:
         return False
     definition = graph.as_graph_def()
-    nodes = [*definition.node, *(node for each in definition.library.function for node in each.node_def)]
+    nodes = list(definition.node)
+    for inner in definition.library.function:
+        nodes += inner.node_def
     return any(_is_stateful(node.op) for node in nodes)
 
 
@@ -75,31 +80,17 @@ def _is_stateful(name: str) -> bool:
     return known is not None and known.is_stateful and name not in ("Placeholder", "_Arg", "_Retval")
 
 
-def _shaped(received: Any, local: Any) -> Any:
+def _with_shape(received: Any, local: Any) -> Any:
     received.set_shape(local.shape)
     return received
 
 
 def _checksum(arrays: Any) -> int:
     leaves = [_portable(leaf) for leaf in keras.tree.flatten(arrays)]
-    return structures.checksum_of_all((each for each in leaves if each is not None), _SAMPLES)
+    return structures.checksum_of_all((leaf for leaf in leaves if leaf is not None), _SAMPLES)
 
 
 def _portable(leaf: Any) -> Any:
-    if leaf is None or isinstance(leaf, int | float | str | np.ndarray):
-        return None if leaf is None else np.asarray(leaf)
-    if isinstance(leaf, types.GeneratorType):
+    if leaf is None or isinstance(leaf, types.GeneratorType):
         return None
     return np.asarray(leaf)
-
-
-Step = Callable[[Any], Any]
-
-
-def shared_step(engine: Engine, step: Step) -> Step:
-    """Makes a step of training or evaluation begin with rank 0's batch."""
-
-    def run(data: Any) -> Any:
-        return step(of_rank_zero(engine, data))
-
-    return run

@@ -1,4 +1,4 @@
-"""How a script ends: who comes to its end first waits for the others, because a rank that fails ends the job."""
+"""Let the ranks end a script together: a rank that ends with an error would otherwise stop the others early."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,18 +10,18 @@ from hvdtrain.wrap import files
 
 @contextlib.contextmanager
 def in_step() -> Iterator[None]:
-    """Lets an error or `sys.exit` take effect when all ranks have come to it, or have heard of it."""
+    """Delay an error or `sys.exit` until all ranks have reached it or have been told about it."""
     try:
         yield
     except Exception as error:
         if runtime.is_initialized():
             runtime.engine().tell("the script", error)
-        files.forget()  # a job that fails may end before Python does
+        files.remove_copies()  # a job that fails may be stopped before Python runs its exit functions
         raise
     except SystemExit as stop:
         if stop.code and runtime.is_initialized():
             with contextlib.suppress(MismatchError):
                 runtime.engine().agree(Call(f"sys.exit({stop.code})", farewell=True))
         if stop.code:
-            files.forget()
+            files.remove_copies()
         raise

@@ -1,4 +1,4 @@
-"""`fit`, `evaluate`, `predict` and their `..._on_batch`, run by all ranks together as if by one process."""
+"""Run `fit`, `evaluate`, `predict` and their `..._on_batch` forms on all ranks together, like on one process."""
 
 import contextlib
 import inspect
@@ -20,18 +20,18 @@ from hvdtrain.wrap import (
     same_batches,
     scaled_batch,
 )
-from hvdtrain.wrap.lockstep import followed
+from hvdtrain.wrap.lockstep import with_lockstep_callbacks
 
 _METHODS = ("fit", "evaluate", "predict", "train_on_batch", "test_on_batch", "predict_on_batch")
 _ARRAYS = ("x", "y", "sample_weight")
 
 
 def install(engine: Engine, scale_batch: bool) -> None:
-    """Changes the methods of Keras' trainer.
+    """Change the methods of the Keras trainer.
 
     Args:
         engine: The ranks.
-        scale_batch: Whether the batch is multiplied by their number.
+        scale_batch: Whether the batch size is multiplied by the number of ranks.
     """
     for name in _METHODS:
         replace_where_defined(keras.Model, name, lambda method: _together(engine, method, scale_batch))
@@ -44,30 +44,32 @@ def _together(engine: Engine, method: Callable[..., Any], scale_batch: bool) -> 
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs)
-        with _at_work(engine, self, name) as outermost:
+        with _on_all_ranks(engine, self, name) as outermost:
             if name.endswith("_on_batch"):
-                arrays = {each: given.arguments[each] for each in _ARRAYS if each in given.arguments}
+                arrays = {key: given.arguments[key] for key in _ARRAYS if key in given.arguments}
                 given.arguments.update(same_batches.agreed(engine, arrays))
             if name == "fit" and outermost:
                 if scale_batch:
                     scaled_batch.prepare(engine, self, given.arguments)
-                given.arguments["callbacks"] = followed(engine, given.arguments.get("callbacks"))
+                given.arguments["callbacks"] = with_lockstep_callbacks(
+                    engine, given.arguments.get("callbacks")
+                )
             return method(*given.args, **given.kwargs)
 
     return run
 
 
 @contextlib.contextmanager
-def _at_work(engine: Engine, model: Any, name: str) -> Iterator[bool]:
-    """Makes a model's optimizers and steps those of all ranks; afterwards the ranks draw alike again."""
+def _on_all_ranks(engine: Engine, model: Any, name: str) -> Iterator[bool]:
+    """Let all ranks run one method of a model together; afterwards their random states are equal again."""
     outermost = context.engine() is None
     if outermost:
         _check_backend()
         refusals.check_thread(f"model.{name}")
         if not name.endswith("_on_batch"):
-            native_files.follow(engine)
-    for each in optimizers.of_model(model):
-        optimizers.distribute(each)
+            native_files.see_files_of_rank_zero(engine)
+    for optimizer in optimizers.of_model(model):
+        optimizers.distribute(optimizer)
     if model.jit_compile:
         model.jit_compile = False
         model.train_function = model.test_function = model.predict_function = None
@@ -81,8 +83,8 @@ def _check_backend() -> None:
     backend = os.environ.get("KERAS_BACKEND", "tensorflow")
     if backend != "tensorflow":
         raise RuntimeError(
-            f"hvdtrain run --wrap trains on Keras' TensorFlow backend, and KERAS_BACKEND is {backend}. "
-            "Leave that out, or start the script with python."
+            f"hvdtrain run --wrap needs the TensorFlow backend of Keras, but KERAS_BACKEND is {backend}. "
+            "Unset KERAS_BACKEND, or start the script with python."
         )
 
 
@@ -92,9 +94,7 @@ def _without_xla(engine: Engine, method: Callable[..., Any]) -> Callable[..., An
     def compile_model(self: Any, *args: Any, **kwargs: Any) -> Any:
         given = signature.bind(self, *args, **kwargs)
         if given.arguments.get("jit_compile") is True:
-            engine.say(
-                "jit_compile=True is turned off: nothing can be sent to other ranks from an XLA program."
-            )
+            engine.say("jit_compile=True is turned off: an XLA program cannot communicate with other ranks.")
         given.arguments["jit_compile"] = False
         return method(*given.args, **given.kwargs)
 

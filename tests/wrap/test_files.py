@@ -1,4 +1,4 @@
-"""Two ranks write one file at the same moment: each has its own, whoever comes first."""
+"""Check that two ranks that write one file at the same moment each have their own copy, in any order."""
 
 import os
 import time
@@ -40,6 +40,6 @@ def test_another_rank_writes_while_this_one_opens_to_append(tmp_path, monkeypatc
         file.write(", mine")
     with open(place) as file:  # noqa: PTH123
         text = file.read()
-    # What was there before may be gone, as nobody reads this copy; what rank 0 made out of nothing never shows.
+    # The old content may be missing, as nobody reads this copy. A file that rank 0 created is never visible.
     assert text.endswith(", mine")
     assert "rank 0" not in text or before is not None

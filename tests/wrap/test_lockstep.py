@@ -1,4 +1,4 @@
-"""What is said of a training whose steps are too short to gain from ranks."""
+"""Check the hint that steps are too short to gain from more ranks."""
 
 from types import SimpleNamespace
 
@@ -13,7 +13,7 @@ from hvdtrain.wrap import lockstep
 def test_short_steps_are_named_once(monkeypatch, seconds, steps, said):
     clock, sentences = [0.0], []
     monkeypatch.setattr(lockstep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    last = lockstep.Last(SimpleNamespace(size=2, say=sentences.append), [])
+    last = lockstep.LastCallback(SimpleNamespace(size=2, say=sentences.append), [])
     monkeypatch.setattr(last, "_compare", lambda: None)
     monkeypatch.setattr(last, "_agree_to_stop", lambda: None)
     for epoch in range(2):

@@ -1,4 +1,4 @@
-"""Which kind of loss a layer adds is told from what it adds for parts of the rows."""
+"""Check that the kind of a loss added by a layer is found from its values for parts of the rows."""
 
 import numpy as np
 import pytest
@@ -35,7 +35,7 @@ def test_kind(name):
     assert kind_of(observed, 1e-6) is expected
 
 
-def test_one_telling_draw_decides():
+def test_one_finite_draw_decides():
     silent = Observation(np.array(np.nan), [np.array(np.nan)] * 2, ROWS)
     zero = Observation(np.array(0.0), [np.array(0.0)] * 2, ROWS)
     total = Observation(np.array(5.0), [np.array(2.0), np.array(3.0)], ROWS)

@@ -1,4 +1,4 @@
-"""Scripts that know nothing of ranks give on several what they give on one, or are refused in a sentence."""
+"""Check that scripts written for a single process give the same results on several ranks, or are rejected."""
 
 import json
 import math

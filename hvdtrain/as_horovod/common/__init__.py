@@ -1,1 +1,1 @@
-"""What scripts import from `horovod.common` and hvdtrain has no use for itself."""
+"""Names that scripts import from `horovod.common`; hvdtrain itself does not use them."""

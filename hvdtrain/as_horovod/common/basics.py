@@ -7,11 +7,11 @@ from hvdtrain.tensorflow import mpi_ops
 
 
 class HorovodBasics:
-    """Answers `rank()`, `size()`, `init()` and their kin, and holds the reductions, as an object.
+    """An object with the names of `hvdtrain.tensorflow.mpi_ops`: `rank()`, `size()`, `init()`, the reductions etc.
 
     Args:
-        pkg_path: Accepted for Horovod's sake: where its compiled part lies.
-        args: Likewise.
+        pkg_path: Ignored; accepted for compatibility with Horovod.
+        args: Ignored; accepted for compatibility with Horovod.
     """
 
     def __init__(self, pkg_path: str, *args: str) -> None:

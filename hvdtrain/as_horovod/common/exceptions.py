@@ -4,7 +4,7 @@ from hvdtrain.keras.elastic import HorovodInternalError, HostsUpdatedInterrupt
 
 
 def get_version_mismatch_message(name: str, version: str, installed_version: str) -> str:
-    """Says that a framework is not the one Horovod was built for."""
+    """Return the message for a version of a framework for which Horovod was not built."""
     return (
         f"Horovod was built for {name} {installed_version}; this is {name} {version}. Build it again with: "
         "hvdtrain build-horovod"
@@ -12,7 +12,7 @@ def get_version_mismatch_message(name: str, version: str, installed_version: str
 
 
 class HorovodVersionMismatchError(ImportError):
-    """Told scripts of another framework than the one Horovod was built for; hvdtrain never raises it."""
+    """The error of Horovod for a framework version for which it was not built; hvdtrain never raises it."""
 
     def __init__(self, name: str, version: str, installed_version: str) -> None:
         super().__init__(get_version_mismatch_message(name, version, installed_version))

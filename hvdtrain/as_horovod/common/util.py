@@ -17,38 +17,38 @@ num_rank_is_power_2 = check_num_rank_power_of_2
 
 
 def extension_available(ext_base_name: str, verbose: bool = False) -> bool:
-    """Tells whether a framework is served: only TensorFlow is."""
+    """Return whether a framework is supported: only TensorFlow is."""
     return ext_base_name == "tensorflow"
 
 
 def mpi_built(verbose: bool = False) -> bool:
-    """Tells whether ranks can talk over MPI."""
+    """Return whether ranks can communicate over MPI."""
     return bool(build_info.mpi_built())
 
 
 def gloo_built(verbose: bool = False) -> bool:
-    """Tells whether ranks can talk over Gloo."""
+    """Return whether ranks can communicate over Gloo."""
     return bool(build_info.gloo_built())
 
 
 def nccl_built(verbose: bool = False) -> bool:
-    """Tells whether GPUs can talk over NCCL."""
+    """Return whether GPUs can communicate over NCCL."""
     return bool(build_info.nccl_built())
 
 
 def ddl_built(verbose: bool = False) -> bool:
-    """Tells whether IBM's DDL is there."""
+    """Return whether DDL of IBM is available."""
     return bool(build_info.ddl_built())
 
 
 def ccl_built(verbose: bool = False) -> bool:
-    """Tells whether oneCCL is there."""
+    """Return whether oneCCL is available."""
     return bool(build_info.ccl_built())
 
 
 @contextlib.contextmanager
 def env(**kwargs: str | None) -> Iterator[None]:
-    """Sets environment variables for a while; those given as None stay as they are."""
+    """Set environment variables during this context. Variables given as None stay unchanged."""
     given = {name: value for name, value in kwargs.items() if value is not None}
     before = {name: os.environ.get(name) for name in given}
     os.environ.update(given)
@@ -63,12 +63,12 @@ def env(**kwargs: str | None) -> Iterator[None]:
 
 
 def is_iterable(x: Any) -> bool:
-    """Tells whether a value can be looped over."""
+    """Return whether a value is iterable."""
     return isinstance(x, Iterable) or hasattr(x, "__getitem__")
 
 
 def is_version_greater_equal_than(ver: str, target: str) -> bool:
-    """Compares versions of three numbers, such as "2.21.0"."""
+    """Return whether a version such as "2.21.0" is at least the target version."""
     return _numbers(ver) >= _numbers(target)
 
 
