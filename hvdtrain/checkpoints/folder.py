@@ -42,7 +42,7 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
 
     def clean(self) -> None:
-        """Makes sure that it can be written to, and removes what a run that was killed left half done.
+        """Make sure that it can be written to, and removes what a run that was killed left half done.
 
         Raises:
             OSError: If it cannot be written to.
@@ -55,7 +55,7 @@ class Folder:
         probe.rmdir()
 
     def entries(self) -> list[Path]:
-        """Lists the checkpoints, the newest first; a marker that names one counts more than its number."""
+        """List the checkpoints, the newest first; a marker that names one counts more than its number."""
         found = sorted(
             (each for each in self.path.iterdir() if _NAME.fullmatch(each.name)), key=_number, reverse=True
         )
@@ -66,7 +66,7 @@ class Folder:
         return sorted(found, key=lambda each: each.name != latest)
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """Finds the checkpoint to go on from.
+        """Find the checkpoint to go on from.
 
         Returns:
             The newest that is whole, or None; and a sentence for each newer one that is not.
@@ -81,7 +81,7 @@ class Folder:
         return None, complaints
 
     def write(self, step: int, files: Mapping[str, bytes], keep: int) -> Path:
-        """Adds a checkpoint and removes the oldest; whenever the process dies, all that were there are whole.
+        """Add a checkpoint and removes the oldest; whenever the process dies, all that were there are whole.
 
         Args:
             step: By which it is named.
@@ -135,7 +135,7 @@ class Folder:
 
 
 def check(entry: Path) -> None:
-    """Makes sure that a checkpoint is what was written.
+    """Make sure that a checkpoint is what was written.
 
     Raises:
         DamagedError: If a file of it is missing, cut short or changed.
@@ -180,7 +180,7 @@ def _sha256(file: object) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Makes names durable: a power cut must not take them back."""
+    """Make names durable: a power cut must not take them back."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -43,7 +43,7 @@ class Lock:
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
 
     def give_back(self) -> None:
-        """Lets others have the folder."""
+        """Let others have the folder."""
         if self._path in _held:
             _held.discard(self._path)
             os.close(self._file)

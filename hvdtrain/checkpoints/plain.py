@@ -17,7 +17,7 @@ class NotPlainError(TypeError):
 
 
 def is_plain(value: Any) -> bool:
-    """Tells whether `packed` takes a value."""
+    """Return whether `packed` takes a value."""
     try:
         _pack(value, [])
     except NotPlainError:
@@ -26,7 +26,7 @@ def is_plain(value: Any) -> bool:
 
 
 def packed(value: Any) -> bytes:
-    """Writes a value as the bytes of an `.npz` file.
+    """Write a value as the bytes of an `.npz` file.
 
     Args:
         value: None, a bool, int, float, complex, str, bytes or NumPy array, or a list, tuple, set or dict (a
@@ -47,13 +47,13 @@ def packed(value: Any) -> bytes:
 
 
 def unpacked(content: bytes) -> Any:
-    """Reads what `packed` has written."""
+    """Read what `packed` has written."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         return _unpack(json.loads(str(file[_JSON])), file)
 
 
 def digest(value: Any) -> bytes:
-    """Returns 16 bytes that are the same for two plain values only if these are the same to the bit."""
+    """Return 16 bytes that are the same for two plain values only if these are the same to the bit."""
     arrays: list[np.ndarray] = []
     hashed = hashlib.blake2b(json.dumps(_pack(value, arrays)).encode(), digest_size=16)
     for each in arrays:

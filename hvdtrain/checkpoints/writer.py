@@ -25,7 +25,7 @@ class Writer:
         self.newest: Path | None = None
 
     def submit(self, step: int, make: Callable[[], Files]) -> str | None:
-        """Has a checkpoint written, once the one before is.
+        """Let a checkpoint written, once the one before is.
 
         Args:
             step: By which it is named.
@@ -40,7 +40,7 @@ class Writer:
         return failure
 
     def wait(self) -> str | None:
-        """Waits until all is written; returns why the last one could not be, or None."""
+        """Wait until all is written; returns why the last one could not be, or None."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
@@ -53,7 +53,7 @@ class Writer:
         return None
 
     def close(self) -> str | None:
-        """Waits, and ends the thread."""
+        """Wait, and ends the thread."""
         failure = self.wait()
         self._thread.shutdown()
         return failure

@@ -16,7 +16,7 @@ def broadcast_variables(
     process_set: ProcessSet = global_process_set,
     inplace: bool = False,
 ) -> None:
-    """Gives the variables of all ranks the values of one; for training loops of your own.
+    """Give the variables of all ranks the values of one; for training loops of your own.
 
     Args:
         variables: Keras or TensorFlow variables, the same list on all ranks: `model.weights`,

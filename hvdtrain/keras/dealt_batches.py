@@ -32,7 +32,7 @@ class Arrays:
 
     @classmethod
     def of(cls, parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None) -> "Arrays":
-        """Reads nests of what becomes arrays; of `steps` batches, if that is given."""
+        """Read nests of what becomes arrays; of `steps` batches, if that is given."""
         x, y, weight = (
             each if each is None else keras.tree.map_structure(np.asarray, _numbers(each)) for each in parts
         )
@@ -46,15 +46,15 @@ class Arrays:
         return cls((x, y, weight), length, batch_size)
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether no rank would go without."""
         return self.length >= size
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks."""
+        """Return what must be the same on all ranks."""
         return [("the number of samples", str(self.length)), *structures.all_described(self.parts)]
 
     def dealt(self, rank: int, size: int) -> "Arrays":
-        """Returns a rank's batches; they are smaller where there would be fewer than ranks."""
+        """Return a rank's batches; they are smaller where there would be fewer than ranks."""
         batch_size = max(1, min(self.batch_size, self.length // size))
         places = np.arange(self.length)
         mine = places[places // batch_size % size == rank]
@@ -65,7 +65,7 @@ class Arrays:
         return Arrays((parts[0], parts[1], parts[2]), len(mine), batch_size)
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes.
+        """Return what `model.evaluate` takes.
 
         Of arrays whose length divides by the batch Keras weighs the losses of several outputs by samples, of
         others by batches. Of a data set with an open first dimension it does the same on all ranks.
@@ -84,7 +84,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, dataset: tf.data.Dataset, batch_size: int | None, steps: int | None) -> "Pipeline":
-        """Takes the first `steps` batches; samples are batched before.
+        """Take the first `steps` batches; samples are batched before.
 
         Raises:
             ValueError: If the data set is endless or empty.
@@ -97,14 +97,14 @@ class Pipeline:
         return cls(dataset)
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether no rank would go without."""
         known = int(self.dataset.cardinality())
         return (
             known >= size if known >= 0 else next(iter(self.dataset.skip(size - 1).take(1)), None) is not None
         )
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks.
+        """Return what must be the same on all ranks.
 
         Raises:
             ValueError: If each rank would read the batches in an order of its own.
@@ -120,11 +120,11 @@ class Pipeline:
         ]
 
     def dealt(self, rank: int, size: int) -> "Pipeline":
-        """Returns a rank's batches; the rank reads all of them and keeps its own."""
+        """Return a rank's batches; the rank reads all of them and keeps its own."""
         return Pipeline(self.dataset.shard(size, rank))
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes."""
+        """Return what `model.evaluate` takes."""
         return {"x": self.dataset}
 
     def __iter__(self) -> Iterator[Any]:
@@ -147,7 +147,7 @@ class Batches(keras.utils.PyDataset):
 
     @classmethod
     def of(cls, dataset: keras.utils.PyDataset, steps: int | None) -> "Batches":
-        """Takes the first `steps` batches."""
+        """Take the first `steps` batches."""
         counts = [each for each in (dataset.num_batches, steps) if each is not None]
         if not counts:
             raise ValueError(
@@ -169,19 +169,19 @@ class Batches(keras.utils.PyDataset):
         return self._dataset[self._places[index]]
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether no rank would go without."""
         return len(self) >= size
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks."""
+        """Return what must be the same on all ranks."""
         return [("the number of batches", str(len(self)))]
 
     def dealt(self, rank: int, size: int) -> "Batches":
-        """Returns a rank's batches; no other is made."""
+        """Return a rank's batches; no other is made."""
         return Batches(self._dataset, self._places[rank::size])
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes."""
+        """Return what `model.evaluate` takes."""
         return {"x": self}
 
 
@@ -194,24 +194,24 @@ class Stream:
 
     @classmethod
     def of(cls, batches: Iterator[Any], steps: int | None, size: int) -> "Stream":
-        """Reads one batch for each rank ahead, and all of them `steps` at most."""
+        """Read one batch for each rank ahead, and all of them `steps` at most."""
         batches = itertools.islice(batches, steps)
         return cls(batches, tuple(itertools.islice(batches, size)))
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether no rank would go without."""
         return len(self.first) >= size
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks."""
+        """Return what must be the same on all ranks."""
         return [("the number of its first batches", str(len(self.first)))]
 
     def dealt(self, rank: int, size: int) -> "Stream":
-        """Returns a rank's batches; the rank makes all of them and keeps its own."""
+        """Return a rank's batches; the rank makes all of them and keeps its own."""
         return Stream(itertools.islice(iter(self), rank, None, size), ())
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes."""
+        """Return what `model.evaluate` takes."""
         return {"x": (each for each in self)}
 
     def __iter__(self) -> Iterator[Any]:
@@ -222,7 +222,7 @@ Deck = Arrays | Pipeline | Batches | Stream
 
 
 def deck(parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None, size: int) -> Deck:
-    """Reads what a user calls data.
+    """Read what a user calls data.
 
     Args:
         parts: x, y and sample_weight; of what holds its targets itself, that alone.
@@ -248,6 +248,6 @@ def deck(parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None,
 
 
 def _numbers(value: Any) -> Any:
-    """Returns a list of plain numbers as an array: it is one leaf, not many."""
+    """Return a list of plain numbers as an array: it is one leaf, not many."""
     is_list = isinstance(value, list | tuple) and bool(value)
     return np.asarray(value) if is_list and isinstance(value[0], int | float | str | bytes) else value

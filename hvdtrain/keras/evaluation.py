@@ -28,7 +28,7 @@ def evaluate(
     callbacks: Any = None,
     return_dict: bool = False,
 ) -> Any:
-    """Evaluates a model on all ranks at once, each on its part of the data, exactly as one process would.
+    """Evaluate a model on all ranks at once, each on its part of the data, exactly as one process would.
 
     The batches are those of `model.evaluate`, dealt to the ranks in turn, and the states of all metrics are
     combined, not their results: loss, AUC, F1, MeanIoU and all others are those of the whole data, on every
@@ -75,7 +75,7 @@ def predict(
     steps: int | None = None,
     root_rank: int | None = None,
 ) -> Any:
-    """Predicts on all ranks at once, each for its part of the data, and returns all of it in the order of the data.
+    """Predict on all ranks at once, each for its part of the data, and returns all of it in the order of the data.
 
     The batches are those of `model.predict`, dealt to the ranks in turn. All ranks call this with the same, whole
     data. Of a `tf.data.Dataset` or generator every rank reads the whole, and predicts for its part.
@@ -110,7 +110,7 @@ def predict(
 
 
 def _world(model: keras.Model, function: str) -> Engine:
-    """Returns the engine of all ranks, once it is known that they hold the same model."""
+    """Return the engine of all ranks, once it is known that they hold the same model."""
     world = runtime.engine()
     if engine_of(model) is not world:
         raise ValueError(
@@ -133,7 +133,7 @@ def _world(model: keras.Model, function: str) -> Engine:
 def _part(
     engine: Engine, data: Any, beside: tuple[Any, Any], batch_size: int | None, steps: int | None
 ) -> tuple[dict[str, Any], bool]:
-    """Returns what this rank evaluates, and whether it is a part: where some rank would have none, all take all."""
+    """Return what this rank evaluates, and whether it is a part: where some rank would have none, all take all."""
     if isinstance(data, Sharded):
         return {"x": data, "y": beside[0], "sample_weight": beside[1], "steps": steps}, True
     apart = beside[0] is None and isinstance(data, tuple)
@@ -147,7 +147,7 @@ def _part(
 def _whole(
     engine: Engine, function: str, parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None
 ) -> Deck:
-    """Reads what the user calls data, once it is known to be the same on all ranks."""
+    """Read what the user calls data, once it is known to be the same on all ranks."""
 
     def read() -> tuple[Deck, Facts]:
         if isinstance(parts[0], Sharded):
@@ -161,7 +161,7 @@ def _whole(
 
 
 def _predicted(model: keras.Model, whole: Deck, engine: Engine, verbose: Any) -> list[Any]:
-    """Returns the outputs of this rank's batches."""
+    """Return the outputs of this rank's batches."""
     mine = whole.dealt(engine.rank, engine.size)
     if not isinstance(mine, Arrays):
         model.make_predict_function()
@@ -177,7 +177,7 @@ def _predicted(model: keras.Model, whole: Deck, engine: Engine, verbose: Any) ->
 
 
 def _as_batch(batch: Any) -> tuple[Any, ...]:
-    """Returns what Keras' adapters would make of a batch: x alone in a tuple."""
+    """Return what Keras' adapters would make of a batch: x alone in a tuple."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
@@ -186,7 +186,7 @@ def _numpy(outputs: Any) -> Any:
 
 
 def _in_order(engine: Engine, outputs: list[Any], root_rank: int | None) -> Any:
-    """Joins all ranks' outputs, batch after batch as they stand in the data."""
+    """Join all ranks' outputs, batch after batch as they stand in the data."""
     leaves = [keras.tree.flatten(each) for each in outputs]
     counts = [len(each[0]) for each in leaves]
     pattern = keras.tree.pack_sequence_as(outputs[0], list(range(len(leaves[0])))) if outputs else None
@@ -206,7 +206,7 @@ def _in_order(engine: Engine, outputs: list[Any], root_rank: int | None) -> Any:
 
 
 def _places(counts: list[list[int]]) -> np.ndarray:
-    """Returns where each row of the data stands among the rows of rank 0, those of rank 1, and so on."""
+    """Return where each row of the data stands among the rows of rank 0, those of rank 1, and so on."""
     ends = np.cumsum([count for rank in counts for count in rank])
     blocks = iter(
         [np.arange(end - count, end) for end, count in zip(ends, itertools.chain(*counts), strict=True)]

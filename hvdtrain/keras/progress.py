@@ -47,37 +47,37 @@ class Progress(keras.callbacks.Callback):
         self._first = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Notes the epoch."""
+        """Record the epoch."""
         self._epoch = epoch
         heartbeat.at(epoch, self._step, "beginning of an epoch")
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Notes the step that begins."""
+        """Record the step that begins."""
         if self._step is None:
             self._step = self._earlier()
         self._first = batch
         heartbeat.at(self._epoch, self._step + 1)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts the steps that have ended: several, where Keras runs them as one."""
+        """Count the steps that have ended: several, where Keras runs them as one."""
         assert self._step is not None
         self._step += batch - self._first + 1
         heartbeat.at(self._epoch, self._step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Notes that the epoch's steps are done."""
+        """Record that the epoch's steps are done."""
         heartbeat.at(epoch, self._step, "end of an epoch")
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Notes the validation."""
+        """Record the validation."""
         heartbeat.at(self._epoch, self._step, "validation")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Notes the end."""
+        """Record the end."""
         heartbeat.at(self._epoch, self._step, "after model.fit")
 
     def _earlier(self) -> int:
-        """Asks the optimizer once, when whoever resumes a training has done so."""
+        """Ask the optimizer once, when whoever resumes a training has done so."""
         counts = [getattr(each, "iterations", None) for each in optimizers_of(self.model)]
         known = [int(each) for each in counts if each is not None]
         return max(known, default=0) - self._already

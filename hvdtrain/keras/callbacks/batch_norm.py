@@ -31,7 +31,7 @@ class AverageBatchNormStatistics(keras.callbacks.Callback):
         self._seen = self._last = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes that the ranks have moved apart."""
+        """Record that the ranks have moved apart."""
         self._differ = True
         if self.save_freq == "epoch":
             return
@@ -42,11 +42,11 @@ class AverageBatchNormStatistics(keras.callbacks.Callback):
             self._average()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Averages before a validation."""
+        """Average before a validation."""
         self._average()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Averages before whoever saves at the end of an epoch."""
+        """Average before whoever saves at the end of an epoch."""
         self._average()
 
     def _average(self) -> None:

@@ -64,7 +64,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.mode = getattr(self, "mode", mode)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure, before hours of training, that there is a path that Keras can save to."""
+        """Make sure, before hours of training, that there is a path that Keras can save to."""
         endings = (".weights.h5",) if self.save_weights_only else (".keras", ".h5")
         if self.filepath is None or not str(self.filepath).endswith(endings):
             raise ValueError(
@@ -90,7 +90,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
             )
 
     def _is_best(self, value: Any) -> bool:
-        """Decides by a value of the monitored metric; a NaN is never the best, or nothing would ever be better."""
+        """Decide by a value of the monitored metric; a NaN is never the best, or nothing would ever be better."""
         if value is None:
             warnings.warn(
                 f"BestModelCheckpoint saves nothing, because the logs have no {self.monitor!r}. Give model.fit "

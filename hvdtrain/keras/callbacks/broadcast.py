@@ -52,7 +52,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             self.register_local_var(variable)
 
     def register_local_var(self, var: Any) -> None:
-        """Leaves a variable to each rank as its own.
+        """Leave a variable to each rank as its own.
 
         Args:
             var: A Keras or TensorFlow variable of the model, or the optimizer's.
@@ -69,7 +69,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         registry.note_local(var)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Copies everything before the first step; of a model not built yet, once its first batch is there."""
+        """Copy everything before the first step; of a model not built yet, once its first batch is there."""
         engine = engine_of(self.model)
         if process_set_of(self.model).included() is False:
             return
@@ -88,7 +88,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
             self._broadcast_at_first_batch()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure that all ranks learn at the same rate."""
+        """Make sure that all ranks learn at the same rate."""
         rates = [
             f"{type(each).__name__}, learning rate {float(each.learning_rate)!r}"
             for each in optimizers_of(self.model)
@@ -96,7 +96,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         engine_of(self.model).agree(Call(f"start of epoch {epoch + 1}", tuple(rates)))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure that no rank goes on alone, waiting for gradients that never come."""
+        """Make sure that no rank goes on alone, waiting for gradients that never come."""
         engine_of(self.model).agree(Call("end of training"))
 
     def _broadcast(self) -> None:
@@ -109,7 +109,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         broadcast_variables(shared, self.root_rank, process_set_of(self.model))
 
     def _broadcast_at_first_batch(self) -> None:
-        """Stands before the first step, where the shapes of a batch are known and nothing has been computed."""
+        """Stand before the first step, where the shapes of a batch are known and nothing has been computed."""
         train = self.model.train_function
 
         def first(iterator: Any) -> Any:

@@ -64,7 +64,7 @@ class Checkpoint(keras.callbacks.Callback):
 
     @contextlib.contextmanager
     def over(self, model: keras.Model, given: dict[str, Any]) -> Iterator[None]:
-        """Lasts as long as a `fit`: finds what to go on from, and leaves everything as it was.
+        """Last as long as a `fit`: finds what to go on from, and leaves everything as it was.
 
         Args:
             model: The model that is fitted.
@@ -81,17 +81,17 @@ class Checkpoint(keras.callbacks.Callback):
             run.close()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Listens for signals."""
+        """Listen for signals."""
         if self._run is None:
             raise RuntimeError("hvd.callbacks.Checkpoint needs hvd.init() before model.fit.")
         self._run.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begins to count steps."""
+        """Begin to count steps."""
         self._at_work.begin_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Writes a checkpoint, and stops, if it is time."""
+        """Write a checkpoint, and stops, if it is time."""
         self._at_work.after_step(batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
@@ -99,7 +99,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._at_work.after_epoch(epoch + 1)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Writes the last checkpoint, from which nothing is left to do."""
+        """Write the last checkpoint, from which nothing is left to do."""
         self._at_work.finish()
 
     @property
@@ -109,7 +109,7 @@ class Checkpoint(keras.callbacks.Callback):
 
 
 def over(model: keras.Model, given: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Returns what a `fit` with these arguments takes place in: that of its `Checkpoint`, or nothing.
+    """Return what a `fit` with these arguments takes place in: that of its `Checkpoint`, or nothing.
 
     Raises:
         ValueError: If there is more than one, or one beside `BackupAndRestore`.
@@ -126,7 +126,7 @@ def over(model: keras.Model, given: dict[str, Any]) -> contextlib.AbstractContex
 
 
 def _path(directory: Any) -> Path:
-    """Makes the folder one that stays the same when the script goes elsewhere."""
+    """Make the folder one that stays the same when the script goes elsewhere."""
     if not isinstance(directory, str | os.PathLike) or isinstance(os.fspath(directory), bytes):
         raise TypeError(f"Checkpoint: directory must be a path. Received: directory={directory!r}.")
     return Path(directory).expanduser().absolute()

@@ -31,7 +31,7 @@ _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_tr
 
 
 def distributed(callbacks: Any = None, average_batch_norm: bool = True) -> list[keras.callbacks.Callback]:
-    """Makes Keras' callbacks, and your own, right on several ranks, without a change to them.
+    """Make Keras' callbacks, and your own, right on several ranks, without a change to them.
 
     `model.fit(..., callbacks=hvd.callbacks.distributed([EarlyStopping(), ModelCheckpoint("m.keras")]))`
 
@@ -111,7 +111,7 @@ class Together(Forwarding):
         return self.given
 
     def set_model(self, model: Any) -> None:
-        """Hands the model on; only rank 0 prints."""
+        """Hand the model on; only rank 0 prints."""
         super().set_model(model)
         if self._broadcast is None:
             self._broadcast = BroadcastGlobalVariablesCallback(engine_of(model).ranks[0])
@@ -121,7 +121,7 @@ class Together(Forwarding):
                 each.verbose = 0
 
     def set_params(self, params: Any) -> None:
-        """Hands the parameters of `fit` on; the progress bar, which comes later, gets the same dictionary."""
+        """Hand the parameters of `fit` on; the progress bar, which comes later, gets the same dictionary."""
         if params and not writes(self.model):
             params["verbose"] = 0
         super().set_params(params)
@@ -129,7 +129,7 @@ class Together(Forwarding):
             each.set_params(params)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Restores on rank 0, gives all ranks what was restored, and lets the others begin."""
+        """Restore on rank 0, gives all ranks what was restored, and lets the others begin."""
         restoring = [each for each in self._members if _restores(each)]
         for each in restoring:
             self._call(each, "on_train_begin", logs)
@@ -140,7 +140,7 @@ class Together(Forwarding):
                 self._call(each, "on_train_begin", logs)
 
     def forward(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Hands an event on, and stops all ranks where one has stopped."""
+        """Hand an event on, and stops all ranks where one has stopped."""
         for each in self._in_order:
             self._call(each, hook, *args, **kwargs)
         if hook in _STOPS or (hook == "on_train_batch_end" and self._every_batch):
@@ -181,18 +181,18 @@ def _restores(member: Any) -> bool:
 
 
 def _inner(member: Any) -> Any:
-    """Returns the callback that rank 0 runs for all, or the one that every rank runs."""
+    """Return the callback that rank 0 runs for all, or the one that every rank runs."""
     return member.callback if isinstance(member, RankZeroCallback) else member
 
 
 def _save_freqs(callbacks: list[Any]) -> list[str | int]:
-    """Lists how often something is saved: once an epoch, and after each of these numbers of batches."""
+    """List how often something is saved: once an epoch, and after each of these numbers of batches."""
     found = {getattr(each, "save_freq", None) for each in callbacks if isinstance(each, WRITERS)}
     return ["epoch", *sorted(each for each in found if isinstance(each, int) and each > 0)]
 
 
 def _may_stop_at_a_batch(member: Any) -> bool:
-    """Tells whether a callback looks at each batch and may stop there; of Keras' own only one does."""
+    """Return whether a callback looks at each batch and may stop there; of Keras' own only one does."""
     inner = _inner(member)
     if isinstance(inner, keras.callbacks.TerminateOnNaN):
         return True

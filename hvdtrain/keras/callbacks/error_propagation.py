@@ -11,7 +11,7 @@ from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInte
 def telling(
     engine: Engine, what: str, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
 ) -> Iterator[None]:
-    """Lets all other ranks know why this one does not come, if the block raises.
+    """Let all other ranks know why this one does not come, if the block raises.
 
     Args:
         engine: The ranks. Their next operation raises `MismatchError` with the error's text.

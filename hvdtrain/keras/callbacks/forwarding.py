@@ -22,7 +22,7 @@ class Forwarding(keras.callbacks.Callback):
         raise NotImplementedError
 
     def forward(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Hands an event on."""
+        """Hand an event on."""
         raise NotImplementedError
 
 

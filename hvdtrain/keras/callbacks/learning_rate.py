@@ -61,7 +61,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self.current_epoch = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure that the rate can be set and that the batches of an epoch can be counted."""
+        """Make sure that the rate can be set and that the batches of an epoch can be counted."""
         self._check_optimizer()
         if self.initial_lr is None:
             self.initial_lr = self._rate_of_first_step()
@@ -69,11 +69,11 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             self.steps_per_epoch = self._steps_given or self._known_steps()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the epoch, from which each batch counts."""
+        """Record the epoch, from which each batch counts."""
         self.current_epoch = epoch
 
     def on_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the rate: before the first batch of an epoch, or before each."""
+        """Set the rate: before the first batch of an epoch, or before each."""
         if not self._applies(self.current_epoch):
             return
         if not self.staircase:
@@ -82,7 +82,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             self._set(self.current_epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Reports the rate as `logs["lr"]`."""
+        """Report the rate as `logs["lr"]`."""
         if logs is not None:
             logs["lr"] = float(self._optimizer.learning_rate)
 
@@ -179,7 +179,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         self.verbose = verbose
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the rate that the next epoch starts with, and reports it."""
+        """Set the rate that the next epoch starts with, and reports it."""
         if self._applies(epoch):
             self._set(epoch + 1)
         super().on_epoch_end(epoch, logs)
@@ -189,7 +189,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.", flush=True)
 
     def _share(self, epoch: float) -> float:
-        """Returns which part of the full rate an epoch has, at most all of it."""
+        """Return which part of the full rate an epoch has, at most all of it."""
         size = engine_of(self.model).size
         return min(1.0, ((size - 1) / self.warmup_epochs * epoch + 1) / size)
 

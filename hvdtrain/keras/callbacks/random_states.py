@@ -23,7 +23,7 @@ class RandomStatesCallback(keras.callbacks.Callback):
     """
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Sets the generators' states."""
+        """Set the generators' states."""
         engine, states = engine_of(self.model), states_of(self.model)
         if engine.size == 1:
             return
@@ -34,14 +34,14 @@ class RandomStatesCallback(keras.callbacks.Callback):
 
 
 def states_of(model: keras.Model) -> list[Any]:
-    """Lists the states of a model's random generators, and of the one that Keras uses where there is none."""
+    """List the states of a model's random generators, and of the one that Keras uses where there is none."""
     generators = [each for layer in model._flatten_layers() for each in layer._seed_generators]
     states = [each.state for each in (*generators, global_seed_generator())]
     return list({id(each): each for each in states}.values())
 
 
 def folded(state: np.ndarray, rank: int) -> np.ndarray:
-    """Returns the state (seed, count) with a rank folded into the seed; that of rank 0 is the state itself."""
+    """Return the state (seed, count) with a rank folded into the seed; that of rank 0 is the state itself."""
     seed, *rest = state
     if rank:
         seed = np.random.SeedSequence((int(seed) % 2**32, rank)).generate_state(1)[0] >> 1  # fits an int32

@@ -42,17 +42,17 @@ class RankZeroCallback(Forwarding):
         return [self.callback]
 
     def set_params(self, params: Any) -> None:
-        """Hands the parameters of `fit` on."""
+        """Hand the parameters of `fit` on."""
         super().set_params(params)
         self.callback.set_params(params)
 
     def set_model(self, model: Any) -> None:
-        """Hands the model on, on rank 0."""
+        """Hand the model on, on rank 0."""
         super().set_model(model)
         if writes(model):
             self.callback.set_model(model)
 
     def forward(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Hands an event on, on rank 0."""
+        """Hand an event on, on rank 0."""
         if writes(self.model):
             getattr(self.callback, hook)(*args, **kwargs)

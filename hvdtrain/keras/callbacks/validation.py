@@ -27,14 +27,14 @@ class DivideValidation(keras.callbacks.Callback):
         self._mine: Deck | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Begins to stand before the `evaluate` that `fit` calls."""
+        """Begin to stand before the `evaluate` that `fit` calls."""
         self._decided, self._mine = False, None
         self.model.__dict__.pop(_SEAM, None)  # left by a fit that an error ended
         if engine_of(self.model).size > 1:
             self.model.__dict__[_SEAM] = self._evaluate
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Ends."""
+        """End."""
         self.model.__dict__.pop(_SEAM, None)
         self._mine = None
 

@@ -11,7 +11,7 @@ from hvdtrain.keras.checkpointing.restoring import Opening
 def in_order(
     model: keras.Model, given: dict[str, Any], opening: Opening, last: keras.callbacks.Callback
 ) -> Any:
-    """Puts one piece before all callbacks and the other after them, history included."""
+    """Put one piece before all callbacks and the other after them, history included."""
     callbacks = given.get("callbacks")
     others = [each for each in _list(callbacks) if each is not last and not isinstance(each, Opening)]
     if not isinstance(callbacks, keras.callbacks.CallbackList):
@@ -23,7 +23,7 @@ def in_order(
 
 
 def keep_history(given: dict[str, Any]) -> None:
-    """Puts the history, which Keras would add behind all others, among those whose state counts."""
+    """Put the history, which Keras would add behind all others, among those whose state counts."""
     callbacks = given.get("callbacks")
     if not isinstance(callbacks, keras.callbacks.CallbackList):
         listed = _list(callbacks)
@@ -32,12 +32,12 @@ def keep_history(given: dict[str, Any]) -> None:
 
 
 def whose_state_counts(given: dict[str, Any], last: keras.callbacks.Callback) -> list[Any]:
-    """Lists the callbacks that a training's state is made of."""
+    """List the callbacks that a training's state is made of."""
     return [each for each in flat(given) if each is not last and not isinstance(each, Opening)]
 
 
 def flat(given: dict[str, Any]) -> list[Any]:
-    """Lists the callbacks with those that they hand events on to, as `hvd.callbacks.distributed` does."""
+    """List the callbacks with those that they hand events on to, as `hvd.callbacks.distributed` does."""
     return _opened(_list(given.get("callbacks")))
 
 
@@ -54,5 +54,5 @@ def _list(callbacks: Any) -> list[Any]:
 
 
 def steps_passed_over(given: dict[str, Any]) -> int:
-    """Returns how many steps of the first epoch a run before this one has done."""
+    """Return how many steps of the first epoch a run before this one has done."""
     return sum(each.already for each in _list(given.get("callbacks")) if isinstance(each, Opening))

@@ -41,17 +41,17 @@ class CallbackStates:
         self._restored: set[str] = set()
 
     def begin(self) -> None:
-        """Notes what is so before the first epoch."""
+        """Record what is so before the first epoch."""
         self._at_first = {name: plain.digest(value) for name, value in self._all()}
 
     def prepare(self) -> None:
-        """Lets callbacks that would begin anew go on where they were; called before they begin."""
+        """Let callbacks that would begin anew go on where they were; called before they begin."""
         for each in self._named.values():
             if isinstance(each, keras.callbacks.CSVLogger):
                 each.append = True
 
     def capture(self) -> dict[str, Any]:
-        """Returns what has changed, by names that are the same in the next run."""
+        """Return what has changed, by names that are the same in the next run."""
         return {
             name: value
             for name, value in self._all()
@@ -59,7 +59,7 @@ class CallbackStates:
         }
 
     def restore(self, values: Mapping[str, Any]) -> list[str]:
-        """Sets what was captured.
+        """Set what was captured.
 
         Returns:
             The callbacks of which a state is there that are not.
@@ -90,21 +90,21 @@ class CallbackStates:
 
 
 def _cut(file: Any, end: int) -> None:
-    """Takes rows back that were written after the checkpoint, since they will be written again."""
+    """Take rows back that were written after the checkpoint, since they will be written again."""
     if file is not None and not file.closed and end <= file.seek(0, 2):
         file.truncate(end)
         file.seek(end)
 
 
 def _content(value: Any) -> Any:
-    """Returns the plain content of what has one."""
+    """Return the plain content of what has one."""
     if isinstance(value, keras.Variable | tf.Variable):
         return value.numpy()
     return value.bit_generator.state if isinstance(value, np.random.Generator) else value
 
 
 def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
-    """Sets an attribute; a list that the script knows too stays the same list."""
+    """Set an attribute; a list that the script knows too stays the same list."""
     now, value = attributes.get(name), plain.unpacked(plain.packed(value))
     if isinstance(now, keras.Variable | tf.Variable):
         now.assign(value)

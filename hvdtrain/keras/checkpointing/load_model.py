@@ -27,7 +27,7 @@ def load_model(
     compression: Any = Compression.none,
     legacy_opts: bool = False,
 ) -> Any:
-    """Loads a model that goes on training on all ranks exactly where the saved one stood.
+    """Load a model that goes on training on all ranks exactly where the saved one stood.
 
     Weights, loss, metrics and the optimizer with its state (momenta, number of steps, loss scale) are those of
     the file; the optimizer is made distributed. It makes no difference whether the file was saved on one process
@@ -98,7 +98,7 @@ def _loaded(filepath: Any, objects: dict[str, Any]) -> Any:
 
 
 def _loaded_from_h5(file: Any, objects: dict[str, Any]) -> Any:
-    """Does what Keras does, which loses the state of every optimizer on the way (Keras 3.5 to 3.15)."""
+    """Do what Keras does, which loses the state of every optimizer on the way (Keras 3.5 to 3.15)."""
     config = json.loads(file.attrs.get("training_config") or "null")
     if config is None:
         return legacy_h5_format.load_model_from_hdf5(file, custom_objects=objects, compile=False)
@@ -128,7 +128,7 @@ def _make_distributed(model: Any, compression: Any) -> None:
 
 
 def _abbreviated(loss: Any) -> dict[str, Any]:
-    """Names the losses that Keras abbreviates in an .h5 file, and then does not know when it reads them."""
+    """Name the losses that Keras abbreviates in an .h5 file, and then does not know when it reads them."""
     names = keras.tree.flatten(loss)
     return {name: keras.losses.get(name) for name in _ABBREVIATIONS if name in names}
 
@@ -143,12 +143,12 @@ class _Maker:
         return self._function(**config)
 
     def from_config(self, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Makes the optimizer, as the class would."""
+        """Make the optimizer, as the class would."""
         return self._function(**config)
 
 
 def _with_makers(objects: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Replaces the functions among the objects that stand for the saved optimizer's class."""
+    """Replace the functions among the objects that stand for the saved optimizer's class."""
     names = set(_class_names(optimizer))
     return {
         name: _Maker(each) if name in names and isinstance(each, types.FunctionType) else each
@@ -157,7 +157,7 @@ def _with_makers(objects: dict[str, Any], optimizer: Any) -> dict[str, Any]:
 
 
 def _class_names(config: Any) -> Iterator[str]:
-    """Yields the class names in a saved optimizer's configuration, also those of one inside another."""
+    """Yield the class names in a saved optimizer's configuration, also those of one inside another."""
     if isinstance(config, dict):
         yield from (config[key] for key in ("class_name", "registered_name") if config.get(key))
         for each in config.values():

@@ -14,7 +14,7 @@ NAME = "model.weights.h5"
 
 
 def weights_file(model: keras.Model) -> bytes:
-    """Returns the bytes that `model.save_weights` writes: weights and the optimizer's state."""
+    """Return the bytes that `model.save_weights` writes: weights and the optimizer's state."""
     buffer = io.BytesIO()
     store = saving_lib.H5IOStore(buffer, mode="w")
     saving_lib._save_state(model, store, None, inner_path="", visited_saveables=set())
@@ -23,7 +23,7 @@ def weights_file(model: keras.Model) -> bytes:
 
 
 def load(model: keras.Model, path: Path) -> None:
-    """Does what `model.load_weights` does, also for a model of which only the parts are ever called."""
+    """Do what `model.load_weights` does, also for a model of which only the parts are ever called."""
     store = saving_lib.H5IOStore(str(path), mode="r")
     try:
         saving_lib._load_state(model, store, None, inner_path="", visited_saveables=set())
@@ -32,7 +32,7 @@ def load(model: keras.Model, path: Path) -> None:
 
 
 def digests_in(content: bytes) -> set[bytes]:
-    """Returns the digests of all arrays in such a file."""
+    """Return the digests of all arrays in such a file."""
     found: set[bytes] = set()
 
     def take(name: str, item: object) -> None:

@@ -11,7 +11,7 @@ _PYTHON, _NUMPY, _TENSORFLOW = "random/python", "random/numpy", "random/tensorfl
 
 
 def capture() -> dict[str, Any]:
-    """Returns their states as plain values."""
+    """Return their states as plain values."""
     found: dict[str, Any] = {_PYTHON: random.getstate(), _NUMPY: np.random.get_state()}
     with contextlib.suppress(RuntimeError):  # under enable_op_determinism there may be none
         found[_TENSORFLOW] = tf.random.get_global_generator().state.numpy()
@@ -19,7 +19,7 @@ def capture() -> dict[str, Any]:
 
 
 def restore(states: dict[str, Any], newcomer: int | None = None) -> None:
-    """Sets their states.
+    """Set their states.
 
     Args:
         states: What `capture` returned.

@@ -32,17 +32,17 @@ class Opening(keras.callbacks.Callback):
         self._train: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Stands before the model's own step, within what other callbacks put there."""
+        """Stand before the model's own step, within what other callbacks put there."""
         self._train = self.model.train_function
         self.model.train_function = self._step
 
     def leave(self, model: Any) -> None:
-        """Leaves the model as it was before `fit`."""
+        """Leave the model as it was before `fit`."""
         if self._train is not None and model.train_function == self._step:
             model.train_function, self._train = self._train, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Sets the state, before the first epoch."""
+        """Set the state, before the first epoch."""
         if self._begun:
             return
         self._begun = True
@@ -54,7 +54,7 @@ class Opening(keras.callbacks.Callback):
                 _set_rates(self.model, self._saved.facts["rates"])
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Sets the state where nothing was left to train."""
+        """Set the state where nothing was left to train."""
         if self._begun or self._saved is None:
             return
         if not self._state.built:
@@ -66,7 +66,7 @@ class Opening(keras.callbacks.Callback):
         self._state.restore(self._saved)
 
     def replayed(self, steps: int) -> None:
-        """Sets the state once more, when all callbacks have seen the last of the steps that were done before."""
+        """Set the state once more, when all callbacks have seen the last of the steps that were done before."""
         if self._saved is not None and steps >= self.already:
             self._state.restore(self._saved)
 
@@ -85,7 +85,7 @@ class Opening(keras.callbacks.Callback):
         return self.model.get_metrics_result()
 
     def _build(self, iterator: Any) -> None:
-        """Makes what `fit` would make in its first step, and sets the state of a model that was not built."""
+        """Make what `fit` would make in its first step, and sets the state of a model that was not built."""
         if not self._whole or self.model._compile_metrics is not None or self.model._compile_loss is not None:
             self.model._symbolic_build(data_batch=global_batch.as_keras(iterator.element_spec))
         if self._whole:

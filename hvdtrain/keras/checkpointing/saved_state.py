@@ -68,13 +68,13 @@ class Saved:
         return {**self.common, **self.own}
 
     def under(self, prefix: str) -> dict[str, Any]:
-        """Returns this rank's values whose names begin so, without that beginning."""
+        """Return this rank's values whose names begin so, without that beginning."""
         found = self.values.items()
         return {name.removeprefix(prefix): value for name, value in found if name.startswith(prefix)}
 
 
 def read(entry: Path | None, engine: Engine) -> Saved | None:
-    """Gives every rank its part of a checkpoint.
+    """Give every rank its part of a checkpoint.
 
     Args:
         entry: The folder, on the first rank; None if there is none.
@@ -98,7 +98,7 @@ def read(entry: Path | None, engine: Engine) -> Saved | None:
 
 
 def files_of(place: Place, facts: Mapping[str, Any], parts: list[bytes]) -> Files:
-    """Makes the files of a checkpoint that `read` understands, beside the model's own."""
+    """Make the files of a checkpoint that `read` understands, beside the model's own."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for rank, part in enumerate(parts):
@@ -108,14 +108,14 @@ def files_of(place: Place, facts: Mapping[str, Any], parts: list[bytes]) -> File
 
 
 def gathered(content: bytes, engine: Engine) -> list[bytes]:
-    """Returns what each rank passes, on the first rank; on the others nothing."""
+    """Return what each rank passes, on the first rank; on the others nothing."""
     size = engine.size
     received, counts = engine.alltoall(np.frombuffer(content, np.uint8), [len(content)] + [0] * (size - 1))
     return _cut(received, counts) if engine.rank == engine.ranks[0] else []
 
 
 def scattered(contents: list[bytes], engine: Engine) -> bytes:
-    """Returns this rank's part of what the first rank passes, a part for each rank after it."""
+    """Return this rank's part of what the first rank passes, a part for each rank after it."""
     parts = [b"", *contents, *[b""] * engine.size][: engine.size] if contents else [b""] * engine.size
     received, _ = engine.alltoall(np.frombuffer(b"".join(parts), np.uint8), [len(each) for each in parts])
     return received.tobytes()

@@ -61,7 +61,7 @@ class Run:
         self._due = NOTHING
 
     def open(self, again: bool) -> None:
-        """Finds the newest whole checkpoint, and prepares to go on from it.
+        """Find the newest whole checkpoint, and prepares to go on from it.
 
         Args:
             again: Whether this process has come to the end of a `fit` with the same directory before.
@@ -74,7 +74,7 @@ class Run:
         self._given["callbacks"] = in_order(self._model, self._given, self._opening, self._callback)
 
     def close(self) -> None:
-        """Ends the writing, and gives everything back."""
+        """End the writing, and gives everything back."""
         self.wishes.end()
         heartbeat.ask_patience(0)
         self._opening.leave(self._model)
@@ -82,7 +82,7 @@ class Run:
         self._store.close()
 
     def begin(self) -> None:
-        """Makes sure that an epoch which was cut in two has as many steps as before, and listens for signals."""
+        """Make sure that an epoch which was cut in two has as many steps as before, and listens for signals."""
         before, now = (self._saved.place if self._saved else Place()), self._model_steps
         if before.step and None not in (before.steps, now) and before.steps != now:
             raise ValueError(
@@ -94,11 +94,11 @@ class Run:
         heartbeat.ask_patience(self.wishes.patience)
 
     def begin_epoch(self, epoch: int) -> None:
-        """Begins to count steps."""
+        """Begin to count steps."""
         self._epoch, self._step = epoch, 0
 
     def after_step(self, step: int) -> None:
-        """Counts, and writes or stops if it is time; to write at an epoch's last step waits for its end."""
+        """Count, and writes or stops if it is time; to write at an epoch's last step waits for its end."""
         if self._opening.replaying:
             self._step = step
             self._opening.replayed(step)
@@ -113,7 +113,7 @@ class Run:
             self._act(Place(self._epoch, step, self._total, self._model_steps))
 
     def after_epoch(self, epochs: int) -> None:
-        """Writes or stops at the end of an epoch."""
+        """Write or stops at the end of an epoch."""
         self._due = max(self._due, self.wishes.ask(), int(self._plan.by_epochs))
         self._epoch, self._step = epochs, 0
         ends = epochs >= self._given.get("epochs", 1) or self._model.stop_training
@@ -121,7 +121,7 @@ class Run:
             self._act(Place(epochs, 0, self._total, self._model_steps))
 
     def finish(self) -> None:
-        """Writes the last checkpoint, unless nothing was trained since it was written."""
+        """Write the last checkpoint, unless nothing was trained since it was written."""
         if self._saved is not None and self._saved.place.finished and self._total == self._saved.place.total:
             return
         stopped = bool(self._model.stop_training) and self._epoch < self._given.get("epochs", 1)
@@ -169,7 +169,7 @@ class Run:
         self._engine.say(f"going on from {saved.entry}{other}: {place}.")
 
     def _act(self, place: Place) -> None:
-        """Writes a checkpoint; and ends the training where that is wanted."""
+        """Write a checkpoint; and ends the training where that is wanted."""
         stops = self._due == STOP
         self._due = NOTHING
         self._save(place)

@@ -41,16 +41,16 @@ class Wishes:
         self._listening = ExitStack()
 
     def begin(self) -> None:
-        """Listens for signals from here on."""
+        """Listen for signals from here on."""
         self._listening.enter_context(stop_request.hearing(signal.SIGUSR1, signal.SIGTERM))
         self._saved_at = self._last_step = time.monotonic()
 
     def end(self) -> None:
-        """Leaves signals to whom they belonged."""
+        """Leave signals to whom they belonged."""
         self._listening.close()
 
     def saved(self, seconds: float) -> None:
-        """Notes that a checkpoint was made, and how long the training stood still for it."""
+        """Record that a checkpoint was made, and how long the training stood still for it."""
         self._saved_at = self._last_step = time.monotonic()
         self._asked_at = None
         self._longest_save = max(self._longest_save, seconds)
@@ -61,7 +61,7 @@ class Wishes:
         return _SLACK + 3 * self._longest_save + 1.5 * self._longest_gap
 
     def after_step(self) -> int:
-        """Returns what the ranks want, after each step."""
+        """Return what the ranks want, after each step."""
         self._steps += 1
         now = time.monotonic()
         self._times.append(now - self._last_step)
@@ -69,7 +69,7 @@ class Wishes:
         return NOTHING if self._steps % self._interval else self.ask()
 
     def ask(self) -> int:
-        """Returns what the ranks want; all of them ask."""
+        """Return what the ranks want; all of them ask."""
         before = time.monotonic()
         if self._asked_at is not None:  # before the first step is compiled, and that happens once
             self._longest_gap = max(self._longest_gap, before - self._asked_at)
@@ -82,7 +82,7 @@ class Wishes:
         return wish
 
     def reasons(self) -> str:
-        """Says why the training stops, on all ranks together."""
+        """Return why the training stops, on all ranks together."""
         told = self._engine.allgather_object(self._reason())
         by_reason: dict[str, list[int]] = {}
         for rank, reason in zip(self._engine.ranks, told, strict=True):

@@ -24,7 +24,7 @@ class Store:
         self._lock: Lock | None = None
 
     def open(self) -> Path | None:
-        """Takes the folder for this training.
+        """Take the folder for this training.
 
         Returns:
             The newest whole checkpoint in it, if there is one.
@@ -59,12 +59,12 @@ class Store:
         return entry
 
     def submit(self, step: int, make: Callable[[], Files] | None) -> None:
-        """Has a checkpoint written in the background, and tells if the one before could not be."""
+        """Let a checkpoint written in the background, and tells if the one before could not be."""
         if self._writer and make:
             self._warn(self._writer.submit(step, make))
 
     def settle(self) -> tuple[Path | None, str | None]:
-        """Waits until all is written; all ranks call this.
+        """Wait until all is written; all ranks call this.
 
         Returns:
             The newest checkpoint, and why a newer one could not be written.
@@ -74,7 +74,7 @@ class Store:
         return self._engine.broadcast_object((newest, failure), self._engine.ranks[0])
 
     def close(self) -> None:
-        """Waits, tells what could not be written, and gives the folder back."""
+        """Wait, tells what could not be written, and gives the folder back."""
         if self._writer:
             self._warn(self._writer.close())
         if self._lock:

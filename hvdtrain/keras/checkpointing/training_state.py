@@ -47,7 +47,7 @@ class TrainingState:
         return all(each.built for each in parts or [self._model])
 
     def capture(self, place: Place, more: Mapping[str, Any]) -> Callable[[], Files] | None:
-        """Copies the state, on all ranks together.
+        """Copy the state, on all ranks together.
 
         Args:
             place: Where the training is.
@@ -78,7 +78,7 @@ class TrainingState:
         return lambda: {model_file.NAME: content, **files_of(place, facts, parts)}
 
     def restore(self, saved: Saved) -> None:
-        """Sets all of it, on all ranks together; of a model that is not built yet, what there is.
+        """Set all of it, on all ranks together; of a model that is not built yet, what there is.
 
         Raises:
             ValueError: On every rank, if the checkpoint is of another model.
@@ -98,7 +98,7 @@ class TrainingState:
         return model_file.weights_file(self._model) if self._engine.rank == self._engine.ranks[0] else None
 
     def _not_in_file(self, content: bytes, digests: dict[str, bytes]) -> set[str]:
-        """Finds out, once, what Keras does not put into its file: metrics, and what a layer withholds."""
+        """Find out, once, what Keras does not put into its file: metrics, and what a layer withholds."""
         if self._beside is None:
             inside = model_file.digests_in(content)
             self._beside = {name for name, mine in digests.items() if mine not in inside}
@@ -135,7 +135,7 @@ class TrainingState:
                 )
 
     def _refuse_another(self, saved: Saved, variables: dict[str, Any]) -> None:
-        """Raises ValueError, with the first difference, unless the checkpoint is of this model."""
+        """Raise ValueError, with the first difference, unless the checkpoint is of this model."""
         ours, theirs = self._facts(variables), saved.facts
         for mine, other in zip(ours["compared"], theirs["compared"], strict=False):
             if mine != other:
@@ -167,14 +167,14 @@ class TrainingState:
         }
 
     def _trained_by(self, optimizer: Any) -> list[int]:
-        """Lists the weights that an optimizer trains; of a model like a GAN none trains all."""
+        """List the weights that an optimizer trains; of a model like a GAN none trains all."""
         inner = getattr(optimizer, "inner_optimizer", optimizer)
         numbers = {id(each): index for index, each in enumerate(self._model.weights)}
         trained = inner._trainable_variables if optimizer.built else []
         return [numbers[id(each)] for each in trained if id(each) in numbers]
 
     def _variables(self) -> dict[str, Any]:
-        """Lists all variables, each once."""
+        """List all variables, each once."""
         sections = {
             "weights": self._model.weights,
             "optimizer": [each for one in optimizers_of(self._model) for each in one.variables],
@@ -194,7 +194,7 @@ class TrainingState:
 
 
 def adjustable(model: keras.Model) -> list[Any]:
-    """Lists the optimizers whose learning rate callbacks may set, which one with a schedule does not let them."""
+    """List the optimizers whose learning rate callbacks may set, which one with a schedule does not let them."""
     inner = [getattr(each, "inner_optimizer", each) for each in optimizers_of(model)]
     return [each for each in inner if isinstance(each._learning_rate, keras.Variable)]
 

@@ -28,18 +28,18 @@ class CommitStateCallback(keras.callbacks.Callback):
         self.batches_remaining = batches_per_commit
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Counts anew, so that all ranks commit together."""
+        """Count anew, so that all ranks commit together."""
         self.batches_remaining = self.batches_per_commit
 
     def on_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Commits if it is time."""
+        """Commit if it is time."""
         self.batches_remaining -= 1
         if self.batches_remaining == 0:
             self.batches_remaining = self.batches_per_commit
             self._commit()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Commits."""
+        """Commit."""
         self._commit()
 
     def _commit(self) -> None:
@@ -73,12 +73,12 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self._already = self._seen = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds out how many batches of the first epoch are done."""
+        """Find out how many batches of the first epoch are done."""
         self.steps_per_epoch = None
         self._already = self._batches_done()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets `params["steps"]` to the number of batches that this epoch has left."""
+        """Set `params["steps"]` to the number of batches that this epoch has left."""
         self._seen = 0
         params: dict[str, Any] = getattr(self, "params", None) or {}
         self.steps_per_epoch = self.steps_per_epoch or params.get("steps")
@@ -86,18 +86,18 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
             self.params = {**params, "steps": self.steps_per_epoch - self._batches_done()}
 
     def on_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Stands before the training function, for this batch."""
+        """Stand before the training function, for this batch."""
         train = getattr(self.model, "train_function", None)
         if train is not None:
             self.model.train_function = lambda iterator: self._step(train, iterator)
 
     def on_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the batch."""
+        """Record the batch."""
         if batch >= self._already:
             self.state.batch = batch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes that the next epoch has not begun."""
+        """Record that the next epoch has not begun."""
         self.state.batch = self._already = 0
         self._note(None)
 
@@ -118,7 +118,7 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         return logs
 
     def _pass_over(self, iterator: Any) -> dict[str, Any]:
-        """Does not train a batch, because the commit has it already."""
+        """Do not train a batch, because the commit has it already."""
         steps = self.model.steps_per_execution
         if self._seen == steps:
             # Otherwise fit would build its metrics in its first step, which is left out.
@@ -154,15 +154,15 @@ class UpdateEpochStateCallback(keras.callbacks.Callback):
         self._first: int | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Notes from which epoch this training goes on."""
+        """Record from which epoch this training goes on."""
         self.initial_epoch = self.state.epoch
         self._first = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes with which number `model.fit` begins."""
+        """Record with which number `model.fit` begins."""
         if self._first is None:
             self._first = epoch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Counts the epoch as finished."""
+        """Count the epoch as finished."""
         self.state.epoch = self.initial_epoch + epoch - (self._first or 0) + 1

@@ -36,7 +36,7 @@ class TensorFlowKerasState(VariablesState):
         super().__init__(**kwargs)
 
     def _optimizers(self) -> list[Any]:
-        """Lists the optimizer, and that of `compile` should it be another: a loss scale around it, or a copy."""
+        """List the optimizer, and that of `compile` should it be another: a loss scale around it, or a copy."""
         known = [self.optimizer, getattr(self.model, "optimizer", None)]
         optimizers = [each for each in dict.fromkeys(known) if each is not None]
         for each in optimizers:

@@ -20,7 +20,7 @@ _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a training function go on from its last commit, after an error in it and after a restart of the job.
+    """Make a training function go on from its last commit, after an error in it and after a restart of the job.
 
     Before `func` runs, all ranks get the state of rank 0. If it raises `HorovodInternalError`, on one rank or on
     all, every rank goes back to the last commit and runs it again. Each commit is also written to disk, by rank 0,
@@ -54,7 +54,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _opened(engine: Engine, state: Any, name: str) -> Store | None:
-    """Gives the state a place on disk, and takes from there what an earlier job has committed."""
+    """Give the state a place on disk, and takes from there what an earlier job has committed."""
     store = Store.of(name, next(_calls[name])) if isinstance(state, ObjectState) else None
     place = f"; a restarted job goes on from the last commit, in {store.path}" if store is not None else ""
     engine.say(
@@ -78,7 +78,7 @@ def _take_last_commit(engine: Engine, state: ObjectState, store: Store) -> None:
 
 
 def _last_commit(engine: Engine, state: ObjectState, store: Store) -> Snapshot | None:
-    """Returns the commit on rank 0; what is wrong with it is raised on all ranks."""
+    """Return the commit on rank 0; what is wrong with it is raised on all ranks."""
     snapshot = problem = None
     if engine.rank == 0:
         try:
@@ -125,12 +125,12 @@ def _until_done(engine: Engine, state: Any, function: Callable[[], Any]) -> Any:
 
 
 def _calls_for_restoring(error: Exception) -> bool:
-    """Tells whether this rank, or another one while this one trained, has met an internal error."""
+    """Return whether this rank, or another one while this one trained, has met an internal error."""
     return isinstance(error, HorovodInternalError) or _RESTORING.kind in str(error)
 
 
 def _meet(engine: Engine) -> None:
-    """Waits for all ranks; those that are still training learn from this what has happened, and come here too."""
+    """Wait for all ranks; those that are still training learn from this what has happened, and come here too."""
     while True:
         try:
             engine.agree(_RESTORING)

@@ -29,18 +29,18 @@ class State:
         self._reset_callbacks: list[Callable[[], Any]] = []
 
     def register_reset_callbacks(self, callbacks: Iterable[Callable[[], Any]]) -> None:
-        """Adds functions without arguments that are called whenever the training is about to be run again."""
+        """Add functions without arguments that are called whenever the training is about to be run again."""
         self._reset_callbacks.extend(callbacks)
 
     def on_reset(self) -> None:
-        """Prepares for another run: forgets messages, calls `reset` and then the registered functions."""
+        """Prepare for another run: forgets messages, calls `reset` and then the registered functions."""
         self._host_messages = queue.Queue()
         self.reset()
         for callback in self._reset_callbacks:
             callback()
 
     def on_hosts_updated(self, timestamp: float, update_res: int) -> None:
-        """Takes note of a change of hosts, which `check_host_updates` turns into an interrupt.
+        """Take note of a change of hosts, which `check_host_updates` turns into an interrupt.
 
         Args:
             timestamp: When; of several, those later than the last one seen count.
@@ -49,7 +49,7 @@ class State:
         self._host_messages.put((timestamp, update_res))
 
     def commit(self) -> None:
-        """Makes the present state the one that `restore`, and a restarted job, come back to.
+        """Make the present state the one that `restore`, and a restarted job, come back to.
 
         All ranks call it. It costs a copy of everything and, under `elastic.run`, writing it to disk.
 
@@ -61,7 +61,7 @@ class State:
         self.check_host_updates()
 
     def check_host_updates(self) -> None:
-        """Asks rank 0 whether it was told of a change of hosts; all ranks call it.
+        """Ask rank 0 whether it was told of a change of hosts; all ranks call it.
 
         Raises:
             HostsUpdatedInterrupt: On every rank, if it was.
@@ -78,22 +78,22 @@ class State:
             raise HostsUpdatedInterrupt(changes == _REMOVED)
 
     def save(self) -> None:
-        """Remembers the present state, in memory."""
+        """Remember the present state, in memory."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        """Goes back to what was last saved."""
+        """Go back to what was last saved."""
         raise NotImplementedError
 
     def sync(self) -> None:
-        """Gives all ranks the state of rank 0, and saves it."""
+        """Give all ranks the state of rank 0, and saves it."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Does what a subclass needs before it is run again; here, nothing."""
+        """Do what a subclass needs before it is run again; here, nothing."""
 
     def _keep(self) -> None:
-        """Writes what was saved to disk, where a subclass can."""
+        """Write what was saved to disk, where a subclass can."""
 
 
 class ObjectState(State):
@@ -120,15 +120,15 @@ class ObjectState(State):
         self._set(kwargs)
 
     def save(self) -> None:
-        """Remembers copies of the attributes."""
+        """Remember copies of the attributes."""
         self._saved_state = copy.deepcopy(self._values())
 
     def restore(self) -> None:
-        """Sets the attributes to what was last saved."""
+        """Set the attributes to what was last saved."""
         self._set(copy.deepcopy(self._saved_state))
 
     def sync(self) -> None:
-        """Sets the attributes of all ranks to those of rank 0, and saves them."""
+        """Set the attributes of all ranks to those of rank 0, and saves them."""
         if self._saved_state:
             self._saved_state = self._bcast_object(self._values())
             self._set(copy.deepcopy(self._saved_state))
@@ -147,19 +147,19 @@ class ObjectState(State):
                 self._store.write(snapshot)
 
     def _snapshot(self) -> Snapshot:
-        """Returns what was last saved, on rank 0 with what belongs to the other ranks."""
+        """Return what was last saved, on rank 0 with what belongs to the other ranks."""
         return Snapshot(self._saved_state)
 
     def _difference(self, snapshot: Snapshot) -> str | None:
-        """Says in what a commit does not fit this state, or returns None if it does."""
+        """Return in what a commit does not fit this state, or returns None if it does."""
         ours, theirs = set(self._saved_state), set(snapshot.values)
         if ours == theirs:
             return None
         return f"it has the attributes {sorted(theirs)}, the state has {sorted(ours)}"
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        """Takes a commit from disk, on rank 0; `sync` gives it to the others."""
+        """Take a commit from disk, on rank 0; `sync` gives it to the others."""
         self._set(snapshot.values)
 
     def _adopt_own(self, own: Any) -> None:
-        """Takes what belongs to this rank alone."""
+        """Take what belongs to this rank alone."""

@@ -43,7 +43,7 @@ class Store:
 
     @classmethod
     def of(cls, function: str, number: int) -> "Store":
-        """Returns the store of one call of one function in this run of this script with these arguments.
+        """Return the store of one call of one function in this run of this script with these arguments.
 
         Args:
             function: Name of the function.
@@ -56,7 +56,7 @@ class Store:
         return cls(folder / f"{script.stem}-{digest}.state")
 
     def read(self) -> Snapshot | None:
-        """Returns the last commit, or None if there is none.
+        """Return the last commit, or None if there is none.
 
         Raises:
             ValueError: If the file is damaged.
@@ -73,7 +73,7 @@ class Store:
         return pickle.loads(body)
 
     def write(self, snapshot: Snapshot) -> None:
-        """Replaces the commit before by this one; whenever the process dies, one of the two is there, whole.
+        """Replace the commit before by this one; whenever the process dies, one of the two is there, whole.
 
         Raises:
             TypeError: If an attribute of the state cannot be pickled.
@@ -95,7 +95,7 @@ class Store:
             os.close(folder)
 
     def remove(self) -> None:
-        """Forgets the commit, and the folder if nothing else is in it."""
+        """Forget the commit, and the folder if nothing else is in it."""
         self.path.unlink(missing_ok=True)
         if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()

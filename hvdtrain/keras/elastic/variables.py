@@ -42,20 +42,20 @@ class VariablesState(ObjectState):
         self._remember()
 
     def save(self) -> None:
-        """Remembers copies of variables and attributes."""
+        """Remember copies of variables and attributes."""
         super().save()
         self._remember()
         self._saved_metrics = [_copied(each) for each in self._metrics()]
 
     def restore(self) -> None:
-        """Sets variables and attributes to what was last saved."""
+        """Set variables and attributes to what was last saved."""
         super().restore()
         self.progress = self._saved_progress
         for variable, value in self._saved:
             variable.assign(value)
 
     def sync(self) -> None:
-        """Sets variables and attributes of all ranks to those of rank 0, and saves them."""
+        """Set variables and attributes of all ranks to those of rank 0, and saves them."""
         broadcast_variables(self._shared(), 0)
         super().sync()
         self.progress = self._bcast_object(self.progress)
@@ -75,7 +75,7 @@ class VariablesState(ObjectState):
         self._saved_progress = self.progress
 
     def resume_metrics(self) -> None:
-        """Lets the metrics of an epoch that was cut in two count on; `fit` has just reset them."""
+        """Let the metrics of an epoch that was cut in two count on; `fit` has just reset them."""
         metrics = self._metrics()
         if [tuple(each.shape) for each in metrics] == [each.shape for each in self._saved_metrics]:
             for variable, value in zip(metrics, self._saved_metrics, strict=True):
@@ -142,7 +142,7 @@ def _copied(variable: Any) -> np.ndarray:
 
 
 def _described(variables: Sequence[Any]) -> tuple[str, ...]:
-    """Returns a line for each variable; without Keras' numbers, which depend on what was built before."""
+    """Return a line for each variable; without Keras' numbers, which depend on what was built before."""
     names = [re.sub(r"_[0-9]+(?=[/_]|$)", "", variable_name(each)) for each in variables]
     return tuple(
         f"{name}, {each.dtype}, shape {tuple(each.shape)}"
@@ -151,5 +151,5 @@ def _described(variables: Sequence[Any]) -> tuple[str, ...]:
 
 
 def distinct(variables: Sequence[Any]) -> list[Any]:
-    """Lists each variable once, in order."""
+    """List each variable once, in order."""
     return list({id(each): each for each in variables}.values())

@@ -51,7 +51,7 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
 
 
 def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
-    """Returns over how many values of this rank each mean was taken, as a float64 scalar."""
+    """Return over how many values of this rank each mean was taken, as a float64 scalar."""
     if mask is not None:
         samples = tf.reduce_sum(tf.cast(mask, tf.float64))
     else:
@@ -64,7 +64,7 @@ def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
 
 
 def _sums(mean: Any, variance: Any, samples: Any) -> Any:
-    """Turns moments into what can be added up over ranks: sums, then sums of squares, then their number.
+    """Turn moments into what can be added up over ranks: sums, then sums of squares, then their number.
 
     A mean of squares less the square of the mean loses digits; float64 has them to spare.
     """

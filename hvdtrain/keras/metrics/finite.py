@@ -1,4 +1,4 @@
-"""Where numbers end: which rank was the first whose loss or metrics were no longer finite."""
+"""Report the first rank whose loss or metrics are no longer finite."""
 
 from typing import Any
 
@@ -8,19 +8,19 @@ import numpy as np
 from hvdtrain.collectives.engine import Engine, ranks_text
 
 
-class FirstLost:
-    """Remembers the first batch of a stage after which something in this rank's logs was not finite."""
+class FirstNonFinite:
+    """The first batch of a stage after which a value of this rank's logs was not finite."""
 
     def __init__(self) -> None:
         self._batch: int | None = None
 
     def note(self, batch: int, logs: Any) -> None:
-        """Looks at the logs of a batch."""
+        """Check the logs of a batch, and record the batch if a value is not finite."""
         if self._batch is None and not finite(logs):
             self._batch = batch
 
     def tell(self, engine: Engine, logs: dict[str, Any], when: str) -> None:
-        """Says on which rank it began, since one step later all ranks' weights have lost it too.
+        """Print on which rank it began, since one step later the weights of all ranks are not finite.
 
         Args:
             engine: The ranks. All call this.
@@ -28,10 +28,14 @@ class FirstLost:
             when: Epoch and stage.
         """
         everyone = engine.allgather_object(self._batch)
-        known = [each for each in everyone if each is not None]
+        known = [first_batch for first_batch in everyone if first_batch is not None]
         if not known:
             return
-        first = [rank for rank, each in zip(engine.ranks, everyone, strict=True) if each == min(known)]
+        first = [
+            rank
+            for rank, first_batch in zip(engine.ranks, everyone, strict=True)
+            if first_batch == min(known)
+        ]
         names = ", ".join(name for name, value in logs.items() if not finite(value))
         engine.say(
             f"{names} not finite (NaN or infinite) in the {when}, from batch {min(known) + 1} on, first on "
@@ -40,5 +44,5 @@ class FirstLost:
 
 
 def finite(logs: Any) -> bool:
-    """Tells whether all numbers of a nest are finite."""
-    return all(np.all(np.isfinite(each)) for each in keras.tree.flatten(logs or 0.0))
+    """Return whether all numbers of a nest are finite."""
+    return all(np.all(np.isfinite(value)) for value in keras.tree.flatten(logs or 0.0))

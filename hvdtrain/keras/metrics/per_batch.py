@@ -1,4 +1,4 @@
-"""Metric functions that return one number for a batch: their mean depends on how samples are divided."""
+"""Find metric functions that return one number per batch, whose mean depends on the division of samples."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,17 +9,17 @@ from hvdtrain.keras.metrics.states import leaves
 
 
 def per_batch(metrics: Iterable[Any], batches: int, samples: float) -> list[str]:
-    """Lists the metrics whose function has returned one number for each batch, not one for each sample.
+    """List the metrics whose function has returned one number per batch, not one per sample.
 
     Args:
-        metrics: Metrics that have seen a stage.
-        batches: How many batches there were.
-        samples: How many samples.
+        metrics: Metrics at the end of a stage.
+        batches: Number of batches in the stage.
+        samples: Number of samples in the stage.
     """
-    functions = [each for each in leaves(metrics) if isinstance(each, keras.metrics.MeanMetricWrapper)]
+    functions = [metric for metric in leaves(metrics) if isinstance(metric, keras.metrics.MeanMetricWrapper)]
     return [
-        each.name
-        for each in functions
-        if not getattr(each._fn, "__module__", "").startswith("keras.")
-        and float(each.count.numpy()) == batches < samples
+        metric.name
+        for metric in functions
+        if not getattr(metric._fn, "__module__", "").startswith("keras.")
+        and float(metric.count.numpy()) == batches < samples
     ]
