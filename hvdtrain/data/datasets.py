@@ -308,7 +308,7 @@ def _refuse_other_orders(dataset: tf.data.Dataset, engine: Engine) -> None:
     if unseeded or len(set(orders)) > 1 or "deterministic=False" in orders:
         listed = "\n".join(f"  rank {rank}: {order}" for rank, order in enumerate(orders))
         raise ValueError(
-            f"hvd.shard: each rank would read this data set in an order of its own (0 is no seed).\n{listed}\n"
+            f"hvd.shard: each rank would read this data set in its own order (0 is no seed).\n{listed}\n"
             "Each takes its part of the same sequence, so samples would be missed and others seen twice. Leave "
             "shuffling to hvd.shard(…, shuffle=True); or call keras.utils.set_random_seed(0), the same number "
             "on all ranks, before you make the data set, and leave out deterministic=False."

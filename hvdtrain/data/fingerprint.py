@@ -16,8 +16,7 @@ BATCHES = 2  # batches of the first epoch to compare: equal ones are no coincide
 
 _SAME_BATCHES = "the first batches are identical on all {size} ranks, so {size} ranks learn no more than one"
 _SAME_SOURCE = (
-    "each of the {size} ranks goes through all of it in an order of its own, "
-    "which takes as long as on one process"
+    "each of the {size} ranks goes through all of it in its own order, which takes as long as on one process"
 )
 WARNING = (
     "every rank trains on the same data: {why}. Type: model.fit(hvd.shard((x, y), batch_size=…), …) without "

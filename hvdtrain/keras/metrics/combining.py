@@ -11,10 +11,10 @@ from hvdtrain.collectives.engine import Call, Engine, Op, ranks_text
 from hvdtrain.keras.metrics import states
 from hvdtrain.keras.metrics.additivity import watch_of
 
-_CURE = (
-    "Say how in its class: hvdtrain_combine = 'sum', 'max' or 'min', if one of these makes the whole of its "
+_ADVICE = (
+    "Declare it in its class: hvdtrain_combine = 'sum', 'max' or 'min', if this operation combines each of its "
     "variables; or a method hvdtrain_combine(self, states) that gets the states of all ranks, each a list of "
-    "NumPy arrays like the metric's variables, and returns the whole in the same form."
+    "NumPy arrays like the metric's variables, and returns the combined state in the same form."
 )
 
 
@@ -38,13 +38,13 @@ class MetricState:
     def by(cls, metric: Any) -> "MetricState":
         """Determine how a metric's state is combined."""
         variables, watch = states.variables(metric), watch_of(metric)
-        starts = [
-            watch.start(variable) if watch else np.zeros(variable.shape, variable.dtype)
-            for variable in variables
-        ]
-        custom = callable(getattr(metric, states.DECLARATION, None))
-        ops = [None if custom else states.operation(metric, start) for start in starts]
-        return cls(metric, variables, ops, custom)
+        if callable(getattr(metric, states.DECLARATION, None)):
+            return cls(metric, variables, [None] * len(variables), custom=True)
+        ops = []
+        for variable in variables:
+            start = watch.start(variable) if watch else np.zeros(variable.shape, variable.dtype)
+            ops.append(states.operation(metric, start))
+        return cls(metric, variables, ops, custom=False)
 
     @property
     def problem(self) -> str:
@@ -56,8 +56,8 @@ class MetricState:
         if unknown:
             return f"its variable {unknown[0]!r} starts neither from 0, as a sum, nor from inf or -inf"
         if watch is not None and not watch.adds:
-            return "a batch that comes a second time does not change it as it did the first time"
-        return "" if self.metric.variables else "it keeps nothing in variables that add_weight made"
+            return "the same batch changes it differently the second time than the first time"
+        return "" if self.metric.variables else "it keeps nothing in variables of add_weight"
 
     def described(self) -> list[str]:
         """Return lines with the facts that must be the same on all ranks."""
@@ -104,10 +104,10 @@ def _combined(engine: Engine, metric_states: Sequence[MetricState], stage: str) 
     _refuse(engine, metric_states, problem_counts)
     whole = list(zip(sums, totals, strict=True))
     for op in (Op.MAX, Op.MIN):
-        if chosen := _chosen(metric_states, op):
-            whole += zip(
-                chosen, engine.grouped_allreduce([_wide(variable) for variable in chosen], op), strict=True
-            )
+        chosen = _chosen(metric_states, op)
+        if chosen:
+            values = [_wide(variable) for variable in chosen]
+            whole += zip(chosen, engine.grouped_allreduce(values, op), strict=True)
     for state in metric_states:
         if state.custom:
             everyone = engine.allgather_object([variable.numpy() for variable in state.variables])
@@ -117,16 +117,13 @@ def _combined(engine: Engine, metric_states: Sequence[MetricState], stage: str) 
 
 def _refuse(engine: Engine, metric_states: Sequence[MetricState], problem_counts: np.ndarray) -> None:
     """Raise ValueError on all ranks if a rank has met a problem; all ranks know the number of problems."""
-    for state, ranks in zip(metric_states, problem_counts, strict=True):
-        if ranks:
-            told = [
-                (engine.ranks[i], text)
-                for i, text in enumerate(engine.allgather_object(state.problem))
-                if text
-            ]
+    for state, count in zip(metric_states, problem_counts, strict=True):
+        if count:
+            reasons = engine.allgather_object(state.problem)
+            told = [(engine.ranks[i], reason) for i, reason in enumerate(reasons) if reason]
             raise ValueError(
                 f"The state of the metric {state.metric.name!r} ({type(state.metric).__name__}) cannot be combined "
-                f"over the ranks: {told[0][1]} ({ranks_text([rank for rank, _ in told])}). {_CURE}"
+                f"over the ranks: {told[0][1]} ({ranks_text([rank for rank, _ in told])}). {_ADVICE}"
             )
 
 

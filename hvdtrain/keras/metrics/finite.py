@@ -31,11 +31,7 @@ class FirstNonFinite:
         known = [first_batch for first_batch in everyone if first_batch is not None]
         if not known:
             return
-        first = [
-            rank
-            for rank, first_batch in zip(engine.ranks, everyone, strict=True)
-            if first_batch == min(known)
-        ]
+        first = [rank for rank, batch in zip(engine.ranks, everyone, strict=True) if batch == min(known)]
         names = ", ".join(name for name, value in logs.items() if not finite(value))
         engine.say(
             f"{names} not finite (NaN or infinite) in the {when}, from batch {min(known) + 1} on, first on "
