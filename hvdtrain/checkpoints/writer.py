@@ -1,4 +1,4 @@
-"""Writes checkpoints while training goes on."""
+"""Write checkpoints in a thread, while training continues."""
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -10,11 +10,11 @@ Files = Mapping[str, bytes]
 
 
 class Writer:
-    """One thread that writes one checkpoint after another, so that at most one is kept in memory.
+    """A thread that writes one checkpoint after another, so that at most one is in memory.
 
     Args:
-        folder: Where they go.
-        keep: How many stay.
+        folder: The folder of the checkpoints.
+        keep: Number of checkpoints to keep.
     """
 
     def __init__(self, folder: Folder, keep: int) -> None:
@@ -25,14 +25,14 @@ class Writer:
         self.newest: Path | None = None
 
     def submit(self, step: int, make: Callable[[], Files]) -> str | None:
-        """Let a checkpoint written, once the one before is.
+        """Wait for the previous checkpoint, then start writing the next.
 
         Args:
-            step: By which it is named.
-            make: Makes its files, in the thread.
+            step: Step number, used in the name.
+            make: Function that makes the files, called in the thread.
 
         Returns:
-            Why the one before could not be written, or None if it was.
+            Why the previous checkpoint could not be written, or None.
         """
         failure = self.wait()
         self._step = step
@@ -40,20 +40,20 @@ class Writer:
         return failure
 
     def wait(self) -> str | None:
-        """Wait until all is written; returns why the last one could not be, or None."""
+        """Wait until the last checkpoint is written; return why it could not be, or None."""
         pending, self._pending = self._pending, None
         if pending is None:
             return None
         try:
             self.newest = pending.result()
         except Exception as error:
-            there = self.newest is not None and self.newest.exists()
-            kept = f"the last whole one is {self.newest}" if there else "there is none before it"
+            exists = self.newest is not None and self.newest.exists()
+            kept = f"the last complete one is {self.newest}" if exists else "there is no earlier one"
             return f"the checkpoint of step {self._step} could not be written ({error}); {kept}."
         return None
 
     def close(self) -> str | None:
-        """Wait, and ends the thread."""
+        """Wait for the last checkpoint and end the thread; return why it could not be written, or None."""
         failure = self.wait()
         self._thread.shutdown()
         return failure

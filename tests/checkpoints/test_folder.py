@@ -165,5 +165,5 @@ def test_the_lock_names_who_holds_it_and_dies_with_its_process(folder):
     lock = Lock(folder.path)
     with pytest.raises(InUseError, match="by another model"):
         Lock(folder.path)
-    lock.give_back()
-    Lock(folder.path).give_back()
+    lock.release()
+    Lock(folder.path).release()

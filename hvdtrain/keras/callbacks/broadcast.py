@@ -80,7 +80,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         if not any(is_distributed(optimizer) for optimizer in optimizers_of(self.model)):
             engine.say(
                 f"this model's optimizer, {type(self.model.optimizer).__name__}, is not distributed: each rank "
-                "trains a model of its own from here on. Compile the model with hvd.DistributedOptimizer(...)."
+                "trains its own model. Compile the model with hvd.DistributedOptimizer(...)."
             )
         layers = [layer for layer in self.model._flatten_layers() if layer is not self.model]
         if all(layer.built for layer in layers or [self.model]):

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 
 from hvdtrain.keras.checkpointing.callback_order import flat
-from hvdtrain.keras.checkpointing.session import Plan, Run
+from hvdtrain.keras.checkpointing.session import CheckpointedFit, Settings
 
 
 class Checkpoint(keras.callbacks.Callback):
@@ -55,13 +55,13 @@ class Checkpoint(keras.callbacks.Callback):
         keep: int = 3,
     ) -> None:
         super().__init__()
-        self.plan = Plan(
+        self._settings = Settings(
             _path(directory),
             None if every_steps is None else _counted(every_steps, "every_steps"),
             None if every_minutes is None else _positive(every_minutes),
             _counted(keep, "keep"),
         )
-        self._run: Run | None = None
+        self._run: CheckpointedFit | None = None
         self._ended = False
 
     @contextlib.contextmanager
@@ -72,7 +72,7 @@ class Checkpoint(keras.callbacks.Callback):
             model: The model that is fitted.
             given: The arguments of `fit`; its callbacks are put in order.
         """
-        run = Run(self.plan, self, model, given)
+        run = CheckpointedFit(self._settings, self, model, given)
         self._run = run
         try:
             run.open(self._ended)
@@ -105,7 +105,7 @@ class Checkpoint(keras.callbacks.Callback):
         self._active_run.finish()
 
     @property
-    def _active_run(self) -> Run:
+    def _active_run(self) -> CheckpointedFit:
         assert self._run is not None
         return self._run
 
