@@ -90,8 +90,8 @@ class CheckpointedFit:
         before, now = (self._saved.place if self._saved else Place()), self._model_steps
         if before.step and None not in (before.steps, now) and before.steps != now:
             raise ValueError(
-                f"{self._settings.directory} has a checkpoint from within an epoch of {before.steps} steps, and now "
-                f"an epoch has {now}. Resume with the same data and the same global batch, or start from the "
+                f"{self._settings.directory} has a checkpoint from within an epoch of {before.steps} steps, and "
+                f"now an epoch has {now}. Resume with the same data and the same global batch, or start from the "
                 "beginning in another directory."
             )
         self._agreement.begin()

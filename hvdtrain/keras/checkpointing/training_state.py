@@ -91,7 +91,7 @@ class TrainingState:
         missing = self.callbacks.restore(saved.under(_CALLBACK))
         if missing:
             self._engine.say(
-                f"the checkpoint holds the state of {', '.join(missing)}, which this fit does not have."
+                f"the checkpoint contains the state of {', '.join(missing)}, which this fit does not have."
             )
 
     def _weights_file(self) -> bytes | None:
@@ -105,16 +105,14 @@ class TrainingState:
         return self._not_saved_by_keras | {name for name in digests if _section(name) not in _IN_FILE}
 
     def _restore_variables(self, saved: Saved, newcomer: int | None) -> None:
-        for generator, trained in zip(optimizers_of(self._model), saved.facts["trained"], strict=False):
-            if trained and not generator.built and max(trained) < len(self._model.weights):
-                generator.build([self._model.weights[index] for index in trained])
+        for optimizer, trained in zip(optimizers_of(self._model), saved.facts["trained"], strict=False):
+            if trained and not optimizer.built and max(trained) < len(self._model.weights):
+                optimizer.build([self._model.weights[index] for index in trained])
         variables = self._variables()
         self._check_model(saved, variables)
         if not saved.place.step or saved.facts["sections"].get(_METRICS) != _count(variables, _METRICS):
             # Metrics start from zero in a new epoch, or the first step has not created them yet.
-            variables = {
-                name: generator for name, generator in variables.items() if _section(name) != _METRICS
-            }
+            variables = {name: var for name, var in variables.items() if _section(name) != _METRICS}
         root = self._engine.ranks[0]
         first = self._engine.rank == root
         together(self._engine, "Checkpoint", lambda: self._load(saved, variables) if first else None)
