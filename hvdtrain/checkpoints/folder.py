@@ -13,8 +13,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+Files = Mapping[str, bytes]
 
 _NAME = re.compile(r"step-(\d{9,})(?:\.(\d+))?")
 _MANIFEST = "manifest.json"
@@ -80,7 +83,7 @@ class Folder:
                 complaints.append(f"{entry} is damaged: {error}.")
         return None, complaints
 
-    def write(self, step: int, files: Mapping[str, bytes], keep: int) -> Path:
+    def write(self, step: int, files: Files, keep: int) -> Path:
         """Add a checkpoint and remove the oldest; existing checkpoints stay complete if the process dies meanwhile.
 
         Args:
@@ -132,6 +135,56 @@ class Folder:
             with contextlib.suppress(OSError):
                 entry.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
+
+
+class Writer:
+    """A thread that writes one checkpoint after another, so that at most one is in memory.
+
+    Args:
+        folder: The folder of the checkpoints.
+        keep: Number of checkpoints to keep.
+    """
+
+    def __init__(self, folder: Folder, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "hvdtrain-checkpoint")
+        self._step = 0
+        self._pending: Future[Path] | None = None
+        self.newest: Path | None = None
+
+    def submit(self, step: int, make: Callable[[], Files]) -> str | None:
+        """Wait for the previous checkpoint, then start writing the next.
+
+        Args:
+            step: Step number, used in the name.
+            make: Function that makes the files, called in the thread.
+
+        Returns:
+            Why the previous checkpoint could not be written, or None.
+        """
+        failure = self.wait()
+        self._step = step
+        self._pending = self._thread.submit(lambda: self._folder.write(step, make(), self._keep))
+        return failure
+
+    def wait(self) -> str | None:
+        """Wait until the last checkpoint is written; return why it could not be, or None."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        try:
+            self.newest = pending.result()
+        except Exception as error:
+            exists = self.newest is not None and self.newest.exists()
+            kept = f"the last complete one is {self.newest}" if exists else "there is no earlier one"
+            return f"the checkpoint of step {self._step} could not be written ({error}); {kept}."
+        return None
+
+    def close(self) -> str | None:
+        """Wait for the last checkpoint and end the thread; return why it could not be written, or None."""
+        failure = self.wait()
+        self._thread.shutdown()
+        return failure
 
 
 def check(entry: Path) -> None:

@@ -9,9 +9,8 @@ import time
 
 import pytest
 
-from hvdtrain.checkpoints.folder import DamagedError, Folder, check
+from hvdtrain.checkpoints.folder import DamagedError, Folder, Writer, check
 from hvdtrain.checkpoints.lock import InUseError, Lock
-from hvdtrain.checkpoints.writer import Writer
 
 FILES = {"model.weights.h5": bytes(range(256)) * 4096, "state.json": b"{}"}
 

@@ -1,18 +1,49 @@
 """Compute the logs over the samples of all ranks, as one process would."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
+import numpy as np
 
-from hvdtrain.collectives.engine import Engine
+from hvdtrain.collectives.engine import Engine, ranks_text
 from hvdtrain.keras.callbacks.membership import process_set_of
 from hvdtrain.keras.metrics import logs as metric_logs
 from hvdtrain.keras.metrics.additivity import watch
-from hvdtrain.keras.metrics.finite import FirstNonFinite, finite
-from hvdtrain.keras.metrics.per_batch import per_batch
+from hvdtrain.keras.metrics.states import leaves
 from hvdtrain.runtime import process_sets
 from hvdtrain.runtime.process_sets import ProcessSet
+
+
+class _FirstNonFinite:
+    """The first batch of a stage after which a value of this rank's logs was not finite."""
+
+    def __init__(self) -> None:
+        self._batch: int | None = None
+
+    def note(self, batch: int, logs: Any) -> None:
+        """Check the logs of a batch, and record the batch if a value is not finite."""
+        if self._batch is None and not _finite(logs):
+            self._batch = batch
+
+    def tell(self, engine: Engine, logs: dict[str, Any], when: str) -> None:
+        """Print on which rank it began, since one step later the weights of all ranks are not finite.
+
+        Args:
+            engine: The ranks. All call this.
+            logs: The logs of all ranks, which are not finite.
+            when: Epoch and stage.
+        """
+        everyone = engine.allgather_object(self._batch)
+        known = [first_batch for first_batch in everyone if first_batch is not None]
+        if not known:
+            return
+        first = [rank for rank, batch in zip(engine.ranks, everyone, strict=True) if batch == min(known)]
+        names = ", ".join(name for name, value in logs.items() if not _finite(value))
+        engine.say(
+            f"{names} not finite (NaN or infinite) in the {when}, from batch {min(known) + 1} on, first on "
+            f"{ranks_text(first)}."
+        )
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
@@ -130,15 +161,15 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self._start_stage("")
 
     def _start_stage(self, stage: str) -> None:
-        self._stage, self._batches, self._first_non_finite = stage, 0, FirstNonFinite()
+        self._stage, self._batches, self._first_non_finite = stage, 0, _FirstNonFinite()
 
     def _say(self, engine: Engine, logs: dict[str, Any]) -> None:
         """Warn once about logs that need an explanation; all ranks call this."""
-        if not finite(logs) and not self._told_non_finite:
+        if not _finite(logs) and not self._told_non_finite:
             self._told_non_finite = True
             when = f"{self._stage} of epoch {self._epoch + 1}" if self._training else "evaluation"
             self._first_non_finite.tell(engine, logs, when)
-        found = per_batch(self.model.metrics, self._batches, self._samples())
+        found = _per_batch(self.model.metrics, self._batches, self._samples())
         if found and not self._told_per_batch:
             self._told_per_batch = True
             engine.say(
@@ -156,8 +187,30 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
 def _names(logs: dict[str, Any]) -> list[str]:
     """List the names under which callbacks see logs: Keras flattens nested dicts."""
-    return [
-        inner
-        for name, value in logs.items()
-        for inner in (_names(value) if isinstance(value, dict) else [name])
-    ]
+    names = []
+    for name, value in logs.items():
+        names += _names(value) if isinstance(value, dict) else [name]
+    return names
+
+
+def _finite(logs: Any) -> bool:
+    """Return whether all numbers of a nest are finite."""
+    return all(np.all(np.isfinite(value)) for value in keras.tree.flatten(logs or 0.0))
+
+
+def _per_batch(metrics: Iterable[Any], batches: int, samples: float) -> list[str]:
+    """List the metrics whose function has returned one number per batch, not one per sample.
+
+    Args:
+        metrics: Metrics at the end of a stage.
+        batches: Number of batches in the stage.
+        samples: Number of samples in the stage.
+    """
+    names = []
+    for metric in leaves(metrics):
+        if not isinstance(metric, keras.metrics.MeanMetricWrapper):
+            continue
+        of_keras = getattr(metric._fn, "__module__", "").startswith("keras.")
+        if not of_keras and float(metric.count.numpy()) == batches < samples:
+            names.append(metric.name)
+    return names

@@ -3,9 +3,8 @@
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdtrain.checkpoints.folder import Folder
+from hvdtrain.checkpoints.folder import Files, Folder, Writer
 from hvdtrain.checkpoints.lock import Lock
-from hvdtrain.checkpoints.writer import Files, Writer
 from hvdtrain.collectives.engine import Engine
 
 
