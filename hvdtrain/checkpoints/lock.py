@@ -58,7 +58,7 @@ class Lock:
             raise error
         raise InUseError(
             f"{folder} is in use by {_described(owner)}. Two trainings cannot share one checkpoint directory: wait "
-            "for that one, or cancel it, or give this one a directory of its own."
+            "for that one, or cancel it, or give this one its own directory."
         ) from None
 
 

@@ -95,7 +95,7 @@ class ShardedTFDataset(tf.data.Dataset):
         if self.pipeline.division.reshuffled and runtime.engine().rank == 0:
             warnings.warn(
                 "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, "
-                "so the run that goes on sees another order than the one before. Leave its .shuffle() out and type "
+                "so the resumed run reads it in another order than the run before. Leave its .shuffle() out and type "
                 "hvd.shard(…, shuffle=True).",
                 stacklevel=2,
             )
@@ -240,7 +240,7 @@ def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
     if (epoch or step) and dataset_graph.reshuffles(dataset):
         raise ValueError(
             "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
-            f"a run cannot go on with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and type "
+            f"a run cannot be resumed with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and type "
             "hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
         )
 

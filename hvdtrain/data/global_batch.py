@@ -2,7 +2,7 @@
 
 The ranks' parts of a last batch that is not full differ in size, and the mean of their means is not the mean over
 the samples. So each rank's gradient is weighted by its number of samples before it is averaged. Nothing is added to
-the batch, whatever shape targets, losses and weights have.
+the batch, for any shape of targets, losses and weights.
 """
 
 import contextlib

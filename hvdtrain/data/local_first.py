@@ -44,7 +44,7 @@ def first_on_node(timeout: float = 1800.0) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def first_overall(timeout: float = 1800.0) -> Iterator[bool]:
-    """Let rank 0 run a block first, so that work on a disk that all hosts share happens once.
+    """Let rank 0 run a block first, so that work on a disk shared by all hosts is done once.
 
     The other ranks wait, then run the same block and find the work done. All ranks must reach this block, and
     it must not communicate.

@@ -17,8 +17,8 @@ def unpacked(data: Any) -> tuple[Any, Any, Any]:
         return data, None, None
     if not 1 <= len(data) <= 3 or data[0] is None:
         raise ValueError(
-            "hvd.shard: data must be x, (x, y) or (x, y, sample_weight); several inputs go into a dict or a "
-            f"tuple of their own, as in ((x1, x2), y). Received: a {type(data).__name__} of {len(data)}."
+            "hvd.shard: data must be x, (x, y) or (x, y, sample_weight); several inputs go into their own "
+            f"dict or tuple, as in ((x1, x2), y). Received: a {type(data).__name__} of {len(data)}."
         )
     return (*data, None, None)[:3]
 

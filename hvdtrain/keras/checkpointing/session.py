@@ -171,7 +171,7 @@ class CheckpointedFit:
             return
         ranks = saved.facts["ranks"]
         other = "" if ranks == self._engine.size else f", written by {ranks} ranks"
-        self._engine.say(f"going on from {saved.entry}{other}: {place}.")
+        self._engine.say(f"resuming from {saved.entry}{other}: {place}.")
 
     def _act(self, place: Place) -> None:
         """Write a checkpoint, and stop the training if a rank has asked for it."""

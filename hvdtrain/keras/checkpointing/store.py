@@ -51,7 +51,9 @@ class Store:
         entry, complaints = folder.newest_whole()
         for complaint in complaints:
             instead = (
-                f"{entry} is taken in its place" if entry else "There is no other, so training begins anew"
+                f"{entry} is used instead"
+                if entry
+                else "There is no other, so training starts from the beginning"
             )
             self._warn(f"{complaint} {instead}.")
         self._writer.newest = entry

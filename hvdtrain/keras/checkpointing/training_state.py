@@ -210,7 +210,7 @@ def adjustable(model: keras.Model) -> list[Any]:
 def _of_another(saved: Saved, theirs: str, ours: str) -> str:
     return (
         f"The checkpoint {saved.entry} is of another model: where {theirs}, this one has {ours}. Give this "
-        "training a directory of its own, or remove that one."
+        "training its own directory, or remove that one."
     )
 
 

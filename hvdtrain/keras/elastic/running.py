@@ -12,7 +12,7 @@ from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInte
 from hvdtrain.keras.elastic.state import ObjectState
 from hvdtrain.keras.elastic.store import Snapshot, Store
 
-_RESTORING = Call("going back to the last commit of hvd.elastic.run")
+_RESTORING = Call("restoring the last commit of hvd.elastic.run")
 _END = Call("end of the function under hvd.elastic.run")
 
 # Number of calls of each function. A restarted script makes the same calls, so each finds its own commit.
@@ -56,7 +56,7 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 def _opened(engine: Engine, state: Any, name: str) -> Store | None:
     """Attach a file to the state, and load the last commit of an earlier job from it."""
     store = Store.of(name, next(_calls[name])) if isinstance(state, ObjectState) else None
-    place = f"; a restarted job goes on from the last commit, in {store.path}" if store is not None else ""
+    place = f"; a restarted job resumes from the last commit, in {store.path}" if store is not None else ""
     engine.say(
         f"elastic: the job keeps the number of its ranks, {engine.size}, to the end, because MPI cannot add or "
         f"remove ranks within a launch{place}."
@@ -71,7 +71,7 @@ def _take_last_commit(engine: Engine, state: ObjectState, store: Store) -> None:
     snapshot = _last_commit(engine, state, store)
     if snapshot is not None:
         state._adopt(snapshot)
-        engine.say(f"elastic: goes on from the last commit ({_summary(snapshot)}).")
+        engine.say(f"elastic: resuming from the last commit ({_summary(snapshot)}).")
     own = engine.broadcast_object(snapshot.own if snapshot is not None else [])
     if engine.rank < len(own):
         state._adopt_own(own[engine.rank])
@@ -118,7 +118,7 @@ def _until_done(engine: Engine, state: Any, function: Callable[[], Any]) -> Any:
                 raise
             _wait_for_all(engine)
             where = f": {error}" if isinstance(error, HorovodInternalError) else " on another rank"
-            engine.say(f"elastic: goes back to the last commit, after an internal error{where}")
+            engine.say(f"elastic: restoring the last commit after an internal error{where}")
             state.restore()
             synchronised = False
         state.on_reset()
