@@ -95,8 +95,8 @@ class ShardedTFDataset(tf.data.Dataset):
         if self.pipeline.division.reshuffled and runtime.engine().rank == 0:
             warnings.warn(
                 "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, "
-                "so the resumed run reads it in another order than the run before. Leave its .shuffle() out and type "
-                "hvd.shard(…, shuffle=True).",
+                "so the resumed run reads it in another order than the run before. Leave its .shuffle() out and "
+                "type hvd.shard(…, shuffle=True).",
                 stacklevel=2,
             )
         self.position.epoch, self.position.step, self.position.done = epoch, step, 0
@@ -240,8 +240,8 @@ def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
     if (epoch or step) and dataset_graph.reshuffles(dataset):
         raise ValueError(
             "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
-            f"a run cannot be resumed with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and type "
-            "hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
+            f"a run cannot be resumed with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and "
+            "type hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
         )
 
 
