@@ -1,1 +1,1 @@
-"""Checkpoints on disk: whole or absent, proven by checksums, of one training at a time."""
+"""Store the checkpoints of one training on disk, complete or absent, with checksums."""

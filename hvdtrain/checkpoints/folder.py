@@ -1,10 +1,10 @@
-"""A folder of checkpoints, each a folder of files that appears whole or not at all.
+"""Write and read checkpoints, each a folder of files that is complete or absent.
 
 checkpoints/
-    latest                  the name of the newest
+    latest                  name of the newest checkpoint
     step-000000311/
         model.weights.h5    and other files
-        manifest.json       length and checksum of each of them
+        manifest.json       length and checksum of each file
 """
 
 import contextlib
@@ -13,8 +13,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+
+Files = Mapping[str, bytes]
 
 _NAME = re.compile(r"step-(\d{9,})(?:\.(\d+))?")
 _MANIFEST = "manifest.json"
@@ -24,17 +27,17 @@ _REMOVED = ".removed-"
 
 
 class DamagedError(ValueError):
-    """A checkpoint that is not what was written."""
+    """Raised for a checkpoint whose content is not what was written."""
 
 
 class Folder:
-    """Reads and writes the checkpoints of one training.
+    """The checkpoints of one training.
 
     Args:
-        path: The folder; it is made if it is not there.
+        path: The folder; it is created if it does not exist.
 
     Raises:
-        OSError: If it cannot be written to.
+        OSError: If it cannot be created.
     """
 
     def __init__(self, path: Path) -> None:
@@ -42,64 +45,64 @@ class Folder:
         path.mkdir(parents=True, exist_ok=True)
 
     def clean(self) -> None:
-        """Makes sure that it can be written to, and removes what a run that was killed left half done.
+        """Remove incomplete files of a run that was killed, and check that the folder is writable.
 
         Raises:
             OSError: If it cannot be written to.
         """
-        for each in self.path.iterdir():
-            if each.name.startswith((_PARTIAL, _REMOVED)):
-                shutil.rmtree(each, ignore_errors=True) if each.is_dir() else each.unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.name.startswith((_PARTIAL, _REMOVED)):
+                shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
         probe = self.path / f"{_PARTIAL}probe"
         probe.mkdir()
         probe.rmdir()
 
     def entries(self) -> list[Path]:
-        """Lists the checkpoints, the newest first; a marker that names one counts more than its number."""
+        """List the checkpoints, newest first; the one named in the file `latest` precedes higher step numbers."""
         found = sorted(
-            (each for each in self.path.iterdir() if _NAME.fullmatch(each.name)), key=_number, reverse=True
+            (entry for entry in self.path.iterdir() if _NAME.fullmatch(entry.name)), key=_number, reverse=True
         )
         try:
             latest = (self.path / _LATEST).read_text().strip()
         except (OSError, UnicodeDecodeError):
             return found
-        return sorted(found, key=lambda each: each.name != latest)
+        return sorted(found, key=lambda entry: entry.name != latest)
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """Finds the checkpoint to go on from.
+        """Find the checkpoint to resume from.
 
         Returns:
-            The newest that is whole, or None; and a sentence for each newer one that is not.
+            The newest complete checkpoint, or None; and a message for each newer one that is damaged.
         """
         complaints: list[str] = []
-        for each in self.entries():
+        for entry in self.entries():
             try:
-                check(each)
-                return each, complaints
+                check(entry)
+                return entry, complaints
             except (DamagedError, OSError) as error:
-                complaints.append(f"{each} is damaged: {error}.")
+                complaints.append(f"{entry} is damaged: {error}.")
         return None, complaints
 
-    def write(self, step: int, files: Mapping[str, bytes], keep: int) -> Path:
-        """Adds a checkpoint and removes the oldest; whenever the process dies, all that were there are whole.
+    def write(self, step: int, files: Files, keep: int) -> Path:
+        """Add a checkpoint and remove the oldest; existing checkpoints stay complete if the process dies meanwhile.
 
         Args:
-            step: By which it is named.
+            step: Step number, used in the name.
             files: Name and content of each file.
-            keep: How many checkpoints stay.
+            keep: Number of checkpoints to keep.
 
         Returns:
             Its path.
 
         Raises:
-            OSError: If it cannot be written, because the disk is full, say.
+            OSError: If it cannot be written, for example because the disk is full.
         """
         partial = self.path / f"{_PARTIAL}{step}"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            manifest = {name: _written(partial / name, content) for name, content in files.items()}
-            _written(partial / _MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
+            manifest = {name: _write(partial / name, content) for name, content in files.items()}
+            _write(partial / _MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
             _sync(partial)
             final = self._free_name(step)
             partial.rename(final)
@@ -112,7 +115,7 @@ class Folder:
         return final
 
     def _free_name(self, step: int) -> Path:
-        """What is there is never replaced: between its end and the new one's name there would be nothing."""
+        """Return an unused name: replacing a checkpoint would leave a moment without it."""
         path, again = self.path / f"step-{step:09d}", 0
         while path.exists():
             again += 1
@@ -120,30 +123,80 @@ class Folder:
         return path
 
     def _mark(self, entry: Path) -> None:
-        beside = self.path / f"{_PARTIAL}{_LATEST}"
-        _written(beside, f"{entry.name}\n".encode())
-        beside.replace(self.path / _LATEST)
+        partial = self.path / f"{_PARTIAL}{_LATEST}"
+        _write(partial, f"{entry.name}\n".encode())
+        partial.replace(self.path / _LATEST)
         _sync(self.path)
 
     def _prune(self, keep: int) -> None:
-        for each in self.entries()[keep:]:
-            # Renamed first, so that one that is half removed is not taken for a damaged one.
-            removed = each.with_name(_REMOVED + each.name)
+        for entry in self.entries()[keep:]:
+            # Rename it first, so that a partly removed checkpoint is not reported as damaged.
+            removed = entry.with_name(_REMOVED + entry.name)
             with contextlib.suppress(OSError):
-                each.rename(removed)
+                entry.rename(removed)
             shutil.rmtree(removed, ignore_errors=True)
 
 
+class Writer:
+    """A thread that writes one checkpoint after another, so that at most one is in memory.
+
+    Args:
+        folder: The folder of the checkpoints.
+        keep: Number of checkpoints to keep.
+    """
+
+    def __init__(self, folder: Folder, keep: int) -> None:
+        self._folder, self._keep = folder, keep
+        self._thread = ThreadPoolExecutor(1, "hvdtrain-checkpoint")
+        self._step = 0
+        self._pending: Future[Path] | None = None
+        self.newest: Path | None = None
+
+    def submit(self, step: int, make: Callable[[], Files]) -> str | None:
+        """Wait for the previous checkpoint, then start writing the next.
+
+        Args:
+            step: Step number, used in the name.
+            make: Function that makes the files, called in the thread.
+
+        Returns:
+            Why the previous checkpoint could not be written, or None.
+        """
+        failure = self.wait()
+        self._step = step
+        self._pending = self._thread.submit(lambda: self._folder.write(step, make(), self._keep))
+        return failure
+
+    def wait(self) -> str | None:
+        """Wait until the last checkpoint is written; return why it could not be, or None."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return None
+        try:
+            self.newest = pending.result()
+        except Exception as error:
+            exists = self.newest is not None and self.newest.exists()
+            kept = f"the last complete one is {self.newest}" if exists else "there is no earlier one"
+            return f"the checkpoint of step {self._step} could not be written ({error}); {kept}."
+        return None
+
+    def close(self) -> str | None:
+        """Wait for the last checkpoint and end the thread; return why it could not be written, or None."""
+        failure = self.wait()
+        self._thread.shutdown()
+        return failure
+
+
 def check(entry: Path) -> None:
-    """Makes sure that a checkpoint is what was written.
+    """Raise an error unless the content of a checkpoint is what was written.
 
     Raises:
-        DamagedError: If a file of it is missing, cut short or changed.
+        DamagedError: If a file is missing, truncated or changed.
         OSError: If it cannot be read.
     """
     try:
         files = json.loads((entry / _MANIFEST).read_bytes())["files"]
-        expected = {name: (int(each["bytes"]), each["sha256"]) for name, each in files.items()}
+        expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in files.items()}
     except FileNotFoundError:
         raise DamagedError(f"{_MANIFEST} is missing") from None
     except (ValueError, KeyError, TypeError, AttributeError):
@@ -164,7 +217,7 @@ def _number(entry: Path) -> tuple[int, int]:
     return int(step), int(again)
 
 
-def _written(path: Path, content: bytes) -> dict[str, int | str]:
+def _write(path: Path, content: bytes) -> dict[str, int | str]:
     with path.open("wb") as file:
         file.write(content)
         file.flush()
@@ -180,7 +233,7 @@ def _sha256(file: object) -> str:
 
 
 def _sync(folder: Path) -> None:
-    """Makes names durable: a power cut must not take them back."""
+    """Write the names in a folder to disk, so that they survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

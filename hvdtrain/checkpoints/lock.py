@@ -1,4 +1,4 @@
-"""One training at a time in a folder: a second would prune and continue what the first writes."""
+"""Lock a folder for one training: a second would remove and resume the checkpoints of the first."""
 
 import errno
 import fcntl
@@ -8,21 +8,21 @@ import socket
 from pathlib import Path
 
 _UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
-_held: set[Path] = set()  # the system's locks do not keep a process from itself
+_held: set[Path] = set()  # file locks do not exclude a second lock in the same process
 
 
 class InUseError(RuntimeError):
-    """Another training uses the folder."""
+    """Raised if another training uses the folder."""
 
 
 class Lock:
-    """Holds a folder until it is given back, or the process has died in whatever way.
+    """A lock on a folder, held until `release` or the end of the process, however it ends.
 
     Args:
-        folder: The folder, which exists.
+        folder: The folder; it must exist.
 
     Raises:
-        InUseError: If another process, or another training of this one, holds it; it says which.
+        InUseError: If another process, or another training of this one, holds it; the message names it.
         OSError: If the lock file cannot be written.
     """
 
@@ -33,22 +33,22 @@ class Lock:
         self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
         self.works = True
         try:
-            # Of POSIX's kind, which also works over NFS and does not outlive us in a forked child.
+            # A POSIX lock: it works over NFS, and a forked child does not keep it.
             fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            self._refused(error, folder)
+            self._handle_failure(error, folder)
         _held.add(self._path)
         owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, json.dumps(owner).encode(), 0)
 
-    def give_back(self) -> None:
-        """Lets others have the folder."""
+    def release(self) -> None:
+        """Release the folder."""
         if self._path in _held:
             _held.discard(self._path)
             os.close(self._file)
 
-    def _refused(self, error: OSError, folder: Path) -> None:
+    def _handle_failure(self, error: OSError, folder: Path) -> None:
         if error.errno in _UNSUPPORTED:
             self.works = False
             return
@@ -57,12 +57,12 @@ class Lock:
         if error.errno not in (errno.EACCES, errno.EAGAIN):
             raise error
         raise InUseError(
-            f"{folder} is in use by {_words(owner)}. Two trainings cannot share one checkpoint directory: wait for "
-            "that one, or cancel it, or give this one a directory of its own."
+            f"{folder} is in use by {_described(owner)}. Two trainings cannot share one checkpoint directory: wait "
+            "for that one, or cancel it, or give this one its own directory."
         ) from None
 
 
-def _words(owner: bytes) -> str:
+def _described(owner: bytes) -> str:
     try:
         known = json.loads(owner)
         job = f", Slurm job {known['job']}" if known["job"] else ""

@@ -1,4 +1,4 @@
-"""Plain Python values and arrays in one `.npz`, exact to the bit, which NumPy opens and nothing executes."""
+"""Store plain Python values and arrays exactly in one `.npz` file, without pickle."""
 
 import hashlib
 import io
@@ -13,11 +13,11 @@ _JSON = "json"
 
 
 class NotPlainError(TypeError):
-    """A value that is neither a number, a text, bytes, an array, nor a list, tuple, set or dict of such."""
+    """Raised for a value that is not a number, str, bytes, array, or a list, tuple, set or dict of these."""
 
 
 def is_plain(value: Any) -> bool:
-    """Tells whether `packed` takes a value."""
+    """Return whether `packed` accepts a value."""
     try:
         _pack(value, [])
     except NotPlainError:
@@ -26,38 +26,38 @@ def is_plain(value: Any) -> bool:
 
 
 def packed(value: Any) -> bytes:
-    """Writes a value as the bytes of an `.npz` file.
+    """Convert a value to the bytes of an `.npz` file.
 
     Args:
-        value: None, a bool, int, float, complex, str, bytes or NumPy array, or a list, tuple, set or dict (a
-            Counter, say, which comes back as a dict) of these, to any depth that a person would write.
+        value: None, a bool, int, float, complex, str, bytes or NumPy array, or a list, tuple, set or dict
+            of these, at most 20 levels deep. A Counter is restored as a dict.
 
     Returns:
-        The file's bytes: the arrays, and under "json" how they lie in the value.
+        The bytes of the file: the arrays, and under "json" their positions in the value.
 
     Raises:
-        NotPlainError: If there is anything else in it.
+        NotPlainError: If it contains any other object.
     """
     arrays: list[np.ndarray] = []
     text = json.dumps(_pack(value, arrays))
     buffer = io.BytesIO()
-    named = {f"array_{index}": _storable(each) for index, each in enumerate(arrays)}
+    named = {f"array_{index}": _storable(array) for index, array in enumerate(arrays)}
     np.savez(buffer, **{_JSON: np.array(text), **named})  # type: ignore[arg-type]
     return buffer.getvalue()
 
 
 def unpacked(content: bytes) -> Any:
-    """Reads what `packed` has written."""
+    """Return the value from the bytes that `packed` has made."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         return _unpack(json.loads(str(file[_JSON])), file)
 
 
 def digest(value: Any) -> bytes:
-    """Returns 16 bytes that are the same for two plain values only if these are the same to the bit."""
+    """Return a hash of 16 bytes, equal for two plain values only if they are identical bit for bit."""
     arrays: list[np.ndarray] = []
     hashed = hashlib.blake2b(json.dumps(_pack(value, arrays)).encode(), digest_size=16)
-    for each in arrays:
-        hashed.update(np.ascontiguousarray(each).reshape(-1).view(np.uint8).data)
+    for array in arrays:
+        hashed.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     return hashed.digest()
 
 
@@ -77,11 +77,11 @@ def _pack(value: Any, arrays: list[np.ndarray], depth: int = 0) -> Any:
     if depth == _DEEPEST:
         raise NotPlainError("nested too deeply")
     if type(value) in (list, tuple):
-        items = [_pack(each, arrays, depth + 1) for each in value]
+        items = [_pack(item, arrays, depth + 1) for item in value]
         return items if type(value) is list else {"tuple": items}
     if type(value) in (set, frozenset):
-        # In an order that is the same in every process.
-        return {type(value).__name__: [_pack(each, arrays, depth + 1) for each in sorted(value, key=repr)]}
+        # Sorted, so that the order is the same in every process.
+        return {type(value).__name__: [_pack(item, arrays, depth + 1) for item in sorted(value, key=repr)]}
     if isinstance(value, dict):
         pairs = [[_pack(part, arrays, depth + 1) for part in pair] for pair in value.items()]
         return {"dict": pairs}
@@ -90,25 +90,25 @@ def _pack(value: Any, arrays: list[np.ndarray], depth: int = 0) -> Any:
 
 def _unpack(value: Any, arrays: Mapping[str, np.ndarray]) -> Any:
     if isinstance(value, list):
-        return [_unpack(each, arrays) for each in value]
+        return [_unpack(item, arrays) for item in value]
     if not isinstance(value, dict):
         return value
     for made in (tuple, set, frozenset):
         if made.__name__ in value:
-            return made(_unpack(each, arrays) for each in value[made.__name__])
+            return made(_unpack(item, arrays) for item in value[made.__name__])
     if "bytes" in value:
         return bytes.fromhex(value["bytes"])
     if "complex" in value:
         return complex(*value["complex"])
     if "dict" in value:
-        return {_unpack(key, arrays): _unpack(each, arrays) for key, each in value["dict"]}
+        return {_unpack(key, arrays): _unpack(item, arrays) for key, item in value["dict"]}
     kind = "array" if "array" in value else "number"
     array = _restored(arrays[f"array_{value[kind]}"], value["dtype"], value["shape"])
     return array if kind == "array" else array[()]
 
 
 def _storable(array: np.ndarray) -> np.ndarray:
-    """NumPy's files do not know bfloat16 and its like, whose bytes do as well."""
+    """Return the bytes of an array of bfloat16 or a similar dtype, which NumPy's files do not support."""
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8) if array.dtype.kind == "V" else array
 
 

@@ -1,14 +1,13 @@
-"""Decide which rank reads which samples, and where a run that goes on continues.
+"""Decide which rank reads which samples, and where a resumed run continues.
 
-From the user's data to a batch: `shard` (what `hvd.shard` was given) → one source of it (`arrays`, `pydataset`,
+From the user's data to a batch: `shard` (the arguments of `hvd.shard`) → a source (`arrays`, `pydataset`,
 `datasets` with `pipelines` and `dataset_graph`, or `generators`) → `sample_plan` (which rank has which rows) →
-`local_batch` (a rank's rows and their number) → `sharded_dataset` (what `fit` or a loop reads, with its
-`position`).
+`local_batch` (a rank's rows and their number) → `sharded_dataset` (data for `fit` or a loop, with its `position`).
 
-What Keras reads of it: `adapters`; `global_batch` weights gradients and metrics by numbers of samples, `losses`
-makes the ranks' losses add up, `callback_order` counts steps. The ranks among each other: `collective_errors` (one
-error for all), `local_first` (one works, the others wait), `fingerprint` (the same data on all), `caches` (no two
-ranks write one file).
+For Keras: `adapters` reads sharded data, `global_batch` weights gradients and metrics by numbers of samples,
+`losses` makes the ranks' losses add up, `callback_order` counts steps. Between ranks: `collective_errors` (an error
+on one rank is raised on all), `local_first` (one rank works while the others wait), `fingerprint` (detects the same
+data on all ranks), `caches` (no two ranks write the same file).
 """
 
 from hvdtrain.data.local_first import first_on_node, first_overall

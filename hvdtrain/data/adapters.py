@@ -1,4 +1,4 @@
-"""Keras' adapters for sharded data: what reads it, and tells it where epochs of training end."""
+"""Read sharded data for Keras, and notify it when an epoch of training begins and ends."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,10 +11,10 @@ from hvdtrain.data.sharded_dataset import ShardedDataset
 
 
 class _Epochs:
-    """Tells sharded data where epochs of training end. Mixed into Keras' adapters.
+    """Mixin for Keras' adapters that notifies sharded data when an epoch of training begins and ends.
 
-    Keras also reports ends that are none; and what evaluates or predicts must not change what comes next in
-    training.
+    Keras also calls `on_epoch_end` when no epoch has begun; and evaluation and prediction must not change the order
+    of the training data.
     """
 
     _begun = False
@@ -22,14 +22,14 @@ class _Epochs:
     _training: bool
 
     def on_epoch_begin(self) -> None:
-        """Begins an epoch."""
+        """Begin an epoch of the sharded data, if `fit` trains on it."""
         if self._training:
             self._begun = True
             self._sharded.begin()
         super().on_epoch_begin()  # type: ignore[misc]
 
     def on_epoch_end(self) -> None:
-        """Ends one that has begun."""
+        """End the epoch of the sharded data, if one has begun."""
         super().on_epoch_end()  # type: ignore[misc]
         if self._begun:
             self._begun = False
@@ -37,11 +37,11 @@ class _Epochs:
 
 
 class DatasetAdapter(_Epochs, PyDatasetAdapter):
-    """Reads sharded arrays and PyDatasets.
+    """Adapter that reads sharded arrays and PyDatasets.
 
     Args:
-        data: What is read.
-        sharded: What `hvd.shard` returned, which learns where epochs end.
+        data: The data to read.
+        sharded: The result of `hvd.shard`, which is notified of the ends of epochs.
         training: Whether `fit` trains on it.
     """
 
@@ -50,21 +50,21 @@ class DatasetAdapter(_Epochs, PyDatasetAdapter):
         super().__init__(data, shuffle=False)
 
     def on_epoch_begin(self) -> None:
-        """Lets a user's PyDataset prepare an epoch."""
+        """Begin an epoch; outside of training, call only `on_epoch_begin` of the user's PyDataset."""
         if not self._training:
             self._sharded.source.begin(self._sharded.position.epoch)
         super().on_epoch_begin()
 
     def _standardize_batch(self, batch: Any) -> Any:
-        return batch  # x alone stays x, as from arrays
+        return batch  # a single x is not wrapped in a tuple, as with arrays
 
 
 class TFAdapter(_Epochs, TFDatasetAdapter):
-    """Reads sharded `tf.data.Dataset`s and generators.
+    """Adapter that reads sharded `tf.data.Dataset`s and generators.
 
     Args:
-        data: What is read.
-        sharded: What `hvd.shard` returned, which learns where epochs end.
+        data: The data to read.
+        sharded: The result of `hvd.shard`, which is notified of the ends of epochs.
         training: Whether `fit` trains on it.
         window: The `steps_per_epoch` of the `fit`, None for a whole epoch.
     """
@@ -75,13 +75,13 @@ class TFAdapter(_Epochs, TFDatasetAdapter):
 
     @property
     def num_batches(self) -> int | None:
-        """Steps of an epoch; None where only reading can tell."""
+        """Steps of an epoch; None where the number is unknown before the data has been read."""
         if self._training:
             return self._window or self._sharded.num_batches
         return self._sharded.steps
 
     def on_epoch_end(self) -> None:
-        """Goes on by as many steps as `fit` calls an epoch."""
+        """Advance by `steps_per_epoch` if `fit` was given it; else end the epoch."""
         ended, window = self._begun, self._window
         if ended and window:
             self._begun = False
@@ -94,18 +94,18 @@ def untuned(get_iterated: Callable[[Any], Any]) -> Callable[[Any], Any]:
 
     The tuning thread sleeps for 10 ms, then 20, 40, … up to a minute. Keras destroys an iterator once an epoch.
     That wakes the thread and only then marks it as cancelled (TensorFlow's `CancellationManager` runs its
-    callbacks first), so a thread that looks in between sleeps on, and the destructor waits for it: for about as
-    long as the epoch took. Without tuning, what has `num_parallel_calls=AUTOTUNE` makes as many calls at once as
-    the rank has cores, 16 at most, and `prefetch(AUTOTUNE)` chooses its length by itself.
+    callbacks first), so a thread that checks in between sleeps again, and the destructor waits for it: for about
+    as long as the epoch took. Without tuning, an operation with `num_parallel_calls=AUTOTUNE` makes as many calls
+    at once as the rank has cores, at most 16, and `prefetch(AUTOTUNE)` still chooses its own buffer size.
 
     Args:
-        get_iterated: Keras' `TFEpochIterator._get_iterator`, which returns what is read from the beginning.
+        get_iterated: Keras' `TFEpochIterator._get_iterator`, which returns the data to read in an epoch.
     """
 
     def get(self: Any) -> Any:
         dataset = get_iterated(self)
         if not isinstance(dataset, tf.data.Dataset) or dataset.options().autotune.enabled is not None:
-            return dataset  # belongs to a tf.distribute strategy, or its user has decided
+            return dataset  # a tf.distribute strategy owns it, or the user has set autotune
         options = tf.data.Options()
         options.autotune.enabled = False
         return dataset.with_options(options)

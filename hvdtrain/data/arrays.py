@@ -1,4 +1,4 @@
-"""Samples in NumPy arrays, shuffled over the whole set and dealt to the ranks."""
+"""Shuffle samples in NumPy arrays over the whole data set and divide them among the ranks."""
 
 import dataclasses
 from functools import cached_property
@@ -13,13 +13,13 @@ from hvdtrain.data.sample_plan import Plan
 
 @dataclasses.dataclass(frozen=True)
 class ArraySource:
-    """Arrays that every rank holds as a whole, and reads its part of.
+    """Arrays that every rank holds completely, and of which it reads its part.
 
     Args:
         x: Inputs: an array, or a dict or tuple of arrays.
         y: Targets, likewise, or None.
         sample_weight: Weights, likewise, or None.
-        plan: Who reads what.
+        plan: Which rank reads which samples.
     """
 
     x: Any
@@ -39,37 +39,37 @@ class ArraySource:
 
     @property
     def remainder(self) -> str:
-        """What becomes of a last batch that is not full: "keep" or "drop"."""
+        """Treatment of a last batch that is not full: "keep" or "drop"."""
         return self.plan.remainder
 
     def part(self, epoch: int, step: int) -> Part:
-        """Reads this rank's rows of a global batch."""
+        """Return this rank's rows of a global batch."""
         indices, rows = self.plan.part(self._order(epoch), step)
         x, y, weight = (structures.rows(value, indices) for value in (self.x, self.y, self.sample_weight))
         return Part(x, y, weight, rows)
 
     def weighted(self, class_weight: dict[int, float]) -> "ArraySource":
-        """Returns the same samples with weights by class."""
+        """Return a source of the same samples with weights by class."""
         refuse_both(self.sample_weight)
         return dataclasses.replace(self, sample_weight=class_weights(self.y, class_weight))
 
     def facts(self) -> list[tuple[str, str]]:
-        """States what must be the same on all ranks."""
+        """Return the facts that must be the same on all ranks, as (name, value)."""
         described = structures.all_described((self.x, self.y, self.sample_weight))
         return [("the number of samples", str(self.plan.length)), *described]
 
     def begin(self, epoch: int) -> None:
-        """Nothing is to be done before an epoch."""
+        """Do nothing: arrays need no preparation before an epoch."""
 
     def end(self, epoch: int) -> None:
-        """Nothing is to be done after an epoch."""
+        """Do nothing: arrays do not change after an epoch."""
 
     @cached_property
     def _orders(self) -> dict[int, np.ndarray]:
         return {}
 
     def _order(self, epoch: int) -> np.ndarray:
-        """Keeps the order of the epoch being read, and no other."""
+        """Return the order of an epoch, from a cache that holds only the epoch being read."""
         order = self._orders.get(epoch)
         if order is None:
             order = self.plan.order(epoch)
@@ -79,11 +79,11 @@ class ArraySource:
 
 
 def array_source(data: Any, plan_of: Any) -> ArraySource:
-    """Reads what a user calls data.
+    """Make a source of the data that a user has passed.
 
     Args:
         data: x, (x, y) or (x, y, sample_weight).
-        plan_of: Makes the plan from a number of samples.
+        plan_of: Function that makes the plan from the number of samples.
     """
     x, y, given = structures.all_arrays(structures.unpacked(data))
     if given is not None and y is None:

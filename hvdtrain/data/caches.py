@@ -1,4 +1,4 @@
-"""Files that `dataset.cache(path)` writes: several ranks must not write, or read parts of, the same one."""
+"""Reject cache files of `dataset.cache(path)` that several ranks of a host would write or read."""
 
 import socket
 from collections import defaultdict
@@ -13,11 +13,11 @@ from hvdtrain.data import dataset_graph
 
 
 def files_of(data: Any, whole: bool = False) -> list[str]:
-    """List the cache files of a data set that must not be those of another rank.
+    """List the cache files of a data set that no other rank may use.
 
     Args:
-        data: What a user trains on; only a `tf.data.Dataset` has cache files.
-        whole: Whether every rank reads the same data, so that a file that is complete is right for all.
+        data: The training data; only a `tf.data.Dataset` has cache files.
+        whole: Whether every rank reads the same data, so that a complete file is correct for all.
     """
     if not isinstance(data, tf.data.Dataset):
         return []
@@ -28,13 +28,13 @@ def files_of(data: Any, whole: bool = False) -> list[str]:
 def refuse_common(engine: Engine, what: str, files: Sequence[str]) -> None:
     """Raise an error if several ranks of a host cache their data in the same file. All ranks call this.
 
-    TensorFlow fails while two processes write one file. When it is complete, each would read it without a word,
-    also where it holds another rank's part.
+    TensorFlow fails if two processes write one file. If the file is complete, every process reads it without an
+    error, even when it holds another rank's part.
 
     Args:
         engine: The ranks.
-        what: Begins the error.
-        files: What `files_of` returns on this rank.
+        what: The first words of the error message.
+        files: The result of `files_of` on this rank.
 
     Raises:
         ValueError: On every rank.

@@ -1,4 +1,4 @@
-"""A callback of ours before those of the user, so that what it knows is right when theirs are called."""
+"""Call a callback of hvdtrain before those of the user, so that they read up-to-date state."""
 
 from typing import Any
 
@@ -8,19 +8,23 @@ from hvdtrain import runtime
 
 
 def preceded(model: keras.Model, callbacks: Any, first: keras.callbacks.Callback) -> Any:
-    """Puts a callback before those given to `fit`; one of its kind from an earlier `fit` goes.
+    """Put a callback before those given to `fit`, and remove one of the same type from an earlier `fit`.
 
     Args:
         model: The model that is fitted.
-        callbacks: What `fit` was given: None, a callback, a list, or a `keras.callbacks.CallbackList`.
+        callbacks: The `callbacks` argument of `fit`: None, a callback, a list, or a `keras.callbacks.CallbackList`.
         first: The callback.
 
     Returns:
-        What `fit` is to be given instead.
+        The callbacks to pass to `fit` instead.
     """
+    if not callbacks:
+        return [first]
+    if isinstance(callbacks, list | tuple):
+        return [first, *callbacks]
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [first, *(callbacks if isinstance(callbacks, list | tuple) else [callbacks] * bool(callbacks))]
-    others = [each for each in callbacks.callbacks if not isinstance(each, type(first))]
+        return [first, callbacks]
+    others = [callback for callback in callbacks.callbacks if not isinstance(callback, type(first))]
     callbacks.callbacks[:] = [first, *others]
     first.set_model(model)
     first.set_params(callbacks.params)
@@ -28,11 +32,11 @@ def preceded(model: keras.Model, callbacks: Any, first: keras.callbacks.Callback
 
 
 class Follow(keras.callbacks.Callback):
-    """Count steps for sharded data, so that callbacks may ask `data.state()`, and report losses that do not add up.
+    """Count steps for `data.state()` of sharded data, and report losses that do not add up over ranks.
 
     Args:
-        data: What `hvd.shard` returned.
-        losses: What is known of the model's losses; None on one rank.
+        data: The result of `hvd.shard`.
+        losses: The `Losses` of the model; None on one rank.
     """
 
     def __init__(self, data: Any, losses: Any = None) -> None:
@@ -41,17 +45,17 @@ class Follow(keras.callbacks.Callback):
         self._reported = False
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begins to count."""
+        """Start counting steps from 0."""
         self._data.position.done = 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts the steps whose batches were trained on."""
+        """Count the steps whose batches were trained on."""
         self._data.position.done = batch + 1
         if not self._reported:
             self._report()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Report losses that the first step could not tell."""
+        """Report losses whose kind the first step could not determine."""
         self._report()
 
     def _report(self) -> None:

@@ -1,4 +1,4 @@
-"""Local work that all ranks do at the same point: an error on one is an error on all, and nobody waits."""
+"""Do local work on all ranks so that an error on one rank is raised on all, and no rank waits forever."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
@@ -11,18 +11,18 @@ Facts = Sequence[tuple[str, str]]
 
 
 def together(engine: Engine, what: str, work: Callable[[], Result]) -> Result:
-    """Returns what `work` returns on this rank, once it has succeeded on every rank.
+    """Return what `work` returns on this rank, once it has succeeded on every rank.
 
     Args:
-        engine: Whose ranks do this.
-        what: Names the work in errors.
+        engine: The ranks; all call this.
+        what: Name of the work, for error messages.
         work: Called without arguments; must not communicate.
 
     Returns:
         This rank's result.
 
     Raises:
-        RuntimeError: On the ranks that succeeded, if another failed; its error is quoted. A rank that
+        RuntimeError: On the ranks that succeeded, if another rank failed; its error is quoted. A rank that
             failed raises its own error.
     """
     result, error = None, None
@@ -37,45 +37,45 @@ def together(engine: Engine, what: str, work: Callable[[], Result]) -> Result:
     return result  # type: ignore[return-value]
 
 
-def raise_reported(words: str, failures: list[str]) -> None:
-    """Raises RuntimeError on a rank that has succeeded, if others have failed."""
+def raise_reported(message: str, failures: list[str]) -> None:
+    """Raise RuntimeError on a rank that has succeeded, if others have failed."""
     if failures:
-        raise mark(RuntimeError(f"{words} {'; '.join(failures)}"), Known.REPORTED)
+        raise mark(RuntimeError(f"{message} {'; '.join(failures)}"), Known.REPORTED)
 
 
 def share_failures(engine: Engine, what: str, error: BaseException | None) -> list[str]:
-    """Tells every rank which ranks have failed, and with what error."""
+    """Send the errors of all ranks to every rank, and return a line for each rank that has failed."""
     if engine.size == 1:
         return []
     if error is not None:
         mark(error, Known.ORIGINAL)
     engine.agree(Call(what))
-    said = None if error is None else f"{type(error).__name__}: {error}"
-    everyone = engine.allgather_object(said)
+    failure = None if error is None else f"{type(error).__name__}: {error}"
+    everyone = engine.allgather_object(failure)
     return [f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text is not None]
 
 
 def compare(engine: Engine, what: str, facts: Facts, advice: str | Mapping[str, str]) -> None:
-    """Makes sure that all ranks state the same facts, each a pair of a name and a value.
+    """Raise an error unless all ranks have the same facts, each a pair of a name and a value.
 
     Args:
         engine: The ranks.
-        what: What the facts are about.
+        what: Subject of the facts, for error messages.
         facts: The facts of this rank.
-        advice: What to do where one differs, or for each name what to do.
+        advice: Text that tells the user what to do about a difference, or one text for each name.
 
     Raises:
-        MismatchError: On every rank, with the first fact that differs, as each rank states it.
+        MismatchError: On every rank, with the first fact that differs and its value on each rank.
     """
     if engine.size == 1:
         return
     engine.agree(Call(what))
-    everyone = [dict(each) for each in engine.allgather_object(list(facts))]
-    for name in dict.fromkeys(name for each in everyone for name in each):
-        values = [each.get(name, "not given") for each in everyone]
+    everyone = [dict(rank_facts) for rank_facts in engine.allgather_object(list(facts))]
+    for name in dict.fromkeys(name for rank_facts in everyone for name in rank_facts):
+        values = [rank_facts.get(name, "not given") for rank_facts in everyone]
         if len(set(values)) > 1:
-            words = advice if isinstance(advice, str) else advice[name]
-            raise MismatchError(f"{what}: {name} differs between the ranks.\n{_listed(values)}\n{words}")
+            hint = advice if isinstance(advice, str) else advice[name]
+            raise MismatchError(f"{what}: {name} differs between the ranks.\n{_listed(values)}\n{hint}")
 
 
 def _listed(values: Sequence[str]) -> str:

@@ -1,4 +1,4 @@
-"""`hvd.shard` for `tf.data.Dataset`: what comes back is one too."""
+"""Implement `hvd.shard` for a `tf.data.Dataset`; the result is a `tf.data.Dataset` too."""
 
 import dataclasses
 import itertools
@@ -17,21 +17,21 @@ from hvdtrain.data.pipelines import ByFiles, ByRows, Division, balanced, count_s
 from hvdtrain.data.position import Position
 from hvdtrain.data.sample_plan import Plan
 
-BUFFER = 10_000  # samples among which a data set of unknown length is shuffled
+BUFFER = 10_000  # size of the shuffle buffer, in samples, for a data set of unknown length
 
-_Moments = Iterator[tuple[int, int]]  # epochs, each with the step to begin at
+_Starts = Iterator[tuple[int, int]]  # epochs to read, each with its first step
 
 
 class ShardedTFDataset(tf.data.Dataset):
     """This rank's part of each global batch of a `tf.data.Dataset`, itself a `tf.data.Dataset`.
 
     Each time it has been read to its end a new epoch begins, with a new order if it is shuffled. Looking
-    into it changes nothing. What is made of it (`.map`, `.prefetch`, …) counts its epochs for itself.
+    into it changes nothing. A data set made from it (`.map`, `.prefetch`, …) counts its own epochs.
 
     Args:
-        pipeline: How it is divided.
-        seed: With the epoch, all that the order depends on.
-        position: The epoch and step it is at.
+        pipeline: The division among the ranks.
+        seed: Seed of the order, together with the epoch.
+        position: The current epoch and step.
     """
 
     def __init__(self, pipeline: ByRows | ByFiles, seed: int, position: Position) -> None:
@@ -48,17 +48,17 @@ class ShardedTFDataset(tf.data.Dataset):
 
     @property
     def num_batches(self) -> int | None:
-        """Steps left in this epoch, the same on all ranks; None where only reading can tell."""
+        """Steps left in this epoch, the same on all ranks; None if unknown before the data has been read."""
         return None if self.steps is None else self.steps - self.position.step
 
     @property
     def steps(self) -> int | None:
-        """Steps of a whole epoch; None where only reading can tell."""
+        """Steps of a whole epoch; None if unknown before the data has been read."""
         return self.pipeline.steps
 
     @property
     def partial(self) -> bool:
-        """Whether some global batch may be not full."""
+        """Whether some global batch may not be full."""
         return self.pipeline.partial
 
     def __iter__(self) -> Iterator[Any]:
@@ -67,10 +67,10 @@ class ShardedTFDataset(tf.data.Dataset):
         return self._read()
 
     def begin(self) -> None:
-        """Begins an epoch, or begins it again after a look inside.
+        """Begin an epoch, or begin it again after a batch was read as a test.
 
         Raises:
-            MismatchError: On every rank, if the ranks would read it in different orders from here on.
+            MismatchError: On every rank, if the ranks would read it in different orders from now on.
         """
         if self.pipeline.division.reshuffled and isinstance(self.pipeline, ByRows):
             runtime.engine().agree(
@@ -82,21 +82,21 @@ class ShardedTFDataset(tf.data.Dataset):
         self.position.done = 0
 
     def end(self) -> None:
-        """Ends the epoch: the next one has another order, and all its steps."""
+        """End the epoch; the next one begins at step 0 and has a different order."""
         self.position.next_epoch()
 
     def state(self) -> dict[str, int]:
-        """Tells where training is; see `ShardedDataset.state`."""
+        """Return the position of the training; see `ShardedDataset.state`."""
         epoch, step = self.position.at(self.position.done, self.steps or 2**62)
         return {"epoch": epoch, "step": step}
 
     def go_on(self, epoch: int, step: int, read: int) -> None:
-        """Goes to a position; see `ShardedDataset.go_on`."""
+        """Move to a position; see `ShardedDataset.go_on`."""
         if self.pipeline.division.reshuffled and runtime.engine().rank == 0:
             warnings.warn(
                 "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, "
-                "so the run that goes on sees another order than the one before. Leave its .shuffle() out and type "
-                "hvd.shard(…, shuffle=True).",
+                "so the resumed run reads it in another order than the run before. Leave its .shuffle() out and "
+                "type hvd.shard(…, shuffle=True).",
                 stacklevel=2,
             )
         self.position.epoch, self.position.step, self.position.done = epoch, step, 0
@@ -104,13 +104,13 @@ class ShardedTFDataset(tf.data.Dataset):
     def reading(
         self, position: Position, window: int | None, dealt: bool, class_weight: dict[int, float] | None
     ) -> tf.data.Dataset:
-        """Returns the same data from a position on, as an adapter of Keras wants to read it."""
+        """Return the same data from a position on, in the form that the Keras adapter reads."""
         if class_weight is not None:
             return self.weighted(class_weight).reading(position, window, dealt, None)
         return self._built(_at(position, window is not None), dealt, position, window)
 
     def weighted(self, class_weight: dict[int, float]) -> "ShardedTFDataset":
-        """Returns the same data at the same position, weighted by class."""
+        """Return the same data at the same position, weighted by class."""
         division = dataclasses.replace(self.pipeline.division, class_weight=class_weight)
         weighted = dataclasses.replace(self.pipeline, division=division)
         return ShardedTFDataset(weighted, self._seed, self.position)
@@ -123,52 +123,52 @@ class ShardedTFDataset(tf.data.Dataset):
         self.end()
 
     def _built(
-        self, moments: Callable[[], _Moments], dealt: bool, position: Position, window: int | None = None
+        self, starts: Callable[[], _Starts], dealt: bool, position: Position, window: int | None = None
     ) -> tf.data.Dataset:
-        """Makes a data set that asks `moments` for epoch and step whenever it is read from the beginning."""
+        """Make a data set that calls `starts` for epoch and step whenever it is iterated from the beginning."""
 
         def numbers() -> Iterator[np.ndarray]:
             self.position.readings += 1
-            for epoch, step in moments():
-                # Two zeros would mean: take any seed.
+            for epoch, step in starts():
+                # Add 1, because TensorFlow takes two zeros as "choose a random seed".
                 seeds = np.random.SeedSequence((self._seed, epoch)).generate_state(2, np.uint32)
                 yield np.array([int(seeds[0]) + 1, int(seeds[1]) + 1, step], np.int64)
 
         asked = tf.data.Dataset.from_generator(numbers, output_signature=tf.TensorSpec((3,), tf.int64))
-        dataset = asked.flat_map(lambda each: self.pipeline.epoch(each[:2], each[2], dealt))
+        dataset = asked.flat_map(lambda drawn: self.pipeline.epoch(drawn[:2], drawn[2], dealt))
         if window is not None:
             dataset = dataset.take(window)
         elif self.steps is not None and position.step == 0:
             dataset = dataset.apply(tf.data.experimental.assert_cardinality(self.steps))
         options = tf.data.Options()
         options.deterministic = True
-        options.autotune.enabled = False  # for loops of your own; `adapters.untuned` says why
+        options.autotune.enabled = False  # also in loops without fit; `adapters.untuned` explains why
         return dataset.with_options(options).prefetch(tf.data.AUTOTUNE)
 
     def _inputs(self) -> list[tf.data.Dataset]:
         return [self._derived]
 
 
-def _at(position: Position, endless: bool) -> Callable[[], _Moments]:
-    """Reads the epoch that the position names when reading begins, and those after it if that is wanted."""
+def _at(position: Position, endless: bool) -> Callable[[], _Starts]:
+    """Return a function that yields the epoch of `position` and, if `endless`, all later ones."""
 
-    def moments() -> _Moments:
+    def starts() -> _Starts:
         first = position.epoch
         yield first, position.step
         yield from ((first + later, 0) for later in (itertools.count(1) if endless else ()))
 
-    return moments
+    return starts
 
 
-def _counting(position: Position) -> Callable[[], _Moments]:
-    """Each reading is an epoch; `position` itself is left alone, since nobody says when this one ends."""
+def _counting(position: Position) -> Callable[[], _Starts]:
+    """Return a function that yields one epoch a call, counted here because nothing reports its end."""
     readings = itertools.count()
 
-    def moments() -> _Moments:
+    def starts() -> _Starts:
         reading = next(readings)
         yield position.epoch + reading, 0 if reading else position.step
 
-    return moments
+    return starts
 
 
 def tf_pipeline(
@@ -179,14 +179,14 @@ def tf_pipeline(
     shuffle: bool | int,
     keep: bool,
 ) -> ByRows | ByFiles:
-    """Chooses how a data set is divided: by files where that is balanced, else by rows. All ranks call it.
+    """Choose the division of a data set: by files where that is balanced, else by rows. All ranks call it.
 
     Args:
         dataset: The user's data set.
-        own: Rows of its batches, None if its elements are samples.
+        own: Rows of its batches; None if its elements are samples.
         batch_size: The global batch.
         engine: The ranks.
-        shuffle: Whether to shuffle, or among how many samples.
+        shuffle: Whether to shuffle, or the size of the shuffle buffer in samples.
         keep: Whether a last batch that is not full is trained on.
 
     Raises:
@@ -207,12 +207,12 @@ def tf_pipeline(
 
 
 def own_batch(dataset: tf.data.Dataset) -> int | None:
-    """Returns the rows of a data set's first batch, None if its elements are samples.
+    """Return the rows of a data set's first batch, None if its elements are samples.
 
     Raises:
         ValueError: If the data set is endless or empty.
     """
-    if any(isinstance(each, tf.SparseTensorSpec) for each in tf.nest.flatten(dataset.element_spec)):
+    if any(isinstance(spec, tf.SparseTensorSpec) for spec in tf.nest.flatten(dataset.element_spec)):
         raise ValueError(
             "hvd.shard: sparse tensors cannot be divided by rows. Make them dense before hvd.shard: "
             "hvd.shard(dataset.map(lambda x, y: (tf.sparse.to_dense(x), y)), ...)."
@@ -236,22 +236,22 @@ def own_batch(dataset: tf.data.Dataset) -> int | None:
 
 
 def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
-    """Raises ValueError where a run is to go on with data whose order nobody can repeat."""
+    """Raise ValueError if a run would resume with data whose order cannot be repeated."""
     if (epoch or step) and dataset_graph.reshuffles(dataset):
         raise ValueError(
             "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
-            f"a run cannot go on with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and type "
-            "hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
+            f"a run cannot be resumed with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and "
+            "type hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
         )
 
 
 def tf_facts(dataset: tf.data.Dataset) -> list[tuple[str, str]]:
-    """States what must be the same on all ranks: structure, length, and what the first targets are."""
+    """Return the facts that must be the same on all ranks: structure, length, and the first targets."""
     source = dataset_graph.before_shuffling(dataset)
     element = next(iter(source.take(1)))
     _, y, _ = structures.unpacked(element) if source is dataset else (None, None, None)
-    leaves = [each for each in tf.nest.flatten(element if y is None else y) if isinstance(each, tf.Tensor)]
-    sums = " ".join(f"{structures.checksum(each.numpy()):08x}" for each in leaves)
+    leaves = [leaf for leaf in tf.nest.flatten(element if y is None else y) if isinstance(leaf, tf.Tensor)]
+    sums = " ".join(f"{structures.checksum(leaf.numpy()):08x}" for leaf in leaves)
     length = int(dataset.cardinality())
     return [
         ("the number of elements", "unknown" if length < 0 else str(length)),
@@ -283,20 +283,20 @@ def _buffer(dataset: tf.data.Dataset, shuffle: bool | int, own: int | None) -> i
 
 
 def _file_counts(dataset: tf.data.Dataset, batched: bool, engine: Engine) -> tuple[int, ...] | None:
-    """Counts the samples in each rank's files, reading them once; None if they cannot be divided."""
+    """Count the samples in each rank's files, reading them once; None if they cannot be divided."""
 
     def count() -> int | None:
         try:
             return count_samples(own_files(dataset, engine.rank, engine.size), batched)
         except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError):
-            return None  # fewer files than ranks, or files that are opened where it cannot be seen
+            return None  # fewer files than ranks, or files opened by code that TensorFlow cannot shard
 
     counts = engine.allgather_object(together(engine, "hvd.shard, counting samples", count))
     return None if None in counts else tuple(counts)
 
 
 def _refuse_other_orders(dataset: tf.data.Dataset, engine: Engine) -> None:
-    """Makes sure that all ranks read the same sequence, of which each takes its part."""
+    """Raise ValueError unless all ranks read the same sequence, of which each takes its part."""
     if engine.size == 1:
         return
     orders = engine.allgather_object(
@@ -306,9 +306,9 @@ def _refuse_other_orders(dataset: tf.data.Dataset, engine: Engine) -> None:
     )
     unseeded = dataset_graph.shuffles_without_seed(dataset)
     if unseeded or len(set(orders)) > 1 or "deterministic=False" in orders:
-        listed = "\n".join(f"  rank {rank}: {each}" for rank, each in enumerate(orders))
+        listed = "\n".join(f"  rank {rank}: {order}" for rank, order in enumerate(orders))
         raise ValueError(
-            f"hvd.shard: each rank would read this data set in an order of its own (0 is no seed).\n{listed}\n"
+            f"hvd.shard: each rank would read this data set in its own order (0 is no seed).\n{listed}\n"
             "Each takes its part of the same sequence, so samples would be missed and others seen twice. Leave "
             "shuffling to hvd.shard(…, shuffle=True); or call keras.utils.set_random_seed(0), the same number "
             "on all ranks, before you make the data set, and leave out deterministic=False."

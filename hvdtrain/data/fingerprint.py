@@ -1,4 +1,4 @@
-"""Notices that every rank trains on the same data, and says so."""
+"""Detect that every rank trains on the same data, and warn."""
 
 import contextlib
 import zlib
@@ -12,12 +12,11 @@ import tensorflow as tf
 from hvdtrain.collectives.engine import Call, Engine
 from hvdtrain.data import dataset_graph, structures
 
-BATCHES = 2  # the first batches of the first epoch: what is equal there is no chance
+BATCHES = 2  # batches of the first epoch to compare: equal ones are no coincidence
 
 _SAME_BATCHES = "the first batches are identical on all {size} ranks, so {size} ranks learn no more than one"
 _SAME_SOURCE = (
-    "each of the {size} ranks goes through all of it in an order of its own, "
-    "which takes as long as on one process"
+    "each of the {size} ranks goes through all of it in its own order, which takes as long as on one process"
 )
 WARNING = (
     "every rank trains on the same data: {why}. Type: model.fit(hvd.shard((x, y), batch_size=…), …) without "
@@ -26,13 +25,13 @@ WARNING = (
 
 
 class Fingerprint:
-    """Remembers what the first batches were, as they pass by on their way to the model.
+    """Checksums of the first batches, recorded while the model reads them.
 
-    `over` returns the same data set with a look at its first elements: nothing is read ahead and nothing is
+    `over` returns the same data set and records its first elements: nothing is read ahead and nothing is
     changed. Only inputs count, so that targets of one class do not look like equal data.
 
     Args:
-        source: What the batches are drawn from, where each rank may draw in an order of its own; see `of`.
+        source: Checksum of the data before shuffling, if each rank may shuffle it differently; see `of`.
     """
 
     def __init__(self, source: int | None = None) -> None:
@@ -41,21 +40,21 @@ class Fingerprint:
 
     @classmethod
     def of(cls, fit: Mapping[str, Any]) -> "Fingerprint":
-        """Begins with what is known before the first batch.
+        """Make a fingerprint with the facts that are known before the first batch.
 
-        Keras shuffles arrays and PyDatasets with each process's own random numbers, so that equal data need not
-        show in equal batches.
+        Keras shuffles arrays and PyDatasets with each process's own random numbers, so that equal data may give
+        different batches.
 
         Args:
             fit: The arguments of a `fit`, by name.
         """
-        whole = fit.get("steps_per_epoch") is None  # else each rank may take its share of steps
-        with contextlib.suppress(Exception):  # what cannot be read is reported by who trains on it
+        whole = fit.get("steps_per_epoch") is None  # else each rank may run only its share of the steps
+        with contextlib.suppress(Exception):  # data that cannot be read raises its error in fit
             return cls(_source_digest(fit) if whole and fit.get("shuffle", True) else None)
         return cls()
 
     def over(self, dataset: tf.data.Dataset) -> tf.data.Dataset:
-        """Returns a data set with the same elements, whose first ones are noted when they are read."""
+        """Return a data set with the same elements that records the first ones when they are read."""
 
         def note(*leaves: Any) -> np.bool_:
             if len(self._sums) < BATCHES:
@@ -64,7 +63,7 @@ class Fingerprint:
 
         def noted(index: tf.Tensor, batch: Any) -> Any:
             x = batch[0] if isinstance(batch, tuple) else batch
-            leaves = [each for each in tf.nest.flatten(x, expand_composites=True) if tf.is_tensor(each)]
+            leaves = [leaf for leaf in tf.nest.flatten(x, expand_composites=True) if tf.is_tensor(leaf)]
             seen = tf.cond(
                 index < BATCHES, lambda: tf.numpy_function(note, leaves, tf.bool), lambda: tf.constant(True)
             )
@@ -76,14 +75,14 @@ class Fingerprint:
         return watched.apply(tf.data.experimental.assert_cardinality(length)) if length >= 0 else watched
 
     def value(self) -> int | None:
-        """Returns the fingerprint of what has been seen; None before the first batch."""
+        """Return the fingerprint of the recorded batches; None before the first batch."""
         return zlib.crc32(repr(self._sums).encode()) if self._sums else None
 
     def verdict(self, engine: Engine) -> str | None:
-        """Compares all ranks' fingerprints. Every rank must call it; it communicates.
+        """Compare the fingerprints of all ranks. Every rank must call this; it communicates.
 
         Returns:
-            The sentence for a user whose ranks all train on the same data, or None.
+            The warning if all ranks train on the same data, or None.
         """
         if engine.size == 1:
             return None
@@ -93,18 +92,18 @@ class Fingerprint:
 
 
 def verdict(values: Sequence[int | None], why: str = _SAME_BATCHES) -> str | None:
-    """Returns the warning if all ranks have seen the same, or None."""
+    """Return the warning if all ranks have the same value, or None."""
     same = len(values) > 1 and values[0] is not None and all(value == values[0] for value in values)
     return WARNING.format(why=why.format(size=len(values))) if same else None
 
 
 def digest(x: Any) -> int:
-    """Returns the CRC-32 over all arrays of a nest, their shapes and dtypes included."""
+    """Return the CRC-32 over all arrays of a nest, their shapes and dtypes included."""
     return structures.checksum_of_all(np.asarray(leaf) for leaf in keras.tree.flatten(x))
 
 
 def _source_digest(fit: Mapping[str, Any]) -> int | None:
-    """Returns the CRC-32 of some samples before they are shuffled; None where that tells nothing."""
+    """Return the CRC-32 of some samples before shuffling; None if they cannot be compared."""
     x = fit.get("x")
     if isinstance(x, keras.utils.PyDataset):
         return digest([x.num_batches, x[0]]) if x.num_batches else None
@@ -112,9 +111,9 @@ def _source_digest(fit: Mapping[str, Any]) -> int | None:
         source = dataset_graph.only_shuffled(x)
         return None if source is None else digest(list(source.take(BATCHES)))
     leaves = keras.tree.flatten([fit.get(name) for name in ("x", "y", "sample_weight")])
-    if not all(hasattr(each, "shape") for each in leaves if each is not None):
+    if not all(hasattr(leaf, "shape") for leaf in leaves if leaf is not None):
         return None
-    return digest([_picked(np.asarray(each)) for each in leaves if each is not None])
+    return digest([_picked(np.asarray(leaf)) for leaf in leaves if leaf is not None])
 
 
 def _picked(array: np.ndarray) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A Python generator of batches: each rank runs the whole of it and takes its rows."""
+"""Divide the batches of a Python generator: each rank runs the whole generator and takes its rows."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,7 +15,7 @@ from hvdtrain.data.sample_plan import deal
 class ShardedGenerator:
     """This rank's part of each batch of a generator, for `fit(…, steps_per_epoch=…)` or a loop of your own.
 
-    A generator can be read once and tells neither its length nor its order, so neither can be checked.
+    A generator can be read once and its length and order are unknown, so neither can be checked.
 
     Args:
         batches: The user's generator; it yields global batches.
@@ -50,20 +50,20 @@ class ShardedGenerator:
         return self._next().weighted(self._options[-1])
 
     def begin(self) -> None:
-        """Nothing is to be done before an epoch, which is whatever its reader says."""
+        """Do nothing: a generator has no epochs of its own."""
 
     def end(self) -> None:
-        """Nothing is to be done after it."""
+        """Do nothing: a generator has no epochs of its own."""
 
     def go_on(self, epoch: int, step: int, read: int) -> None:
-        """Leaves out as many batches as were read before; a generator tells its place in no other way."""
+        """Skip the batches that were read before; a generator cannot be moved to a position otherwise."""
         for _ in range(read):
             next(self._parts(), None)
 
     def reading(
         self, position: Position, window: int | None, dealt: bool, class_weight: dict[int, float] | None
     ) -> tf.data.Dataset:
-        """Returns what is left, as an adapter of Keras reads it."""
+        """Return the remaining batches, in the form that the Keras adapter reads."""
         if class_weight is not None:
             self._class_weight = class_weight
         first = next(self._parts(), None)

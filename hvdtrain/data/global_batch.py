@@ -1,8 +1,8 @@
-"""Tell a model's step how many samples of the global batch this rank holds, so that each sample counts once.
+"""Provide a training step with this rank's number of samples in the global batch, so that each sample counts once.
 
 The ranks' parts of a last batch that is not full differ in size, and the mean of their means is not the mean over
 the samples. So each rank's gradient is weighted by its number of samples before it is averaged. Nothing is added to
-the batch, whatever shape targets, losses and weights have.
+the batch, for any shape of targets, losses and weights.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ class Dealt(NamedTuple):
     Args:
         batch: x, (x, y) or (x, y, sample_weight).
         samples: How many samples of the global batch this rank holds, and how many the global batch holds, int64
-            of shape (2,). Where this rank holds none, the batch is one row that counts nothing.
+            of shape (2,). If this rank holds none, the batch is one row with weight 0.
     """
 
     batch: Any
@@ -35,7 +35,7 @@ class Dealt(NamedTuple):
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """What is known while a model runs one step.
+    """The global batch of the step that a model runs.
 
     Args:
         model: The model.
@@ -43,9 +43,9 @@ class GlobalBatch:
         batch: This rank's x, (x, y) or (x, y, sample_weight).
         own: How many samples this rank holds, int64 scalar.
         total: How many samples the global batch holds, int64 scalar.
-        partial: Whether some global batch may be not full; else the ranks' parts are equal.
+        partial: Whether some global batch may not be full; else the ranks' parts are equal.
         together: Whether all ranks run this step, so that it may communicate.
-        losses: What is known of the model's losses; see `losses.py`.
+        losses: The `Losses` of the model; see `losses.py`.
     """
 
     model: keras.Model
@@ -59,16 +59,16 @@ class GlobalBatch:
 
     @property
     def weight(self) -> Tensor:
-        """What this rank's mean weighs in the mean over ranks, float64 scalar: 1 where all parts are equal."""
+        """Weight of this rank's mean in the mean over ranks, float64 scalar: 1 if all parts are equal."""
         return tf.cast(self.own * self.engine.size, tf.float64) / tf.cast(self.total, tf.float64)
 
     @property
     def times_own(self) -> Tensor:
-        """How many times as large as this rank's part the global batch is, float64 scalar."""
+        """Size of the global batch divided by the size of this rank's part, float64 scalar."""
         return tf.cast(self.total, tf.float64) / tf.cast(tf.maximum(self.own, 1), tf.float64)
 
     def held(self, value: Any) -> Any:
-        """Return a nest of tensors without the row that counts nothing on a rank without samples."""
+        """Return a nest of tensors without the row of weight 0 on a rank without samples."""
         if not self.partial:
             return value
         return keras.tree.map_structure(self._held, value)
@@ -83,7 +83,7 @@ class GlobalBatch:
         return result
 
     def counts_rows(self, metric: Any) -> bool:
-        """Tell whether Keras updates a metric with the mean loss of a batch."""
+        """Return whether Keras updates a metric with the mean loss of a batch."""
         outputs = getattr(self.model._compile_loss, "metrics", ())
         return metric is self.model._loss_tracker or any(metric is output for output in outputs)
 
@@ -92,13 +92,13 @@ _current: ContextVar[GlobalBatch | None] = ContextVar("the global batch of the s
 
 
 def current() -> GlobalBatch | None:
-    """Return what is known of the global batch whose step runs, None outside of steps on sharded data."""
+    """Return the global batch of the running step; None outside of steps on sharded data."""
     return _current.get()
 
 
 @contextlib.contextmanager
 def during(step: GlobalBatch | None) -> Iterator[None]:
-    """Set what `current` returns."""
+    """Set the result of `current` inside the block."""
     token = _current.set(step)
     try:
         yield
@@ -118,7 +118,7 @@ def weighted(grads: Sequence[Any]) -> list[Any]:
     step = current()
     if step is None or not step.partial:
         return list(grads)
-    # Most batches are full: then nothing is computed, and nothing waits for more than its own gradient.
+    # Most batches are full: then no multiplication is done, and each gradient can be sent as soon as it is ready.
     equal = tf.equal(step.own * step.engine.size, step.total)
     return [grad if grad is None else _times(grad, step.weight, equal) for grad in grads]
 
@@ -132,9 +132,9 @@ def _times(grad: Any, weight: Tensor, equal: Tensor) -> Any:
 
 @contextlib.contextmanager
 def weighted_statistics(step: GlobalBatch) -> Iterator[None]:
-    """Weight what a step adds to BatchNormalization's moving statistics by this rank's number of samples.
+    """Weight the step's update of BatchNormalization's moving statistics by this rank's number of samples.
 
-    A rank without samples keeps its statistics. Layers that normalize by all ranks' samples weight them already.
+    A rank without samples keeps its statistics. Layers that normalize over all ranks already apply these weights.
     """
     if not step.partial:
         yield
@@ -154,19 +154,19 @@ def weighted_statistics(step: GlobalBatch) -> Iterator[None]:
 
 
 def as_keras(batch: Any) -> Any:
-    """Return a batch, or what describes one, as Keras knows it."""
+    """Return a batch, or its specification, in the form that Keras expects."""
     return batch.batch if isinstance(batch, Dealt) else batch
 
 
 def mean_update(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Change `keras.metrics.Mean.update_state`: a mean loss weighs as much as the samples it stands for."""
+    """Replace `keras.metrics.Mean.update_state`: weight a mean loss by its number of samples."""
 
     @functools.wraps(original)
     def update_state(self: Any, values: Any, sample_weight: Any = None) -> Any:
         step = current()
         if step is not None and step.partial and step.counts_rows(self):
             if sample_weight is None:
-                # In a graph Keras does not know the number of rows: it averages outputs' losses over batches.
+                # In a graph Keras does not know the number of rows and averages the losses of outputs over batches.
                 values = values * tf.cast(step.weight, values.dtype)
             else:
                 sample_weight = tf.cast(step.own, self.dtype)
@@ -176,7 +176,7 @@ def mean_update(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def metrics_update(original: Callable[..., Any]) -> Callable[..., Any]:
-    """Change the update of compiled metrics: a rank without samples adds nothing."""
+    """Replace the update of compiled metrics: a rank without samples adds nothing."""
 
     @functools.wraps(original)
     def update_state(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:

@@ -1,4 +1,4 @@
-"""One rank's part of one global batch, for `fit` and for a loop of the user's own."""
+"""Take one rank's part of a global batch, for `fit` and for custom training loops."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -28,12 +28,12 @@ class Part:
     rows: Rows
 
     def dealt(self) -> Any:
-        """Return the part as `fit` and `evaluate` read it: on several ranks with the numbers of samples."""
+        """Return the part for `fit` and `evaluate`: on several ranks with the numbers of samples."""
         batch = packed(self.x, self.y, self.weight)
         return batch if self.rows.size == 1 else Dealt(batch, np.array([self.rows.own, self.rows.total]))
 
     def weighted(self, keep: bool) -> Any:
-        """Return x, (x, y) or (x, y, sample_weight) for a loop of the user's own.
+        """Return x, (x, y) or (x, y, sample_weight) for a custom training loop.
 
         The mean of weighted losses on each rank, averaged over the ranks, is the mean over the samples.
 
@@ -64,7 +64,7 @@ def part_of(batch: tuple[Any, Any, Any], rows: Rows, class_weight: dict[int, flo
 
 
 def class_weights(y: Any, class_weight: dict[int, float]) -> np.ndarray:
-    """Returns each sample's weight by its class, as `fit(class_weight=...)` finds it.
+    """Return each sample's weight by its class, as `fit(class_weight=...)` computes it.
 
     Args:
         y: Class numbers of shape (samples,) or (samples, 1), or one-hot rows.
@@ -85,13 +85,13 @@ def class_weights(y: Any, class_weight: dict[int, float]) -> np.ndarray:
 
 
 def refuse_both(sample_weight: Any) -> None:
-    """Raises ValueError where samples that have weights are to be weighted by class too."""
+    """Raise ValueError if both sample weights and class weights are given."""
     if sample_weight is not None:
         raise ValueError("hvd.shard: give class_weight or a sample_weight, not both, as Keras demands.")
 
 
 def packed(x: Any, y: Any, weight: Any) -> Any:
-    """Return x, (x, y) or (x, y, sample_weight), as every training step of Keras takes it."""
+    """Return x, (x, y) or (x, y, sample_weight), as a training step of Keras takes it."""
     if weight is not None:
         return x, y, weight
     if y is not None:

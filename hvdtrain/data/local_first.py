@@ -1,4 +1,4 @@
-"""One rank does the work, the others wait and find it done: downloads, caches, anything on a shared disk."""
+"""Let one rank do work first while the others wait: downloads, caches, other work on a shared disk."""
 
 import contextlib
 import queue
@@ -11,32 +11,32 @@ from hvdtrain import runtime
 from hvdtrain.collectives.engine import Engine, ranks_text
 from hvdtrain.data.collective_errors import raise_reported, share_failures
 
-REMIND = 60.0  # seconds after which a waiting rank says whom it waits for
+REMIND = 60.0  # seconds after which a waiting rank prints which ranks it waits for
 
 
 @contextlib.contextmanager
 def first_on_node(timeout: float = 1800.0) -> Iterator[bool]:
-    """Lets one rank of each host run a block first, so that a download to a local disk happens once a host.
+    """Let one rank of each host run a block first, so that a download to a local disk happens once per host.
 
-    The others wait, then run the same block and find the files there:
+    The other ranks wait, then run the same block and find the files:
 
     ```python
     with hvd.first_on_node():
         (x, y), _ = keras.datasets.mnist.load_data()
     ```
 
-    All ranks must come to it, and the block must not communicate.
+    All ranks must reach this block, and it must not communicate.
 
     Args:
-        timeout: Seconds that the others wait for the first to be done.
+        timeout: Seconds that the other ranks wait for the first.
 
     Yields:
-        True on a rank that is first, False on those that waited.
+        True on a rank that runs first, False on those that waited.
 
     Raises:
         TimeoutError: On the waiting ranks, after `timeout` seconds. The ranks cannot communicate any more.
-        RuntimeError: On every other rank, if the block failed on one that was first; its error is quoted.
-        MismatchError: On every rank, if some ranks do something else meanwhile.
+        RuntimeError: On every other rank, if the block failed on a rank that runs it first; its error is quoted.
+        MismatchError: On every rank, if some ranks call another operation.
     """
     with _first("hvd.first_on_node", lambda local_rank, rank: local_rank == 0, timeout) as mine:
         yield mine
@@ -44,13 +44,13 @@ def first_on_node(timeout: float = 1800.0) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def first_overall(timeout: float = 1800.0) -> Iterator[bool]:
-    """Lets rank 0 run a block first, so that work on a disk that all hosts share happens once.
+    """Let rank 0 run a block first, so that work on a disk shared by all hosts is done once.
 
-    The others wait, then run the same block and find it done. All ranks must come to it, and the block must
-    not communicate.
+    The other ranks wait, then run the same block and find the work done. All ranks must reach this block, and
+    it must not communicate.
 
     Args:
-        timeout: Seconds that the others wait for rank 0 to be done.
+        timeout: Seconds that the other ranks wait for rank 0.
 
     Yields:
         True on rank 0, False on those that waited.
@@ -58,7 +58,7 @@ def first_overall(timeout: float = 1800.0) -> Iterator[bool]:
     Raises:
         TimeoutError: On the waiting ranks, after `timeout` seconds. The ranks cannot communicate any more.
         RuntimeError: On every other rank, if the block failed on rank 0; its error is quoted.
-        MismatchError: On every rank, if some ranks do something else meanwhile.
+        MismatchError: On every rank, if some ranks call another operation.
     """
     with _first("hvd.first_overall", lambda local_rank, rank: rank == 0, timeout) as mine:
         yield mine
@@ -89,7 +89,7 @@ def _raise(what: str, failures: list[str]) -> None:
 
 
 def _waited(engine: Engine, what: str, first: list[int], timeout: float) -> list[str]:
-    """Waits for the first ranks, in a thread of its own because a collective has no time limit."""
+    """Wait for the first ranks, in a separate thread because a collective has no time limit."""
     results: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
     def wait() -> None:

@@ -1,11 +1,11 @@
 """Make a model's losses on the ranks' parts of a batch add up to the loss of the whole batch.
 
-The mean over ranks, each weighted by its samples, is right for a loss that is a mean over samples. Others are
-found out at the first step: a loss is computed on this rank's batch and on two parts of it. If it is the sum of its
+The mean over ranks, each weighted by its samples, is right for a loss that is a mean over samples. Other losses are
+detected at the first step: a loss is computed on this rank's batch and on two parts of it. If it is the sum of its
 parts, it is scaled. If it is neither their mean nor their sum, no scaling makes it right, and rank 0 warns.
 
-What Keras divides by other numbers than that of samples, valid steps of a mask and sums of weights, is divided by
-the numbers of all ranks.
+Keras divides some losses by the number of valid steps of a mask or by a sum of weights. These are divided by the
+numbers of all ranks.
 """
 
 import contextlib
@@ -33,37 +33,37 @@ Tensor = Any
 UNKNOWN, MEAN, SUM, OTHER = range(4)
 _MEANS = ("mean", "sum_over_batch_size")
 
-# What a loss does while it is compared with its parts: nothing but what concerns its own rows.
+# Set while a loss is compared with its parts: then it must depend on its own rows only.
 _comparing: ContextVar[bool] = ContextVar("a loss is compared with its parts", default=False)
-# A loss may compute others, which are parts of it.
+# Set while a loss is computed: it may call other losses, which must not be scaled again.
 _inside: ContextVar[bool] = ContextVar("a loss is computed, of which others may be parts", default=False)
 
 
 @dataclass(frozen=True)
 class _Loss:
-    """One loss of a model: what it is called, and the variable that holds its kind."""
+    """One loss of a model: its name, and the variable that holds its kind."""
 
     name: str
     kind: tf.Variable
 
 
 class Losses:
-    """What is known of the losses of one model: whether each is a mean over samples, a sum, or neither."""
+    """The kinds of the losses of one model: a mean over samples, a sum, or neither."""
 
     def __init__(self) -> None:
         self._known: dict[Any, _Loss] = {}
         self._reported: set[str] = set()
-        self.added = 0  # losses from add_loss that this step has come to
+        self.added = 0  # number of losses from add_loss that this step has computed
 
     def factor(
         self, step: GlobalBatch, key: Any, name: str, compute: Callable[[Any], Tensor], given: Any
     ) -> Tensor:
-        """Return what a loss is multiplied by so that the weighted mean over ranks is the loss of the whole.
+        """Return the factor of a loss with which the weighted mean over ranks is the loss of the global batch.
 
         Args:
             step: The step that runs.
-            key: Tells the losses of the model apart.
-            name: What the loss is called in a warning.
+            key: Identifies the loss among those of the model.
+            name: Name of the loss in a warning.
             compute: Computes the loss of rows.
             given: This rank's rows, a nest of tensors.
 
@@ -80,9 +80,7 @@ class Losses:
 
         try:
             kind = tf.cond(tf.equal(variable, UNKNOWN), compare, lambda: tf.identity(variable))
-        except (
-            Exception
-        ):  # a loss that cannot be computed on fewer rows, or a model that is called in another way
+        except Exception:  # the loss cannot be computed on fewer rows, or the model needs other arguments
             kind = variable.assign(OTHER, read_value=True)
         return tf.where(tf.equal(kind, SUM), step.times_own, 1.0)
 
@@ -100,11 +98,11 @@ class Losses:
 
 
 def install() -> None:
-    """Change how Keras computes losses, for steps on sharded data only.
+    """Change the computation of losses in Keras, for steps on sharded data only.
 
     - `Loss.__call__` and `Model._aggregate_additional_loss` scale losses that are sums over samples.
     - `apply_mask` and `reduce_values` divide by the numbers of valid steps and by the weights of all ranks.
-    - `reduce_weighted_values` refuses weights that would be multiplied along another axis than the samples.
+    - `reduce_weighted_values` rejects weights that would be multiplied along another axis than the samples.
     """
     replace(keras.Loss, "__call__", _of_all_samples)
     if hasattr(keras.Model, "_aggregate_additional_loss"):  # from Keras 3.6 on
@@ -138,7 +136,7 @@ def _added_of_all_samples(aggregate: Callable[..., Any]) -> Callable[..., Any]:
         place = step.losses.added
         step.losses.added += 1
         if place >= len(self.losses) - len(self._get_regularization_losses()):
-            return aggregate(self, loss)  # a penalty on weights, which knows nothing of samples
+            return aggregate(self, loss)  # a penalty on weights, which does not depend on samples
         x, _, _ = keras.utils.unpack_x_y_sample_weight(step.batch)
 
         def added(rows: Any) -> Any:
@@ -158,7 +156,7 @@ def _added_of_all_samples(aggregate: Callable[..., Any]) -> Callable[..., Any]:
 def _over_all_valid_steps(apply_mask: Callable[..., Any]) -> Callable[..., Any]:
     def over_all_valid_steps(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
         if mask is not None and reduction in _MEANS and _comparing.get():
-            return apply_mask(sample_weight, mask, dtype, "sum")  # 0 and 1, whatever the other rows
+            return apply_mask(sample_weight, mask, dtype, "sum")  # 0 and 1, independent of the other rows
         result = apply_mask(sample_weight, mask, dtype, reduction)
         step = current()
         if mask is None or reduction not in _MEANS or step is None or not step.together:
@@ -179,9 +177,8 @@ def _over_all_weights(reduce_values: Callable[..., Any]) -> Callable[..., Any]:
     ) -> Any:
         weighted = reduction == "mean_with_sample_weight" and sample_weight is not None
         if weighted and _comparing.get():
-            return reduce_values(
-                values, None, "sum_over_batch_size"
-            )  # not divided by what depends on other rows
+            # Not divided by the sum of weights, which depends on other rows.
+            return reduce_values(values, None, "sum_over_batch_size")
         result = reduce_values(values, sample_weight, reduction)
         step = current()
         if not weighted or step is None or not step.together:
@@ -204,10 +201,10 @@ def _with_weights_of_samples(reduce: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _check_axes(values: Any, sample_weight: Any) -> None:
-    """Refuse weights that Keras would multiply along the last axis of the losses instead of the samples.
+    """Raise ValueError for weights that Keras would multiply along the last axis of the losses, not the samples.
 
-    One process raises an error unless that axis happens to be as long as the batch. On several ranks it may happen
-    to be as long as a rank's part of it, and each process would train on other weights without a word.
+    One process raises an error unless that axis is as long as the batch. On several ranks it may be as long as a
+    rank's part of the batch, and each process would train with wrong weights without an error.
     """
     losses, weights = keras_loss.squeeze_or_expand_to_same_rank(
         tf.convert_to_tensor(values), tf.convert_to_tensor(sample_weight)
@@ -234,7 +231,7 @@ def _sum_over_ranks(step: GlobalBatch, numbers: Sequence[Tensor]) -> Tensor:
 
 
 def _kind(compute: Callable[[Any], Tensor], given: Any) -> Tensor:
-    """Compare a loss of this rank's rows with those of their two halves; a single row is taken twice.
+    """Compare the loss of this rank's rows with the losses of their two halves; a single row is used twice.
 
     Args:
         compute: Computes the loss of rows.
@@ -256,7 +253,7 @@ def _kind(compute: Callable[[Any], Tensor], given: Any) -> Tensor:
     allowed = scale * np.sqrt(np.finfo(values[0].dtype.as_numpy_dtype).eps)
     is_mean = tf.abs(whole - (sizes[1] * one + sizes[2] * other) / sizes[0]) <= allowed
     is_sum = tf.abs(whole - one - other) <= allowed
-    # Both where the loss is 0, as at the start of some: the next step will tell.
+    # A loss of 0 is both, as some are at the start: the next step decides.
     kind = tf.where(is_mean, tf.where(is_sum, UNKNOWN, MEAN), tf.where(is_sum, SUM, OTHER))
     return tf.cast(tf.where(tf.math.is_finite(scale), kind, UNKNOWN), tf.int64)
 
@@ -280,7 +277,7 @@ def _set(flag: ContextVar[bool]) -> Iterator[None]:
 
 
 def _scaled(value: Tensor, factor: Tensor) -> Tensor:
-    """Multiply a loss; of one that Keras was told not to reduce only the gradient, since Keras logs its mean."""
+    """Multiply a loss; if it is not reduced, multiply only its gradient, since Keras logs its mean."""
     factor = tf.cast(factor, value.dtype)
     if value.shape.rank == 0:
         return value * factor

@@ -1,4 +1,4 @@
-"""How a `tf.data.Dataset` is divided: every rank takes its rows of each global batch, or reads its own files."""
+"""Divide a `tf.data.Dataset`: every rank takes its rows of each global batch, or reads its own files."""
 
 import dataclasses
 from typing import Any
@@ -15,15 +15,15 @@ _FILE_POLICY = 1  # AutoShardPolicy.FILE
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """How the samples are divided, whatever they come from.
+    """Parameters of the division among ranks, for files and for rows.
 
     Args:
         batch_size: The global batch.
         rank: This rank.
         size: Number of ranks.
         keep: Whether a last batch that is not full is trained on; else it is left out.
-        buffer: Samples among which `tf.data` shuffles; 0 keeps the order.
-        reshuffled: Whether the user's data set shuffles itself anew each time it is read.
+        buffer: Size of the shuffle buffer in samples; 0 keeps the order.
+        reshuffled: Whether the user's data set shuffles itself again each time it is read.
         class_weight: Weights by class, or None.
     """
 
@@ -37,20 +37,20 @@ class Division:
 
     @property
     def rows(self) -> int:
-        """Rows of a rank in each step."""
+        """Rows of one rank in each step."""
         return self.batch_size // self.size
 
 
 @dataclasses.dataclass(frozen=True)
 class ByRows:
-    """Every rank reads everything and takes its rows of each global batch.
+    """Division by rows: every rank reads all samples and takes its rows of each global batch.
 
     Args:
         dataset: Samples, or global batches.
         batched: Whether they are global batches already.
-        division: How they are divided.
-        steps: Global batches an epoch, None where that is unknown.
-        partial: Whether a batch may be not full.
+        division: Parameters of the division.
+        steps: Global batches per epoch; None if unknown.
+        partial: Whether a batch may not be full.
     """
 
     dataset: tf.data.Dataset
@@ -60,7 +60,7 @@ class ByRows:
     partial: bool
 
     def epoch(self, seeds: tf.Tensor, start: tf.Tensor, dealt: bool) -> tf.data.Dataset:
-        """Returns this rank's part of the batches of one epoch, from step `start` on."""
+        """Return this rank's part of the batches of one epoch, from step `start` on."""
         dataset = shuffled(self.dataset, self.division.buffer, seeds)
         if not self.batched:
             dataset = dataset.batch(self.division.batch_size, drop_remainder=not self.division.keep)
@@ -75,7 +75,7 @@ class ByRows:
             return _dealt(batch, total, total, division, dealt)
         slots = division.rank + division.size * tf.range(division.rows, dtype=tf.int64)
         own = tf.reduce_sum(tf.cast(slots < total, tf.int64))
-        if division.keep:  # else all batches are full, and their number of rows stays known
+        if division.keep:  # else all batches are full, and the static number of rows is kept
             slots = slots[: tf.maximum(own, 1)] % total
         taken = tf.nest.map_structure(lambda leaf: tf.gather(leaf, slots), batch)
         return _dealt(taken, own, total, division, dealt)
@@ -83,12 +83,12 @@ class ByRows:
 
 @dataclasses.dataclass(frozen=True)
 class ByFiles:
-    """Every rank reads files of its own.
+    """Division by files: every rank reads its own files.
 
     Args:
         dataset: The samples of this rank's files.
         counts: Number of samples of each rank.
-        division: How batches are made of them.
+        division: Parameters of the division.
     """
 
     dataset: tf.data.Dataset
@@ -97,7 +97,7 @@ class ByFiles:
 
     @property
     def steps(self) -> int:
-        """Steps an epoch, the same on all ranks."""
+        """Steps per epoch, the same on all ranks."""
         return _steps(self.counts, self.division)
 
     @property
@@ -109,7 +109,7 @@ class ByFiles:
         """Return the batches of one epoch, from step `start` on."""
         rows = self.division.rows
         samples = shuffled(self.dataset, self.division.buffer, seeds)
-        # All ranks take the same number of steps: where samples run out, some are read once more and not counted.
+        # All ranks take the same number of steps: a rank without further samples reads some again, with weight 0.
         batches = samples.repeat().take(self.steps * rows).batch(rows, drop_remainder=True).enumerate()
         parted = lambda step, batch: self._part(step, batch, dealt)  # noqa: E731
         return batches.skip(start).map(parted, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
@@ -124,7 +124,7 @@ class ByFiles:
 
 
 def own_files(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
-    """Makes a rank open every size-th file only: TensorFlow's auto-sharding, which moves the division upstream."""
+    """Let a rank open every size-th file only, by TensorFlow's auto-sharding of the reading operation."""
     specs = {
         "output_types": tf.nest.flatten(tf.compat.v1.data.get_output_types(dataset)),
         "output_shapes": tf.nest.flatten(tf.compat.v1.data.get_output_shapes(dataset)),
@@ -141,20 +141,20 @@ def own_files(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset
 
 
 def count_samples(dataset: tf.data.Dataset, batched: bool) -> int:
-    """Reads a data set once and counts its samples."""
+    """Read a data set once and count its samples."""
     rows = (lambda *batch: _count(batch)) if batched else (lambda *sample: tf.constant(1, tf.int64))
-    return int(dataset.map(rows).reduce(tf.constant(0, tf.int64), lambda total, each: total + each))
+    return int(dataset.map(rows).reduce(tf.constant(0, tf.int64), lambda total, count: total + count))
 
 
 def balanced(counts: tuple[int, ...], division: Division) -> bool:
-    """Tells whether dividing by files costs no step more, and loses no batch, against dividing by samples."""
+    """Return whether division by files gives as many steps as division by samples, and every rank has samples."""
     total = sum(counts)
     best = -(-total // division.batch_size) if division.keep else total // division.batch_size
     return min(counts) > 0 and _steps(counts, division) == best
 
 
 def shuffled(dataset: tf.data.Dataset, buffer: int, seeds: tf.Tensor) -> tf.data.Dataset:
-    """Shuffles by both seeds and nothing else: `shuffle(seed=)` would mix in each process's global seed."""
+    """Shuffle with exactly these seeds: `shuffle(seed=)` would also use each process's global seed."""
     if not buffer:
         return dataset
     variant = tf.raw_ops.ShuffleDataset(
@@ -183,10 +183,10 @@ def _dealt(batch: Any, own: tf.Tensor, total: tf.Tensor, division: Division, dea
 
     Args:
         batch: The rows, in a tuple of x, y and sample_weight.
-        own: How many of them are samples; where there is none, a row that stands in for one.
+        own: How many of them are samples of this rank; if 0, there is one row with weight 0.
         total: How many samples the global batch holds.
-        division: How the samples are divided.
-        dealt: Whether the numbers of samples come along; else they are in the weights.
+        division: Parameters of the division.
+        dealt: Whether to return the numbers of samples; else the weights include them.
     """
     x, y, weight = unpacked(batch)
     if division.class_weight is not None:

@@ -1,4 +1,4 @@
-"""A user's `keras.utils.PyDataset`: its batches are divided among the ranks, or dealt out whole."""
+"""Divide a user's `keras.utils.PyDataset`: split each batch among the ranks, or give each rank whole batches."""
 
 import contextlib
 import dataclasses
@@ -16,10 +16,10 @@ from hvdtrain.data.sample_plan import Rows, deal, permutation
 
 @dataclasses.dataclass(frozen=True)
 class BatchSource:
-    """Batches that the user's own `__getitem__` makes.
+    """Batches that the user's `__getitem__` makes.
 
-    With `batch_size` equal to the rows of a batch, every rank makes every batch and takes its part. With
-    `batch_size` a multiple of it for each rank, a rank makes only the batches that are its own.
+    If `batch_size` equals the rows of a batch, every rank makes every batch and takes its part. If `batch_size`
+    is a multiple of rows times size, a rank makes only its own batches.
 
     Args:
         dataset: The user's data set.
@@ -29,7 +29,7 @@ class BatchSource:
         rank: This rank.
         size: Number of ranks.
         shuffle: Whether each epoch takes the batches in a new order.
-        seed: With the epoch, all that the order depends on.
+        seed: Seed of the order, together with the epoch.
         remainder: "keep" or "drop".
         class_weight: Weights by class, or None.
     """
@@ -47,7 +47,7 @@ class BatchSource:
 
     @property
     def batches(self) -> int:
-        """Number of the user's batches that are read; a last one that is not full may be dropped."""
+        """Number of the user's batches that are read, without a last batch that is dropped."""
         count = int(self.dataset.num_batches)
         return count - 1 if self.remainder == "drop" and self.last < self.rows else count
 
@@ -64,13 +64,13 @@ class BatchSource:
         return self.remainder == "keep" and not full and self.size > 1
 
     def part(self, epoch: int, step: int) -> Part:
-        """Makes the batches of a step and takes this rank's rows."""
+        """Make the batches of a step and take this rank's rows."""
         group = self.order(epoch)[step * self._group : (step + 1) * self._group]
         batch, rows = self._divided(group[0]) if self._group == 1 else self._whole(group)
         return part_of(structures.unpacked(batch), rows, self.class_weight)
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the order of the user's batches; a last one that is not full stays last in whole groups."""
+        """Return the order of the user's batches; with whole batches, a last one that is not full stays last."""
         if not self.shuffle:
             return np.arange(self.batches)
         if self._group == 1 or self.last == self.rows:
@@ -79,23 +79,23 @@ class BatchSource:
         return np.append(permutation(full, self.seed, epoch), np.arange(full, self.batches))
 
     def weighted(self, class_weight: dict[int, float]) -> "BatchSource":
-        """Returns the same batches with weights by class."""
+        """Return a source of the same batches with weights by class."""
         return dataclasses.replace(self, class_weight=class_weight)
 
     def facts(self) -> list[tuple[str, str]]:
-        """States what must be the same on all ranks; inputs may be augmented at random, targets are not."""
+        """Return the facts that must be the same on all ranks: targets, since inputs may be augmented at random."""
         x, y, _ = _batch(self.dataset, 0)
         part, name = (x, "x of batch 0") if y is None else (y, "y of batch 0")
         counts = f"{self.dataset.num_batches} batches of {self.rows}, the last of {self.last}"
         return [("the number of batches", counts), *structures.described(part, name)]
 
     def begin(self, epoch: int) -> None:
-        """Lets the user's data set prepare an epoch, with the same random numbers on all ranks."""
+        """Call the user's `on_epoch_begin` with the same random numbers on all ranks."""
         with _seeded(self.seed, epoch, 0):
             self.dataset.on_epoch_begin()
 
     def end(self, epoch: int) -> None:
-        """Lets the user's data set end an epoch; many shuffle themselves here."""
+        """Call the user's `on_epoch_end`, where many data sets shuffle themselves."""
         with _seeded(self.seed, epoch, 1):
             self.dataset.on_epoch_end()
 
@@ -114,24 +114,24 @@ class BatchSource:
         return batch, deal(count, self.rank, self.size)
 
     def _whole(self, group: np.ndarray) -> tuple[Any, Rows]:
-        each = self._group // self.size
-        mine = group[self.rank * each : (self.rank + 1) * each]
+        count = self._group // self.size
+        mine = group[self.rank * count : (self.rank + 1) * count]
         found = [_batch(self.dataset, int(index)) for index in (mine if len(mine) else group[:1])]
         batch = tuple(_joined(parts) for parts in zip(*found, strict=True))
         own = structures.length(batch) if len(mine) else 0
-        # Only the last batch may be smaller, and a group holds it or not on all ranks alike.
+        # Only the last batch may be smaller; whether the group holds it is the same on all ranks.
         short = self.rows - self.last if int(self.dataset.num_batches) - 1 in group else 0
         return batch, Rows(np.arange(max(own, 1)), own, len(group) * self.rows - short, self.size)
 
 
 def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, make: Any) -> BatchSource:
-    """Looks at the first and the last batch of a user's data set.
+    """Make a source after reading the first and the last batch of a user's data set.
 
     Args:
         dataset: The user's data set.
         batch_size: The global batch; None for the data set's own.
         size: Number of ranks.
-        make: Makes the source from what was found.
+        make: Function that makes the source from batch_size, rows and last.
 
     Raises:
         ValueError: If the data set is empty or endless, or its batches cannot be divided.
@@ -162,20 +162,20 @@ def _batch(dataset: keras.utils.PyDataset, index: int) -> tuple[Any, Any, Any]:
 
 
 def _joined(parts: Any) -> Any:
-    flat = [[leaf for _, leaf in structures.leaves(each)] for each in parts]
+    flat = [[leaf for _, leaf in structures.leaves(part)] for part in parts]
     joined = iter([np.concatenate(column) for column in zip(*flat, strict=True)])
     return structures.mapped(lambda leaf, _: next(joined), parts[0])
 
 
 @contextlib.contextmanager
 def _seeded(seed: int, epoch: int, moment: int) -> Iterator[None]:
-    """Gives `random` and `np.random` the same state on all ranks, and then their own back."""
-    ours, numpys = random.getstate(), np.random.get_state()
+    """Set `random` and `np.random` to the same state on all ranks, and restore their states afterwards."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
     common = int(np.random.SeedSequence((seed, epoch, moment)).generate_state(1)[0])
     random.seed(common)
     np.random.seed(common)
     try:
         yield
     finally:
-        random.setstate(ours)
-        np.random.set_state(numpys)
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

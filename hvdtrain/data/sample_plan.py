@@ -1,4 +1,4 @@
-"""Which rank reads which samples: index arithmetic, the same on every rank and without any communication."""
+"""Compute which rank reads which samples, identically on every rank and without communication."""
 
 import operator
 from dataclasses import dataclass
@@ -13,8 +13,8 @@ REMAINDERS = ("keep", "drop")
 class Rows:
     """One rank's part of one global batch.
 
-    A rank that gets no sample, because the batch holds fewer samples than there are ranks, reads one all the
-    same: it has to take the step with the others. Its `own` is 0, so that the sample counts nothing there.
+    A rank without samples, because the batch holds fewer samples than there are ranks, still reads one row: it has
+    to take the step with the others. Its `own` is 0, so that this row has weight 0.
 
     Args:
         take: Positions within the global batch, shape (max(own, 1),).
@@ -30,30 +30,30 @@ class Rows:
 
     @property
     def weight(self) -> float:
-        """What a mean over this rank's samples weighs in a mean over ranks that is the mean over samples."""
+        """Weight of this rank's mean with which the mean over ranks is the mean over samples."""
         return self.own * self.size / self.total
 
 
 def deal(count: int, rank: int, size: int) -> Rows:
-    """Deals a global batch of `count` samples out like cards: the ranks' parts differ by one sample at most."""
+    """Divide a global batch of `count` samples: sample i goes to rank i % size, so parts differ by one at most."""
     take = np.arange(rank, count, size)
     return Rows(take if len(take) else np.zeros(1, int), len(take), count, size)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Divides `length` samples into global batches, and those among the ranks.
+    """Division of `length` samples into global batches, and of those among the ranks.
 
-    Batch s of an epoch holds the same samples whatever the number of ranks is; only who reads them differs.
+    Batch s of an epoch holds the same samples for any number of ranks; only the assignment to ranks differs.
 
     Args:
         length: Number of samples.
-        batch_size: Samples a step over all ranks; a multiple of `size`.
+        batch_size: Samples per step over all ranks; a multiple of `size`.
         rank: This rank.
         size: Number of ranks.
         shuffle: Whether each epoch has a new order.
-        seed: With the epoch, all that the order depends on.
-        remainder: What becomes of a last batch that is not full: "keep" or "drop".
+        seed: Seed of the order, together with the epoch.
+        remainder: Treatment of a last batch that is not full: "keep" or "drop".
     """
 
     length: int
@@ -75,7 +75,7 @@ class Plan:
 
     @property
     def steps(self) -> int:
-        """Number of global batches an epoch, the same on all ranks."""
+        """Number of global batches per epoch, the same on all ranks."""
         dropped = self.remainder == "drop"
         return self.length // self.batch_size if dropped else -(-self.length // self.batch_size)
 
@@ -85,27 +85,27 @@ class Plan:
         return self.steps * self.batch_size > self.length
 
     def order(self, epoch: int) -> np.ndarray:
-        """Returns the order of the samples in an epoch, int64 of shape (length,)."""
+        """Return the order of the samples in an epoch, int64 of shape (length,)."""
         return permutation(self.length, self.seed, epoch) if self.shuffle else np.arange(self.length)
 
     def part(self, order: np.ndarray, step: int) -> tuple[np.ndarray, Rows]:
-        """Returns the indices of this rank's samples at a step, and its part of the global batch."""
+        """Return the indices of this rank's samples at a step, and its part of the global batch."""
         batch = order[step * self.batch_size : (step + 1) * self.batch_size]
         rows = deal(len(batch), self.rank, self.size)
         return batch[rows.take], rows
 
 
 def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
-    """Returns the order that a seed and an epoch stand for, on every rank and machine alike (Philox)."""
+    """Return the order for a seed and an epoch, the same on every rank and machine (Philox)."""
     bits = np.random.Philox(np.random.SeedSequence((seed, epoch)))
     return np.random.Generator(bits).permutation(length)
 
 
 def checked_batch_size(batch_size: Any, size: int) -> int:
-    """Returns the global batch as an int.
+    """Return the global batch as an int.
 
     Raises:
-        ValueError: If it is missing, not positive, or does not divide by the ranks; the nearest are named.
+        ValueError: If it is missing, not positive, or not a multiple of the number of ranks; the nearest are named.
         TypeError: If it is no integer.
     """
     if batch_size is None:
@@ -128,7 +128,7 @@ def checked_batch_size(batch_size: Any, size: int) -> int:
 
 
 def checked_remainder(remainder: Any) -> str:
-    """Return "keep" or "drop"; "pad" is what "keep" was called up to version 0.1.
+    """Return "keep" or "drop"; "pad" is the name of "keep" up to version 0.1.
 
     Raises:
         ValueError: For any other value.
@@ -144,7 +144,7 @@ def checked_remainder(remainder: Any) -> str:
 
 
 def checked_count(value: Any, name: str) -> int:
-    """Returns `value` as an int of at least 0, or raises a TypeError or ValueError that names it."""
+    """Return `value` as an int of at least 0, or raise a TypeError or ValueError that names it."""
     try:
         number = operator.index(value)
     except TypeError:

@@ -1,4 +1,4 @@
-"""`hvd.shard`: every sample once an epoch over all ranks, and the same number of steps on each."""
+"""Implement `hvd.shard`: every sample once per epoch over all ranks, and the same number of steps on each."""
 
 import types
 import warnings
@@ -32,7 +32,7 @@ _OF_A_GENERATOR = (
     "tf.data.Dataset can be checked, shuffled and resumed."
 )
 
-# What `hvd.shard` returns.
+# The types that `hvd.shard` returns.
 Sharded = ShardedDataset | datasets.ShardedTFDataset | ShardedGenerator
 
 _Found = tuple[Callable[[], Any], list[tuple[str, str]], str | None]
@@ -67,48 +67,49 @@ def shard(
     epoch: int = 0,
     step: int = 0,
 ) -> Any:
-    """Gives each rank its part of the data: an epoch sees every sample exactly once, in equal steps on all ranks.
+    """Give each rank its part of the data: an epoch sees every sample exactly once, in equal steps on all ranks.
 
-    Load the same, whole data on every rank and call this on every rank; it makes sure of that. Give the result
+    Load the same, whole data on every rank and call this on every rank; both are checked. Pass the result
     to `model.fit` without `batch_size`. N ranks then learn what one process learns from the same batches:
     step s of an epoch holds the same samples whatever N is, and averages are over samples, not over ranks.
 
     The order is drawn from `(seed, epoch)` alone (Philox; Salmon et al. 2011, "Parallel random numbers: as easy
-    as 1, 2, 3"), so all ranks know it without asking.
+    as 1, 2, 3"), so all ranks compute it without communication.
 
     Args:
         data: One of
             - arrays: x, (x, y) or (x, y, sample_weight), each an array of shape (samples, …) or a dict or
               tuple of such arrays;
             - a `tf.data.Dataset` of samples or of batches. Records from files are divided by files where
-              that makes no step more (the files are read once to count), else each rank takes its rows of
+              that needs no extra step (the files are read once to count), else each rank takes its rows of
               every batch;
-            - a `keras.utils.PyDataset`, whose batches are the global ones, or, with a `batch_size` that gives
-              each rank whole batches, a rank's;
-            - a generator of global batches, of which neither length nor order can be checked.
-        batch_size: Samples a step over all ranks together; a multiple of the number of ranks. What is batched
-            already may leave it out, unless it comes from a generator.
+            - a `keras.utils.PyDataset`, whose batches are global batches, or, with a `batch_size` that gives
+              each rank whole batches, the batches of one rank;
+            - a generator of global batches, whose length and order cannot be checked.
+        batch_size: Samples per step over all ranks; a multiple of the number of ranks. It may be left out for data
+            that is batched already, except for a generator.
         shuffle: Whether each epoch has a new order. By default arrays and PyDatasets are shuffled, as in
             `fit`, and a `tf.data.Dataset` keeps its own order. For a `tf.data.Dataset` also the number of
             samples to shuffle among; True means all, or 10000 where the length is unknown.
-        seed: With the epoch, all that the order depends on; the same on all ranks.
-        remainder: What becomes of a last batch that is not full. "keep" trains on it: the ranks' parts then
-            differ by one sample, and count by their number of samples; "drop" leaves it out.
+        seed: Seed of the order, together with the epoch; the same on all ranks.
+        remainder: Treatment of a last batch that is not full. "keep" trains on it: the ranks' parts then
+            differ by one sample, and are weighted by their number of samples; "drop" leaves it out.
         class_weight: Weight of each class, as in `fit`.
-        epoch: The epoch to begin with, and
-        step: how many of its steps are done already: what `state()` of the result returned.
+        epoch: The epoch to begin with, as `state()` of the result returned it.
+        step: The number of steps of that epoch that are done, as `state()` of the result returned it.
 
     Returns:
-        What `model.fit` and `model.evaluate` take and a loop can go through: a `keras.utils.PyDataset`, for a
-        `tf.data.Dataset` a `tf.data.Dataset`, for a generator an iterator. `fit` reads what was given; a loop
-        gets (x, y, sample_weight), with "drop" (x, y) where there are no weights. `len()` is the number of steps.
+        Data for `model.fit`, `model.evaluate` or a loop: a `keras.utils.PyDataset`, for a `tf.data.Dataset` a
+        `tf.data.Dataset`, for a generator an iterator. `fit` reads the structure that was given; a loop gets
+        (x, y, sample_weight), with "drop" (x, y) if there are no weights. `len()` is the number of steps.
 
     Raises:
-        ValueError: On every rank, if an argument is not one of its values, `batch_size` does not divide (the
-            nearest are named), arrays differ in length (each is named), or the data is empty or endless.
-        TypeError: If `batch_size`, `seed`, `epoch` or `step` is no integer, `class_weight` no dict, or data is of
-            another kind.
-        MismatchError: On every rank, if the ranks hold different data or ask for different things.
+        ValueError: On every rank, if an argument has an invalid value, `batch_size` is not a multiple of the
+            number of ranks (the nearest are named), arrays differ in length (each is named), or the data is empty
+            or endless.
+        TypeError: If `batch_size`, `seed`, `epoch` or `step` is no integer, `class_weight` is no dict, or the data
+            has another type.
+        MismatchError: On every rank, if the ranks hold different data or pass different arguments.
         RuntimeError: If another rank cannot read its data; its error is quoted.
     """
     engine = runtime.engine()
@@ -131,7 +132,7 @@ def shard(
 def _checked(
     batch_size: Any, shuffle: Any, seed: Any, remainder: Any, epoch: Any, step: Any, engine: Engine
 ) -> _Request:
-    counts = [checked_count(*each) for each in ((seed, "seed"), (epoch, "epoch"), (step, "step"))]
+    counts = [checked_count(seed, "seed"), checked_count(epoch, "epoch"), checked_count(step, "step")]
     size = None if batch_size is None else checked_batch_size(batch_size, engine.size)
     if shuffle is not None and not isinstance(shuffle, bool):
         shuffle = checked_count(shuffle, "shuffle")
@@ -140,14 +141,14 @@ def _checked(
 
 @dataclass(frozen=True)
 class _Local:
-    """What one rank can find out about its data without asking the others."""
+    """The data of one rank, read without communication."""
 
     data: Any
     engine: Engine
     class_weight: dict[int, float] | None
 
     def read(self, request: _Request) -> _Found:
-        """Returns what makes the result once all agree, what they have to agree on, and what a user is told."""
+        """Return a function that makes the result, the facts that all ranks compare, and a warning or None."""
         kinds = [("the kind of data", type(self.data).__name__), *request.facts()]
         if isinstance(self.data, Sharded):
             raise ValueError("hvd.shard: this data is sharded already.")

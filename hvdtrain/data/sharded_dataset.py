@@ -1,4 +1,4 @@
-"""What `hvd.shard` returns for arrays and PyDatasets: a PyDataset of this rank's parts."""
+"""Provide this rank's parts of arrays and PyDatasets as a PyDataset, the result of `hvd.shard`."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -18,10 +18,10 @@ class ShardedDataset(keras.utils.PyDataset):
     into it (`data[0]`, `next(iter(data))`) changes nothing.
 
     Args:
-        source: Where the samples come from.
-        position: The epoch and step it is at.
-        window: Steps that are read at a time, where that is not what is left of an epoch.
-        dealt: Whether batches come with the numbers of samples, as `fit` and `evaluate` read them.
+        source: The source of the samples.
+        position: The current epoch and step.
+        window: Steps that are read at a time; by default the rest of the epoch.
+        dealt: Whether batches include the numbers of samples, as `fit` and `evaluate` read them.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class ShardedDataset(keras.utils.PyDataset):
         return self.num_batches
 
     def part(self, index: int) -> Part:
-        """Returns what this rank trains on at a step, counted from where the epoch was resumed."""
+        """Return this rank's part of a step, counted from the step at which the epoch was resumed."""
         if not 0 <= index < self.num_batches:
             raise IndexError(f"step {index} of an epoch with {self.num_batches} steps")
         return self.source.part(*self.position.at(index, self.steps))
@@ -75,34 +75,34 @@ class ShardedDataset(keras.utils.PyDataset):
         self.end()
 
     def begin(self) -> None:
-        """Begins an epoch, or begins it again after a look inside."""
+        """Begin an epoch, or begin it again after a batch was read as a test."""
         self.position.done = 0
         self.source.begin(self.position.epoch)
 
     def end(self) -> None:
-        """Ends the epoch, after which the next has another order; or the window, which may lie across several."""
+        """End the epoch, so that the next has another order; or the window, which may span several epochs."""
         before, count = self.position.epoch, self.num_batches
         self.position.advance(count, self.steps)
         for past in range(before, self.position.epoch):
             self.source.end(past)
 
     def state(self) -> dict[str, int]:
-        """Tells where training is: {"epoch": …, "step": …} continues there, on any number of ranks.
+        """Return the position {"epoch": …, "step": …}, from which any number of ranks can continue.
 
         Returns:
-            Keyword arguments for `hvd.shard`: the epoch, and how many of its steps are done. Inside `fit`
-            and inside a loop over this object these are the steps whose batches were trained on.
+            Keyword arguments for `hvd.shard`: the epoch, and the number of its steps that are done. Inside
+            `fit` and inside a loop over this object these are the steps whose batches were trained on.
         """
         epoch, step = self.position.at(self.position.done, self.steps)
         return {"epoch": epoch, "step": step}
 
     def go_on(self, epoch: int, step: int, read: int) -> None:
-        """Goes to a position without reading what lies before it; a user's PyDataset sees the epochs pass.
+        """Move to a position without reading the data before it; a user's PyDataset is notified of the epochs.
 
         Args:
             epoch: The epoch.
             step: The step in it.
-            read: Batches that lie before.
+            read: Number of batches before it.
         """
         for past in range(self.position.epoch, epoch):
             self.source.begin(past)
@@ -112,6 +112,6 @@ class ShardedDataset(keras.utils.PyDataset):
     def reading(
         self, position: Position, window: int | None, dealt: bool, class_weight: dict[int, float] | None
     ) -> "ShardedDataset":
-        """Returns the same data from a position on, as an adapter of Keras wants to read it."""
+        """Return the same data from a position on, in the form that the Keras adapter reads."""
         source = self.source if class_weight is None else self.source.weighted(class_weight)
         return ShardedDataset(source, position, window, dealt)

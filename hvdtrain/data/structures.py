@@ -1,4 +1,4 @@
-"""Nests of arrays: x, (x, y) and (x, y, sample_weight), each of them an array, a dict or a tuple of arrays."""
+"""Work with nests of arrays: x, (x, y) and (x, y, sample_weight), each an array, a dict or a tuple of arrays."""
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -8,29 +8,29 @@ import keras
 import numpy as np
 
 NAMES = ("x", "y", "sample_weight")
-_MANY = 10  # more arrays than an error names
+_MANY = 10  # an error names at most this many arrays
 
 
 def unpacked(data: Any) -> tuple[Any, Any, Any]:
-    """Returns x, y and sample_weight, None for what is not there; a tuple or list is read as Keras does."""
+    """Return x, y and sample_weight, None for a missing one; a tuple or list is read as in Keras."""
     if not isinstance(data, tuple | list) or _is_numbers(data):
         return data, None, None
     if not 1 <= len(data) <= 3 or data[0] is None:
         raise ValueError(
-            "hvd.shard: data must be x, (x, y) or (x, y, sample_weight); several inputs go into a dict or a "
-            f"tuple of their own, as in ((x1, x2), y). Received: a {type(data).__name__} of {len(data)}."
+            "hvd.shard: data must be x, (x, y) or (x, y, sample_weight); several inputs go into their own "
+            f"dict or tuple, as in ((x1, x2), y). Received: a {type(data).__name__} of {len(data)}."
         )
     return (*data, None, None)[:3]
 
 
 def all_arrays(parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
-    """Turns the leaves of x, y and sample_weight into NumPy arrays; see `arrays`."""
-    x, y, weight = (arrays(each, name) for each, name in zip(parts, NAMES, strict=True))
+    """Convert the leaves of x, y and sample_weight to NumPy arrays; see `arrays`."""
+    x, y, weight = (arrays(part, name) for part, name in zip(parts, NAMES, strict=True))
     return x, y, weight
 
 
 def arrays(value: Any, name: str) -> Any:
-    """Turns the leaves of a nest into NumPy arrays without copying those that are.
+    """Convert the leaves of a nest to NumPy arrays; arrays are not copied.
 
     Raises:
         TypeError: If a leaf cannot be indexed by samples.
@@ -39,25 +39,25 @@ def arrays(value: Any, name: str) -> Any:
 
 
 def mapped(function: Callable[[Any, str], Any], value: Any, name: str = "") -> Any:
-    """Calls `function(leaf, name)` for each leaf of a nest; None stays None, and lists become tuples."""
+    """Call `function(leaf, name)` for each leaf of a nest; None stays None, and lists become tuples."""
     if value is None:
         return None
     if isinstance(value, dict):
-        return {key: mapped(function, each, f"{name}[{key!r}]") for key, each in value.items()}
+        return {key: mapped(function, item, f"{name}[{key!r}]") for key, item in value.items()}
     if isinstance(value, tuple | list) and not _is_numbers(value):
-        return tuple(mapped(function, each, f"{name}[{i}]") for i, each in enumerate(value))
+        return tuple(mapped(function, item, f"{name}[{i}]") for i, item in enumerate(value))
     return function(value, name)
 
 
 def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yields the leaves of a nest with names such as x['image'] or y[0]."""
+    """Yield the leaves of a nest with names such as x['image'] or y[0]."""
     found: list[tuple[str, Any]] = []
     mapped(lambda leaf, path: found.append((path, leaf)), value, name)
     return iter(found)
 
 
 def length(parts: tuple[Any, Any, Any]) -> int:
-    """Returns the number of samples.
+    """Return the number of samples.
 
     Raises:
         ValueError: If arrays have different lengths (each is named), or one has no dimension.
@@ -85,24 +85,24 @@ def length(parts: tuple[Any, Any, Any]) -> int:
 
 
 def rows(value: Any, indices: np.ndarray) -> Any:
-    """Takes rows from every leaf; floats become `keras.config.floatx()`, as in `fit` with arrays."""
+    """Take rows from every leaf; floats become `keras.config.floatx()`, as in `fit` with arrays."""
     return mapped(lambda leaf, _: as_keras(leaf[indices]), value)
 
 
 def as_keras(array: np.ndarray) -> np.ndarray:
-    """Casts floats of other widths to `keras.config.floatx()`."""
+    """Cast floats of other widths to `keras.config.floatx()`."""
     if array.dtype.kind == "f":
         return array.astype(keras.config.floatx(), copy=False)
     return array
 
 
 def all_described(parts: tuple[Any, Any, Any]) -> list[tuple[str, str]]:
-    """States what ranks compare of x, y and sample_weight; see `described`."""
-    return [fact for each, name in zip(parts, NAMES, strict=True) for fact in described(each, name)]
+    """Return the facts of x, y and sample_weight that ranks compare; see `described`."""
+    return [fact for part, name in zip(parts, NAMES, strict=True) for fact in described(part, name)]
 
 
 def described(part: Any, label: str) -> list[tuple[str, str]]:
-    """States what ranks compare: dtype and shape of every leaf, and a checksum of some of its samples."""
+    """Return the facts that ranks compare: dtype and shape of every leaf, and a checksum of some samples."""
     facts = []
     for name, leaf in leaves(part, label):
         picked = np.unique(np.linspace(0, len(leaf) - 1, min(len(leaf), 16)).astype(int))
@@ -112,21 +112,25 @@ def described(part: Any, label: str) -> list[tuple[str, str]]:
 
 
 def checksum(array: Any, before: int = 0) -> int:
-    """Returns the CRC-32 of an array's bytes, or of its text where it holds Python objects, after another's."""
+    """Return the CRC-32 of an array's bytes, or of its text if it holds Python objects.
+
+    Args:
+        array: The array.
+        before: CRC-32 of preceding data, which this one continues.
+    """
     array = np.ascontiguousarray(array)
     if array.dtype.hasobject:
         return zlib.crc32(repr(array.tolist()).encode(), before)
-    return zlib.crc32(
-        array.reshape(-1).view(np.uint8), before
-    )  # without a copy of what may be a whole data set
+    # A view, because a copy of a whole data set could exceed the memory.
+    return zlib.crc32(array.reshape(-1).view(np.uint8), before)
 
 
 def checksum_of_all(leaves: Iterable[np.ndarray], rows: int | None = None) -> int:
-    """Returns the CRC-32 over several arrays, their shapes and dtypes included.
+    """Return the CRC-32 over several arrays, their shapes and dtypes included.
 
     Args:
         leaves: The arrays.
-        rows: About how many rows of each are looked at, evenly spread; None for all.
+        rows: Approximate number of rows of each that are read, evenly spread; None for all.
     """
     value = 0
     for array in leaves:

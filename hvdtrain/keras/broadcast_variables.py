@@ -1,4 +1,4 @@
-"""Variables that must be the same everywhere, made so."""
+"""Copy the values of variables from one rank to all."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -17,24 +17,24 @@ def broadcast_variables(
     process_set: ProcessSet = global_process_set,
     inplace: bool = False,
 ) -> None:
-    """Gives the variables of all ranks the values of one; for training loops of your own.
+    """Set the variables of all ranks to the values of one rank; for custom training loops.
 
     Args:
         variables: Keras or TensorFlow variables, the same list on all ranks: `model.weights`,
             `optimizer.variables`.
-        root_rank: The rank whose values all take.
-        process_set: The ranks among which they are broadcast; only these call this.
-        inplace: Accepted for Horovod's sake; no variable is made anew either way.
+        root_rank: The rank whose values are copied.
+        process_set: The ranks that take part; only these call this.
+        inplace: Accepted for compatibility with Horovod; variables are always assigned in place.
 
     Raises:
         ValueError: If there is no such rank, or `hvd.init()` was not called.
-        MismatchError: On every rank, if the ranks hold other variables, shapes or dtypes.
+        MismatchError: On every rank, if the variables, shapes or dtypes differ between the ranks.
     """
     engine = engine_of(process_set)
     root = engine.check_root(root_rank, "broadcast_variables")
     if engine.size > 1 and not variables:
         engine.warn(NOTHING)
-    details = [f"{each.dtype} {tuple(each.shape)}" for each in variables]
+    details = [f"{variable.dtype} {tuple(variable.shape)}" for variable in variables]
     engine.agree(described_call("broadcast of variables", variables, details, weights_only=False))
     for variable in variables:
         value = engine.broadcast(np.asarray(variable.numpy()), root_rank)

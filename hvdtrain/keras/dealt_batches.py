@@ -1,4 +1,4 @@
-"""Whole batches dealt to the ranks in turn: together they see the very batches that one process would see."""
+"""Distribute whole batches to the ranks in turn, so that together they read the batches of one process."""
 
 import itertools
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ import tensorflow as tf
 
 from hvdtrain.data import dataset_graph, datasets, structures
 
-BATCH = 32  # Keras' own, where nobody says otherwise
+BATCH = 32  # the default of Keras
 
 Facts = list[tuple[str, str]]
 
@@ -32,9 +32,9 @@ class Arrays:
 
     @classmethod
     def of(cls, parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None) -> "Arrays":
-        """Reads nests of what becomes arrays; of `steps` batches, if that is given."""
+        """Convert nests to arrays, of at most `steps` batches."""
         x, y, weight = (
-            each if each is None else keras.tree.map_structure(np.asarray, _numbers(each)) for each in parts
+            None if part is None else keras.tree.map_structure(np.asarray, _numbers(part)) for part in parts
         )
         named = (
             structures.arrays(x, "x"),
@@ -46,34 +46,36 @@ class Arrays:
         return cls((x, y, weight), length, batch_size)
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether there is at least one batch for every rank."""
         return self.length >= size
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks."""
+        """Return the facts that must be the same on all ranks."""
         return [("the number of samples", str(self.length)), *structures.all_described(self.parts)]
 
     def dealt(self, rank: int, size: int) -> "Arrays":
-        """Returns a rank's batches; they are smaller where there would be fewer than ranks."""
+        """Return a rank's batches; they are smaller if there would be fewer batches than ranks."""
         batch_size = max(1, min(self.batch_size, self.length // size))
         places = np.arange(self.length)
         mine = places[places // batch_size % size == rank]
-        parts = [
-            each if each is None else keras.tree.map_structure(lambda leaf: leaf[mine], each)
-            for each in self.parts
-        ]
-        return Arrays((parts[0], parts[1], parts[2]), len(mine), batch_size)
+        x, y, weight = (
+            None if part is None else keras.tree.map_structure(lambda leaf: leaf[mine], part)
+            for part in self.parts
+        )
+        return Arrays((x, y, weight), len(mine), batch_size)
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes.
+        """Return the arguments of `model.evaluate`.
 
-        Of arrays whose length divides by the batch Keras weighs the losses of several outputs by samples, of
-        others by batches. Of a data set with an open first dimension it does the same on all ranks.
+        For arrays whose length is a multiple of the batch size Keras weights the losses of several outputs by
+        samples, for others by batches. For a data set with an unknown first dimension it does the same on all
+        ranks.
         """
         given = structures.all_arrays(self.parts)
-        parts = [structures.mapped(lambda leaf, _: structures.as_keras(leaf), each) for each in given]
-        used = 3 if parts[2] is not None else 2 if parts[1] is not None else 1
-        return {"x": tf.data.Dataset.from_tensor_slices(tuple(parts[:used])).batch(self.batch_size)}
+        parts = [structures.mapped(lambda leaf, _: structures.as_keras(leaf), part) for part in given]
+        while parts[-1] is None:
+            parts.pop()
+        return {"x": tf.data.Dataset.from_tensor_slices(tuple(parts)).batch(self.batch_size)}
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ class Pipeline:
 
     @classmethod
     def of(cls, dataset: tf.data.Dataset, batch_size: int | None, steps: int | None) -> "Pipeline":
-        """Takes the first `steps` batches; samples are batched before.
+        """Take the first `steps` batches; samples are batched first.
 
         Raises:
             ValueError: If the data set is endless or empty.
@@ -97,21 +99,21 @@ class Pipeline:
         return cls(dataset)
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether there is at least one batch for every rank."""
         known = int(self.dataset.cardinality())
-        return (
-            known >= size if known >= 0 else next(iter(self.dataset.skip(size - 1).take(1)), None) is not None
-        )
+        if known >= 0:
+            return known >= size
+        return next(iter(self.dataset.skip(size - 1).take(1)), None) is not None
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks.
+        """Return the facts that must be the same on all ranks.
 
         Raises:
-            ValueError: If each rank would read the batches in an order of its own.
+            ValueError: If each rank would read the batches in a different order.
         """
         if dataset_graph.shuffles_without_seed(self.dataset) or dataset_graph.in_any_order(self.dataset):
             raise ValueError(
-                "Each rank would read this data set in an order of its own, because it is shuffled without a seed, "
+                "Each rank would read this data set in its own order, because it is shuffled without a seed, "
                 "or made with deterministic=False. Give the data set as it is before shuffling."
             )
         return [
@@ -120,11 +122,11 @@ class Pipeline:
         ]
 
     def dealt(self, rank: int, size: int) -> "Pipeline":
-        """Returns a rank's batches; the rank reads all of them and keeps its own."""
+        """Return a rank's batches; the rank reads all of them and keeps its own."""
         return Pipeline(self.dataset.shard(size, rank))
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes."""
+        """Return the arguments of `model.evaluate`."""
         return {"x": self.dataset}
 
     def __iter__(self) -> Iterator[Any]:
@@ -135,8 +137,8 @@ class Batches(keras.utils.PyDataset):
     """Some batches of a `keras.utils.PyDataset`.
 
     Args:
-        dataset: The whole.
-        places: Which of its batches.
+        dataset: The whole data set.
+        places: Indices of its batches.
     """
 
     def __init__(self, dataset: keras.utils.PyDataset, places: range) -> None:
@@ -147,11 +149,11 @@ class Batches(keras.utils.PyDataset):
 
     @classmethod
     def of(cls, dataset: keras.utils.PyDataset, steps: int | None) -> "Batches":
-        """Takes the first `steps` batches."""
-        counts = [each for each in (dataset.num_batches, steps) if each is not None]
+        """Take the first `steps` batches."""
+        counts = [count for count in (dataset.num_batches, steps) if count is not None]
         if not counts:
             raise ValueError(
-                "This PyDataset is endless: it has no length. Say steps=…, how many batches to take."
+                "This PyDataset is endless: it has no length. Give steps=…, the number of batches to take."
             )
         return cls(dataset, range(min(counts)))
 
@@ -164,24 +166,24 @@ class Batches(keras.utils.PyDataset):
         return len(self._places)
 
     def __getitem__(self, index: int) -> Any:
-        if not 0 <= index < len(self._places):  # how a loop learns where the end is
+        if not 0 <= index < len(self._places):  # ends a loop over this object
             raise IndexError(f"batch {index} of {len(self._places)}")
         return self._dataset[self._places[index]]
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether there is at least one batch for every rank."""
         return len(self) >= size
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks."""
+        """Return the facts that must be the same on all ranks."""
         return [("the number of batches", str(len(self)))]
 
     def dealt(self, rank: int, size: int) -> "Batches":
-        """Returns a rank's batches; no other is made."""
+        """Return a rank's batches; no others are made."""
         return Batches(self._dataset, self._places[rank::size])
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes."""
+        """Return the arguments of `model.evaluate`."""
         return {"x": self}
 
 
@@ -194,45 +196,47 @@ class Stream:
 
     @classmethod
     def of(cls, batches: Iterator[Any], steps: int | None, size: int) -> "Stream":
-        """Reads one batch for each rank ahead, and all of them `steps` at most."""
+        """Take at most `steps` batches, of which one for each rank is read now."""
         batches = itertools.islice(batches, steps)
         return cls(batches, tuple(itertools.islice(batches, size)))
 
     def enough(self, size: int) -> bool:
-        """Tells whether no rank would go without."""
+        """Return whether there is at least one batch for every rank."""
         return len(self.first) >= size
 
     def facts(self) -> Facts:
-        """States what must be the same on all ranks."""
+        """Return the facts that must be the same on all ranks."""
         return [("the number of its first batches", str(len(self.first)))]
 
     def dealt(self, rank: int, size: int) -> "Stream":
-        """Returns a rank's batches; the rank makes all of them and keeps its own."""
+        """Return a rank's batches; the rank makes all of them and keeps its own."""
         return Stream(itertools.islice(iter(self), rank, None, size), ())
 
     def arguments(self) -> dict[str, Any]:
-        """Returns what `model.evaluate` takes."""
-        return {"x": (each for each in self)}
+        """Return the arguments of `model.evaluate`."""
+        return {"x": (batch for batch in self)}
 
     def __iter__(self) -> Iterator[Any]:
         return itertools.chain(self.first, self.batches)
 
 
-Deck = Arrays | Pipeline | Batches | Stream
+DealtData = Arrays | Pipeline | Batches | Stream
 
 
-def deck(parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None, size: int) -> Deck:
-    """Reads what a user calls data.
+def dealt_data(
+    parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None, size: int
+) -> DealtData:
+    """Return the batches of the data that a user has passed.
 
     Args:
-        parts: x, y and sample_weight; of what holds its targets itself, that alone.
-        batch_size: Samples of a batch, where the data is not batched already.
-        steps: How many batches to take; None for all.
+        parts: x, y and sample_weight; only x if it contains the targets.
+        batch_size: Samples per batch, if the data is not batched already.
+        steps: Number of batches to take; None for all.
         size: Number of ranks.
 
     Raises:
-        ValueError: If there are no samples, or no end, or arrays differ in length.
-        TypeError: If it is none of the kinds of data that there are.
+        ValueError: If the data is empty or endless, or arrays differ in length.
+        TypeError: If the data has an unsupported type.
     """
     x = parts[0]
     if isinstance(x, tf.data.Dataset):
@@ -248,6 +252,6 @@ def deck(parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None,
 
 
 def _numbers(value: Any) -> Any:
-    """Returns a list of plain numbers as an array: it is one leaf, not many."""
+    """Return a list of plain numbers as an array, so that it is one leaf of the nest."""
     is_list = isinstance(value, list | tuple) and bool(value)
     return np.asarray(value) if is_list and isinstance(value[0], int | float | str | bytes) else value

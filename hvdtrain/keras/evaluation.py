@@ -1,6 +1,5 @@
-"""`hvd.evaluate` and `hvd.predict`: the work divided among the ranks, the result that of one process."""
+"""Evaluate and predict on all ranks: divide the data among them, and return the result of one process."""
 
-import itertools
 from typing import Any
 
 import keras
@@ -14,7 +13,7 @@ from hvdtrain.data.shard import Sharded
 from hvdtrain.keras.callbacks.error_propagation import telling
 from hvdtrain.keras.callbacks.membership import engine_of
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
-from hvdtrain.keras.dealt_batches import Arrays, Deck, Facts, deck
+from hvdtrain.keras.dealt_batches import Arrays, DealtData, Facts, dealt_data
 
 
 def evaluate(
@@ -28,26 +27,26 @@ def evaluate(
     callbacks: Any = None,
     return_dict: bool = False,
 ) -> Any:
-    """Evaluates a model on all ranks at once, each on its part of the data, exactly as one process would.
+    """Evaluate a model on all ranks, each on its part of the data, with the result of one process.
 
-    The batches are those of `model.evaluate`, dealt to the ranks in turn, and the states of all metrics are
-    combined, not their results: loss, AUC, F1, MeanIoU and all others are those of the whole data, on every
-    rank. All ranks call this with the same, whole data.
+    The batches of `model.evaluate` are distributed to the ranks in turn, and the states of all metrics are
+    combined, not their results: loss, AUC, F1, MeanIoU and all others are those of the whole data, on every rank.
+    All ranks call this with the same, whole data.
 
     Args:
         model: A compiled model, the same on all ranks.
         data: x, (x, y) or (x, y, sample_weight) of arrays; or batches of these: a `tf.data.Dataset`, a
-            `keras.utils.PyDataset`, or a generator; or what `hvd.shard` returned.
-        y: Targets, where `data` holds the inputs only.
+            `keras.utils.PyDataset`, or a generator; or the result of `hvd.shard`.
+        y: Targets, if `data` contains the inputs only.
         batch_size: Samples of a batch on one rank; 32 by default.
-        verbose: As for `model.evaluate`; the other ranks than rank 0 print nothing.
-        sample_weight: Weights, likewise.
-        steps: How many batches to take, over all ranks; None for all.
+        verbose: As for `model.evaluate`; only rank 0 prints.
+        sample_weight: Weights, if `data` contains the inputs only.
+        steps: Number of batches to take, over all ranks; None for all.
         callbacks: As for `model.evaluate`.
         return_dict: True for a dict by names of metrics, False for a list in their order.
 
     Returns:
-        What `model.evaluate` returns, the same on all ranks.
+        The result of `model.evaluate`, the same on all ranks.
 
     Raises:
         ValueError: If the model trains on a process set, the data is empty or endless, its order is not the same
@@ -57,7 +56,9 @@ def evaluate(
     """
     engine = _world(model, "hvd.evaluate")
     part, divided = _part(engine, data, (y, sample_weight), batch_size, steps)
-    given = callbacks if isinstance(callbacks, list | tuple) else [callbacks] * (callbacks is not None)
+    given = callbacks
+    if not isinstance(given, list | tuple):
+        given = [] if callbacks is None else [callbacks]
     with telling(engine, "hvd.evaluate"):
         return model.evaluate(
             **part,
@@ -75,10 +76,10 @@ def predict(
     steps: int | None = None,
     root_rank: int | None = None,
 ) -> Any:
-    """Predicts on all ranks at once, each for its part of the data, and returns all of it in the order of the data.
+    """Predict on all ranks, each for its part of the data, and return all predictions in the order of the data.
 
-    The batches are those of `model.predict`, dealt to the ranks in turn. All ranks call this with the same, whole
-    data. Of a `tf.data.Dataset` or generator every rank reads the whole, and predicts for its part.
+    The batches of `model.predict` are distributed to the ranks in turn. All ranks call this with the same, whole
+    data. Every rank reads a `tf.data.Dataset` or generator completely, and predicts for its part.
 
     Args:
         model: A model, the same on all ranks.
@@ -86,11 +87,11 @@ def predict(
             `tf.data.Dataset`, a `keras.utils.PyDataset`, or a generator.
         batch_size: Samples of a batch on one rank; 32 by default.
         verbose: As for `model.predict`, on rank 0; only arrays have a progress bar.
-        steps: How many batches to take, over all ranks; None for all.
-        root_rank: The only rank to get the prediction, which saves the memory of the others; None for all.
+        steps: Number of batches to take, over all ranks; None for all.
+        root_rank: The only rank that gets the predictions, which saves memory on the others; None for all.
 
     Returns:
-        What `model.predict` returns: an array of shape (samples, ...), or a nest of them. None on other ranks
+        The result of `model.predict`: an array of shape (samples, ...), or a nest of arrays. None on ranks other
         than `root_rank`.
 
     Raises:
@@ -110,7 +111,7 @@ def predict(
 
 
 def _world(model: keras.Model, function: str) -> Engine:
-    """Returns the engine of all ranks, once it is known that they hold the same model."""
+    """Return the engine of all ranks, after checking that they have the same model."""
     world = runtime.engine()
     if engine_of(model) is not world:
         raise ValueError(
@@ -118,7 +119,8 @@ def _world(model: keras.Model, function: str) -> Engine:
             "Call model.evaluate or model.predict on its ranks."
         )
     facts = [
-        (f"weight {each.path}", f"checksum {structures.checksum(each.numpy()):08x}") for each in model.weights
+        (f"weight {weight.path}", f"checksum {structures.checksum(weight.numpy()):08x}")
+        for weight in model.weights
     ]
     compare(
         world,
@@ -131,13 +133,16 @@ def _world(model: keras.Model, function: str) -> Engine:
 
 
 def _part(
-    engine: Engine, data: Any, beside: tuple[Any, Any], batch_size: int | None, steps: int | None
+    engine: Engine, data: Any, y_and_weight: tuple[Any, Any], batch_size: int | None, steps: int | None
 ) -> tuple[dict[str, Any], bool]:
-    """Returns what this rank evaluates, and whether it is a part: where some rank would have none, all take all."""
+    """Return the arguments of this rank's `evaluate`, and whether they are a part of the data.
+
+    If there are fewer batches than ranks, every rank evaluates the whole data.
+    """
     if isinstance(data, Sharded):
-        return {"x": data, "y": beside[0], "sample_weight": beside[1], "steps": steps}, True
-    apart = beside[0] is None and isinstance(data, tuple)
-    parts = structures.unpacked(data) if apart else (data, *beside)
+        return {"x": data, "y": y_and_weight[0], "sample_weight": y_and_weight[1], "steps": steps}, True
+    apart = y_and_weight[0] is None and isinstance(data, tuple)
+    parts = structures.unpacked(data) if apart else (data, *y_and_weight)
     whole = _whole(engine, "hvd.evaluate", parts, batch_size, steps)
     if not together(engine, "hvd.evaluate", lambda: whole.enough(engine.size)):
         return whole.arguments(), False
@@ -146,13 +151,13 @@ def _part(
 
 def _whole(
     engine: Engine, function: str, parts: tuple[Any, Any, Any], batch_size: int | None, steps: int | None
-) -> Deck:
-    """Reads what the user calls data, once it is known to be the same on all ranks."""
+) -> DealtData:
+    """Return the batches of the data, after checking that it is the same on all ranks."""
 
-    def read() -> tuple[Deck, Facts]:
+    def read() -> tuple[DealtData, Facts]:
         if isinstance(parts[0], Sharded):
             raise TypeError(f"{function} divides the data itself: give it what you gave to hvd.shard.")
-        whole = deck(parts, batch_size, steps, engine.size)
+        whole = dealt_data(parts, batch_size, steps, engine.size)
         return whole, whole.facts()
 
     whole, facts = together(engine, function, read)
@@ -160,12 +165,12 @@ def _whole(
     return whole
 
 
-def _predicted(model: keras.Model, whole: Deck, engine: Engine, verbose: Any) -> list[Any]:
-    """Returns the outputs of this rank's batches."""
+def _predicted(model: keras.Model, whole: DealtData, engine: Engine, verbose: Any) -> list[Any]:
+    """Return the outputs of this rank's batches."""
     mine = whole.dealt(engine.rank, engine.size)
     if not isinstance(mine, Arrays):
         model.make_predict_function()
-        return [_numpy(model.predict_function([_as_batch(each)])) for each in mine]
+        return [_numpy(model.predict_function([_as_batch(batch)])) for batch in mine]
     if not mine.length:
         return []
     outputs = model.predict(mine.parts[0], mine.batch_size, verbose)
@@ -177,7 +182,7 @@ def _predicted(model: keras.Model, whole: Deck, engine: Engine, verbose: Any) ->
 
 
 def _as_batch(batch: Any) -> tuple[Any, ...]:
-    """Returns what Keras' adapters would make of a batch: x alone in a tuple."""
+    """Return a batch as Keras' adapters do: a single x in a tuple."""
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
 
 
@@ -186,19 +191,20 @@ def _numpy(outputs: Any) -> Any:
 
 
 def _in_order(engine: Engine, outputs: list[Any], root_rank: int | None) -> Any:
-    """Joins all ranks' outputs, batch after batch as they stand in the data."""
-    leaves = [keras.tree.flatten(each) for each in outputs]
-    counts = [len(each[0]) for each in leaves]
+    """Join the outputs of all ranks, in the order of the batches in the data."""
+    leaves = [keras.tree.flatten(output) for output in outputs]
+    counts = [len(arrays[0]) for arrays in leaves]
     pattern = keras.tree.pack_sequence_as(outputs[0], list(range(len(leaves[0])))) if outputs else None
     empty = [np.asarray(leaf)[:0] for leaf in leaves[0]] if outputs else []
     everyone = engine.allgather_object((pattern, empty, counts))
     pattern, empty, _ = everyone[0]
     if not empty:
         raise ValueError("hvd.predict: the data holds no samples.")
-    order = _places([each for _, _, each in everyone])
+    order = _places([rank_counts for _, _, rank_counts in everyone])
     joined = []
     for index, nothing in enumerate(empty):
-        whole = _gathered(engine, np.concatenate([nothing, *(each[index] for each in leaves)]), root_rank)
+        rows = np.concatenate([nothing, *(arrays[index] for arrays in leaves)])
+        whole = _gathered(engine, rows, root_rank)
         joined.append(whole[order] if root_rank in (None, runtime.engine().rank) else None)
     if joined[0] is None:
         return None
@@ -206,14 +212,20 @@ def _in_order(engine: Engine, outputs: list[Any], root_rank: int | None) -> Any:
 
 
 def _places(counts: list[list[int]]) -> np.ndarray:
-    """Returns where each row of the data stands among the rows of rank 0, those of rank 1, and so on."""
-    ends = np.cumsum([count for rank in counts for count in rank])
-    blocks = iter(
-        [np.arange(end - count, end) for end, count in zip(ends, itertools.chain(*counts), strict=True)]
-    )
-    ranks = [[next(blocks) for _ in rank] for rank in counts]
+    """Return the position of each row of the data in the rows of rank 0, followed by those of rank 1, and so on.
+
+    Args:
+        counts: For each rank the number of rows in each of its batches.
+    """
+    blocks: list[list[np.ndarray]] = []
+    start = 0
+    for batch_counts in counts:
+        blocks.append([])
+        for count in batch_counts:
+            blocks[-1].append(np.arange(start, start + count))
+            start += count
     batches = range(sum(map(len, counts)))
-    return np.concatenate([ranks[batch % len(ranks)][batch // len(ranks)] for batch in batches])
+    return np.concatenate([blocks[batch % len(blocks)][batch // len(blocks)] for batch in batches])
 
 
 def _gathered(engine: Engine, rows: np.ndarray, root_rank: int | None) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Notes in this rank's heartbeat where its training is, so that whoever waits for it can be told."""
+"""Record epoch and step of the training in this rank's heartbeat, for messages about ranks that wait for it."""
 
 import functools
 import importlib
@@ -15,10 +15,10 @@ from hvdtrain.patching import replace
 
 @functools.cache
 def note_lines() -> None:
-    """Note whether Keras has left a progress bar on the current line, so that a message starts a new one."""
+    """Record whether Keras has left a progress bar on the current line, so that a message starts a new one."""
     printing = importlib.import_module("keras.src.utils.io_utils")
 
-    def noting(print_message: Callable[..., None]) -> Callable[..., None]:
+    def recording(print_message: Callable[..., None]) -> Callable[..., None]:
         def run(message: Any, line_break: bool = True) -> None:
             print_message(message, line_break)
             if str(message) and printing.is_interactive_logging_enabled():
@@ -26,17 +26,17 @@ def note_lines() -> None:
 
         return run
 
-    replace(printing, "print_msg", noting)
+    replace(printing, "print_msg", recording)
 
 
 class Progress(keras.callbacks.Callback):
-    """Counts epochs and steps over the whole training, with what was resumed or fitted before.
+    """Counts epochs and steps over the whole training, including earlier `fit` calls and resumed runs.
 
     Args:
-        already: How many of the first epoch's batches were trained on before, and will be passed over.
+        already: Number of batches of the first epoch that were trained on before and will be skipped.
     """
 
-    # Where Keras calls callbacks beside the training, in a thread, this one is no reason not to.
+    # Allows Keras to call callbacks asynchronously, in a thread.
     async_safe = True
 
     def __init__(self, already: int = 0) -> None:
@@ -47,37 +47,37 @@ class Progress(keras.callbacks.Callback):
         self._first = 0
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Notes the epoch."""
+        """Record the epoch."""
         self._epoch = epoch
         heartbeat.at(epoch, self._step, "beginning of an epoch")
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-        """Notes the step that begins."""
+        """Record the step that begins."""
         if self._step is None:
             self._step = self._earlier()
         self._first = batch
         heartbeat.at(self._epoch, self._step + 1)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Counts the steps that have ended: several, where Keras runs them as one."""
+        """Count the steps that have ended: several, if Keras runs them as one."""
         assert self._step is not None
         self._step += batch - self._first + 1
         heartbeat.at(self._epoch, self._step)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Notes that the epoch's steps are done."""
+        """Record that the epoch's steps are done."""
         heartbeat.at(epoch, self._step, "end of an epoch")
 
     def on_test_begin(self, logs: Any = None) -> None:
-        """Notes the validation."""
+        """Record the validation."""
         heartbeat.at(self._epoch, self._step, "validation")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Notes the end."""
+        """Record the end."""
         heartbeat.at(self._epoch, self._step, "after model.fit")
 
     def _earlier(self) -> int:
-        """Asks the optimizer once, when whoever resumes a training has done so."""
-        counts = [getattr(each, "iterations", None) for each in optimizers_of(self.model)]
-        known = [int(each) for each in counts if each is not None]
+        """Return the steps done before this `fit`, read from the optimizer after a resume has restored it."""
+        counts = [getattr(optimizer, "iterations", None) for optimizer in optimizers_of(self.model)]
+        known = [int(count) for count in counts if count is not None]
         return max(known, default=0) - self._already

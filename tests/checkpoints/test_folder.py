@@ -9,9 +9,8 @@ import time
 
 import pytest
 
-from hvdtrain.checkpoints.folder import DamagedError, Folder, check
+from hvdtrain.checkpoints.folder import DamagedError, Folder, Writer, check
 from hvdtrain.checkpoints.lock import InUseError, Lock
-from hvdtrain.checkpoints.writer import Writer
 
 FILES = {"model.weights.h5": bytes(range(256)) * 4096, "state.json": b"{}"}
 
@@ -165,5 +164,5 @@ def test_the_lock_names_who_holds_it_and_dies_with_its_process(folder):
     lock = Lock(folder.path)
     with pytest.raises(InUseError, match="by another model"):
         Lock(folder.path)
-    lock.give_back()
-    Lock(folder.path).give_back()
+    lock.release()
+    Lock(folder.path).release()

@@ -89,7 +89,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
     assert stopped > 0 and resumed(requeued) == [0, stopped]
 
     assert trained.ended() == "COMPLETED", trained.output
-    assert "because SIGUSR1 asked it to" in trained.output and "going on from" in trained.output
+    assert "because SIGUSR1 asked it to" in trained.output and "resuming from" in trained.output
     assert "trained for 240 steps" in trained.output
 
     assert limited.ended(timeout=300) == "COMPLETED", limited.output

@@ -451,7 +451,7 @@ def test_a_restarted_job_goes_on_from_the_disk(monkeypatch, folder, capfd, order
     filled(model, 3.0)
     _, history = elastic_fit(model, order)
     said = capfd.readouterr().err
-    assert (f"goes on from the last commit (epoch {epoch}" in said) == (hvd.rank() == 0), said
+    assert (f"resuming from the last commit (epoch {epoch}" in said) == (hvd.rank() == 0), said
     assert_as_without_interruption(model, history if epoch == 0 else None)
     assert sorted(history) == list(range(epoch, EPOCHS))
     assert not folder.exists()

@@ -100,6 +100,6 @@ def test_killed_twice_and_still_the_same(tmp_path, ranks, victim):
         assert killed.run(VICTIM=str(victim), STEP=step).returncode != 0
         assert len(killed.commits) == 1 and not (killed.folder / "end.npz").exists()
     done = killed.run()
-    assert done.returncode == 0 and "goes on from the last commit (batch" in done.stderr, done.stderr
+    assert done.returncode == 0 and "resuming from the last commit (batch" in done.stderr, done.stderr
     assert killed.end == whole.end
     assert not (killed.folder / ".hvdtrain_elastic").exists()

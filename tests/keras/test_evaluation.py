@@ -337,7 +337,7 @@ def test_a_state_that_cannot_be_combined(samples):
         ((np.zeros((0, 5)), np.zeros((0, 1))), "no samples"),
         ((np.zeros((3, 5)), np.zeros((4, 1))), "same number of samples"),
         (lambda: tf.data.Dataset.from_tensors((np.zeros((3, 5)), np.zeros((3, 1)))).repeat(), "endless"),
-        (lambda: tf.data.Dataset.range(9).shuffle(9).batch(3), "order of its own"),
+        (lambda: tf.data.Dataset.range(9).shuffle(9).batch(3), "its own order"),
     ],
 )
 @pytest.mark.parametrize("function", [hvd.evaluate, hvd.predict])

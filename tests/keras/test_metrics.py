@@ -217,7 +217,7 @@ def test_training_and_validation_report_what_one_process_would(samples):
 @pytest.mark.parametrize(
     ("metric", "reason"),
     [
-        (Largest, "does not change it as it did the first time"),
+        (Largest, "changes it differently the second time"),
         (Remembers, "keeps nothing in variables"),
         (FromOne, "'value' starts neither from 0"),
     ],

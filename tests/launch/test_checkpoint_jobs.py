@@ -123,7 +123,7 @@ def test_two_jobs_one_directory_and_a_signal(jobs, undisturbed):
             time.sleep(0.05)
         code, _, err = jobs.run(2, "shared")
         assert code == 1
-        assert "/shared is in use by process" in err and "a directory of its own" in err
+        assert "/shared is in use by process" in err and "its own directory" in err
         job.send_signal(signal.SIGUSR1)
         _, err = job.communicate()
         assert job.returncode == 75

@@ -1,4 +1,4 @@
-"""Callbacks for `model.fit` on several ranks; one a file."""
+"""Provide callbacks for `model.fit` on several ranks, one per file."""
 
 from hvdtrain.keras.callbacks.batch_norm import AverageBatchNormStatistics
 from hvdtrain.keras.callbacks.best_model import BestModelCheckpoint

@@ -1,4 +1,4 @@
-"""One set of BatchNormalization statistics for all ranks, whenever somebody looks at them."""
+"""Average the statistics of BatchNormalization over the ranks before validation and saving."""
 
 from typing import Any
 
@@ -11,17 +11,17 @@ from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
 
 
 class AverageBatchNormStatistics(keras.callbacks.Callback):
-    """Makes all ranks validate and save the same model: BatchNormalization's moving statistics become common.
+    """Averages BatchNormalization's moving statistics, so that all ranks validate and save the same model.
 
-    In training each rank normalises by its own batch, and so its moving mean and variance are its own. Before
-    each validation, and at the end of each epoch before the callbacks that follow (put it first), they are
-    replaced by those of all ranks' samples together: the mean of the means, and the variance around it,
-    mean(variance + mean²) - mean². Frozen layers are left alone, and so is `hvd.SyncBatchNormalization`, whose
-    statistics are common already. `hvd.callbacks.distributed` adds this callback.
+    In training each rank normalises by its own batch, so its moving mean and variance differ from those of other
+    ranks. Before each validation, and at the end of each epoch before the callbacks that follow (put it first),
+    they are replaced by the statistics of all ranks' samples: the mean of the means, and the variance around it,
+    mean(variance + mean²) - mean². Frozen layers are not changed, nor is `hvd.SyncBatchNormalization`, whose
+    statistics are the same on all ranks already. `hvd.callbacks.distributed` adds this callback.
 
     Args:
-        save_freq: `"epoch"`, or a number of batches after which to do it too, as for a `ModelCheckpoint` that
-            saves so often.
+        save_freq: `"epoch"`, or a number of batches after which to average too, as for a `ModelCheckpoint` with
+            the same `save_freq`.
     """
 
     def __init__(self, save_freq: str | int = "epoch") -> None:
@@ -31,7 +31,7 @@ class AverageBatchNormStatistics(keras.callbacks.Callback):
         self._seen = self._last = 0
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes that the ranks have moved apart."""
+        """Record that the statistics differ between ranks, and average every `save_freq` batches."""
         self._differ = True
         if self.save_freq == "epoch":
             return
@@ -42,11 +42,11 @@ class AverageBatchNormStatistics(keras.callbacks.Callback):
             self._average()
 
     def on_test_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Averages before a validation."""
+        """Average before a validation."""
         self._average()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Averages before whoever saves at the end of an epoch."""
+        """Average before other callbacks save the model at the end of an epoch."""
         self._average()
 
     def _average(self) -> None:
@@ -54,15 +54,15 @@ class AverageBatchNormStatistics(keras.callbacks.Callback):
         if engine.size == 1 or not self._differ:
             return
         self._differ = False
-        layers = [each for each in self.model._flatten_layers() if _has_own_statistics(each)]
-        means = [each.moving_mean.numpy().astype(np.float64) for each in layers]
+        layers = [layer for layer in self.model._flatten_layers() if _has_own_statistics(layer)]
+        means = [layer.moving_mean.numpy().astype(np.float64) for layer in layers]
         squares = [
-            each.moving_variance.numpy().astype(np.float64) + mean**2
-            for each, mean in zip(layers, means, strict=True)
+            layer.moving_variance.numpy().astype(np.float64) + mean**2
+            for layer, mean in zip(layers, means, strict=True)
         ]
         call = Call(
             "statistics of BatchNormalization",
-            tuple(f"{each.name} {each.moving_mean.shape}" for each in layers),
+            tuple(f"{layer.name} {layer.moving_mean.shape}" for layer in layers),
         )
         both = engine.grouped_allreduce([*means, *squares], "average", call)
         for layer, mean, square in zip(layers, both, both[len(layers) :], strict=False):

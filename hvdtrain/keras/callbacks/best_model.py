@@ -1,4 +1,4 @@
-"""One file with the best model so far, written by one rank."""
+"""Save the best model so far in one file, written by one rank."""
 
 import math
 import pathlib
@@ -11,25 +11,25 @@ from hvdtrain.keras.callbacks.membership import writes
 
 
 class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
-    """Keeps the best model of a training in one file, however many ranks train it.
+    """Saves the best model of a training in one file, for any number of ranks.
 
     Rank 0 decides by the metrics it sees, and writes; the other ranks write nothing. Put
-    `MetricAverageCallback` before it, so that the decision is by the metrics of all ranks, and is the same on
-    all of them. It does not communicate, so it may be given to all ranks or, as in Horovod's scripts, to rank 0
-    only. A new best replaces the old one only when it is wholly written. Of a model trained on a process set
-    the set's first rank counts as rank 0.
+    `MetricAverageCallback` before it, so that the decision depends on the metrics of all ranks and is the same
+    on all of them. It does not communicate, so it may be given to all ranks or, as in Horovod's scripts, to rank 0
+    only. A new best model replaces the old one only when it is completely written. For a model trained on a process
+    set, the set's first rank counts as rank 0.
 
-    The API is Horovod's; a file is Keras' own (see `keras.callbacks.ModelCheckpoint`).
+    The API is Horovod's; the file format is that of Keras (see `keras.callbacks.ModelCheckpoint`).
 
     Args:
         monitor: Name of the metric in `logs`.
         verbose: 1 to print when a file is written.
         save_weights_only: True to save weights, to a path that ends in `.weights.h5`; False to save the model,
-            to one that ends in `.keras` or `.h5`. `horovod.keras` has no such argument: a word in its place is
-            taken as `mode`, and what follows it as `save_freq`.
-        mode: `"min"`, `"max"`, or `"auto"` to tell by the metric.
-        save_freq: `"epoch"`, or after how many batches to look.
-        filepath: Path of the file, which may hold `{epoch}` and names of metrics; also set later, as the
+            to one that ends in `.keras` or `.h5`. `horovod.keras` has no such argument: a string in its position
+            is used as `mode`, and the next argument as `save_freq`.
+        mode: `"min"`, `"max"`, or `"auto"` to choose by the metric.
+        save_freq: `"epoch"`, or the number of batches between two checks.
+        filepath: Path of the file, which may contain `{epoch}` and names of metrics; also set later, as the
             attribute `filepath`.
 
     Raises:
@@ -64,7 +64,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
         self.mode = getattr(self, "mode", mode)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure, before hours of training, that there is a path that Keras can save to."""
+        """Check, before hours of training, that Keras can save to `filepath`."""
         endings = (".weights.h5",) if self.save_weights_only else (".keras", ".h5")
         if self.filepath is None or not str(self.filepath).endswith(endings):
             raise ValueError(
@@ -80,9 +80,9 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
             return
         path = pathlib.Path(self._get_file_path(epoch, batch, logs))
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".partial-{path.name}")
-        (self.model.save_weights if self.save_weights_only else self.model.save)(beside)
-        beside.replace(path)
+        partial = path.with_name(f".partial-{path.name}")
+        (self.model.save_weights if self.save_weights_only else self.model.save)(partial)
+        partial.replace(path)
         if self.verbose:
             print(
                 f"\nEpoch {epoch + 1}: {self.monitor} improved to {self.best:.5f}; saved to {path}",
@@ -90,7 +90,7 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
             )
 
     def _is_best(self, value: Any) -> bool:
-        """Decides by a value of the monitored metric; a NaN is never the best, or nothing would ever be better."""
+        """Return whether a value is the best so far; a NaN never is, because no value is better than a NaN."""
         if value is None:
             warnings.warn(
                 f"BestModelCheckpoint saves nothing, because the logs have no {self.monitor!r}. Give model.fit "

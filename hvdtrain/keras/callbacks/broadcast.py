@@ -1,4 +1,4 @@
-"""All ranks start from the weights of one."""
+"""Start all ranks from the weights of one rank."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -17,27 +17,28 @@ from hvdtrain.keras.optimizer.distributed import is_distributed
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
-    """Starts all ranks from the weights of one, whatever each has initialised or loaded.
+    """Starts all ranks from the weights of one rank, which replace those that each rank has initialised or loaded.
 
     Before the first step, weights, non-trainable state (such as BatchNorm's statistics) and the optimizer's
-    state are copied from `root_rank`. States of random generators are not: dropout goes on differing
-    between ranks. Horovod copies after the first step, when it is too late for that step
+    state are copied from `root_rank`. States of random generators are not copied, so dropout masks still
+    differ between ranks. Horovod copies after the first step, when it is too late for that step
     (https://horovod.readthedocs.io/en/stable/keras.html).
 
-    While it is there it also compares, at the start of each epoch, the learning rate, which a callback may
-    have changed on some ranks only, and at the end, that all ranks have come there.
+    At the start of each epoch it also compares the learning rates, which a callback may have changed on some ranks
+    only, and at the end of training it checks that all ranks have reached it.
 
-    If the model's optimizer has a process set, all this concerns the ranks of that set only.
+    If the model's optimizer has a process set, this applies to the ranks of that set only.
 
     Args:
-        root_rank: The rank, of the whole world, whose values all take; usually the one that loads a checkpoint.
-        device: Accepted for Horovod's sake; TensorFlow places the copies.
-        local_variables: A variable, or several, that each rank keeps as its own.
+        root_rank: The rank, among all ranks, whose values are copied to all; usually the rank that loads a
+            checkpoint.
+        device: Accepted for compatibility with Horovod; TensorFlow places the copies.
+        local_variables: A variable, or several, that are not copied: each rank keeps its own value.
 
     Raises:
-        ValueError: If `local_variables` holds something else than variables.
+        ValueError: If `local_variables` contains an object that is not a variable.
         MismatchError: On every rank, if the ranks train different models, with different learning rates, or
-            do not end together.
+            some ranks end training earlier.
     """
 
     def __init__(
@@ -47,18 +48,18 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         self.root_rank = root_rank
         self.device = device
         self._local: list[Any] = []
-        one = isinstance(local_variables, (tf.Variable, keras.Variable))
-        for variable in [local_variables] if one else local_variables or ():
+        single = isinstance(local_variables, (tf.Variable, keras.Variable))
+        for variable in [local_variables] if single else local_variables or ():
             self.register_local_var(variable)
 
     def register_local_var(self, var: Any) -> None:
-        """Leaves a variable to each rank as its own.
+        """Register a variable that is not copied, so that each rank keeps its own value.
 
         Args:
             var: A Keras or TensorFlow variable of the model, or the optimizer's.
 
         Raises:
-            ValueError: If it is none.
+            ValueError: If it is not a variable.
         """
         if not isinstance(var, (tf.Variable, keras.Variable)):
             raise ValueError(
@@ -69,47 +70,47 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         registry.note_local(var)
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Copies everything before the first step; of a model not built yet, once its first batch is there."""
+        """Copy all variables before the first step; if the model is not built, when its first batch is known."""
         engine = engine_of(self.model)
         if process_set_of(self.model).included() is False:
             return
         engine.check_root(self.root_rank, type(self).__name__)
         if engine.size == 1:
             return
-        if not any(is_distributed(each) for each in optimizers_of(self.model)):
+        if not any(is_distributed(optimizer) for optimizer in optimizers_of(self.model)):
             engine.say(
                 f"this model's optimizer, {type(self.model.optimizer).__name__}, is not distributed: each rank "
-                "trains a model of its own from here on. Compile the model with hvd.DistributedOptimizer(...)."
+                "trains its own model. Compile the model with hvd.DistributedOptimizer(...)."
             )
-        parts = [each for each in self.model._flatten_layers() if each is not self.model]
-        if all(each.built for each in parts or [self.model]):
+        layers = [layer for layer in self.model._flatten_layers() if layer is not self.model]
+        if all(layer.built for layer in layers or [self.model]):
             self._broadcast()
         else:
             self._broadcast_at_first_batch()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure that all ranks learn at the same rate."""
+        """Raise an error unless all ranks have the same learning rates."""
         rates = [
-            f"{type(each).__name__}, learning rate {float(each.learning_rate)!r}"
-            for each in optimizers_of(self.model)
+            f"{type(optimizer).__name__}, learning rate {float(optimizer.learning_rate)!r}"
+            for optimizer in optimizers_of(self.model)
         ]
         engine_of(self.model).agree(Call(f"start of epoch {epoch + 1}", tuple(rates)))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure that no rank goes on alone, waiting for gradients that never come."""
+        """Raise an error on ranks that would still wait for gradients of a rank that has ended."""
         engine_of(self.model).agree(Call("end of training"))
 
     def _broadcast(self) -> None:
         compiled = self.model.optimizer
         if is_distributed(compiled) and not compiled.built:
             compiled.build(self.model.trainable_variables)
-        state = [variable for each in optimizers_of(self.model) for variable in each.variables]
-        local = {id(each) for each in self._local}
-        shared = [each for each in (*self.model.weights, *state) if id(plain_variable(each)) not in local]
+        state = [variable for optimizer in optimizers_of(self.model) for variable in optimizer.variables]
+        local = {id(variable) for variable in self._local}
+        shared = [var for var in (*self.model.weights, *state) if id(plain_variable(var)) not in local]
         broadcast_variables(shared, self.root_rank, process_set_of(self.model))
 
     def _broadcast_at_first_batch(self) -> None:
-        """Stands before the first step, where the shapes of a batch are known and nothing has been computed."""
+        """Broadcast before the first step, when the shapes of a batch are known and nothing is computed yet."""
         train = self.model.train_function
 
         def first(iterator: Any) -> Any:
@@ -123,9 +124,8 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
     def _build(self, batch: Any) -> None:
         inputs = keras.utils.unpack_x_y_sample_weight(as_keras(batch))[0]
         try:
-            self.model(
-                keras.tree.map_structure(lambda each: keras.KerasTensor(each.shape, each.dtype.name), inputs)
-            )
+            symbolic = lambda spec: keras.KerasTensor(spec.shape, spec.dtype.name)  # noqa: E731
+            self.model(keras.tree.map_structure(symbolic, inputs))
         except Exception as error:
             raise ValueError(
                 f"Rank {runtime.engine().rank}: the weights cannot be broadcast before the first step, because the "

@@ -1,4 +1,4 @@
-"""A training that can be stopped at any moment and goes on by itself, to the same result."""
+"""Write checkpoints from which the same command resumes training, with the same result."""
 
 import contextlib
 import numbers
@@ -11,36 +11,38 @@ from typing import Any
 import keras
 
 from hvdtrain.keras.checkpointing.callback_order import flat
-from hvdtrain.keras.checkpointing.session import Plan, Run
+from hvdtrain.keras.checkpointing.session import CheckpointedFit, Settings
 
 
 class Checkpoint(keras.callbacks.Callback):
-    """Lets a training be killed at any moment: the same command goes on from the last checkpoint, by itself.
+    """Writes checkpoints, so that the same command resumes a training that was killed at any moment.
 
     `model.fit(hvd.shard((x, y), 256), callbacks=[hvd.callbacks.Checkpoint("checkpoints", every_minutes=10)])`
 
-    The first rank writes, in the background, and each checkpoint appears whole or not at all. It holds weights,
+    The first rank writes in the background, and each checkpoint is complete or absent. It contains weights,
     the optimizer's state, the state of callbacks (EarlyStopping, ReduceLROnPlateau, History, … and plain
-    attributes of your own), the random numbers and metrics of every rank, epoch, step and the position in data of
-    `hvd.shard`. With such data, the same number of ranks and operations that are deterministic, weights and history
-    in the end are those of a run that was never stopped, to the bit. On another number of ranks it goes on with the
-    same global batches. Of other data that are shuffled, the rest of an epoch comes in another order.
+    attributes of custom callbacks), the random states and metrics of every rank, epoch, step and the position in
+    data of `hvd.shard`. With such data, the same number of ranks and deterministic operations, the final weights
+    and history equal those of a run that was never stopped, bit for bit. Another number of ranks continues with the
+    same global batches. Other data that is shuffled has a different order in the rest of the epoch.
 
-    When `hvdtrain run` passes on SIGUSR1 or SIGTERM, or the time that HVDTRAIN_DEADLINE names comes near, all ranks
+    When `hvdtrain run` passes on SIGUSR1 or SIGTERM, or shortly before the time in HVDTRAIN_DEADLINE, all ranks
     agree on a step, write a checkpoint and end with exit code 75.
 
-    `step-000000311/model.weights.h5` is what `model.save_weights` writes; `model.load_weights` reads it without us.
+    `step-000000311/model.weights.h5` is a file of `model.save_weights`; `model.load_weights` reads it without
+    hvdtrain.
 
     Args:
-        directory: A folder for this training alone; with several hosts one that the first rank can always reach.
-        every_steps: Writes after every so many steps.
-        every_minutes: Writes after so many minutes. Without either, after each epoch; at the end in any case.
-        keep: How many checkpoints stay.
+        directory: A folder for this training only; with several hosts one that the first rank can always reach.
+        every_steps: Number of steps between two checkpoints.
+        every_minutes: Number of minutes between two checkpoints. Without both arguments one is written after each
+            epoch. A checkpoint at the end of training is always written.
+        keep: Number of checkpoints to keep.
 
     Raises:
-        ValueError: If an argument is not positive. By `fit`, on every rank: if the checkpoint is of another model,
-            or of other steps an epoch.
-        TypeError: If an argument is of another kind.
+        ValueError: If an argument is not positive. By `fit`, on every rank: if the checkpoint belongs to
+            another model, or to another number of steps per epoch.
+        TypeError: If an argument has another type.
         InUseError: By `fit`, on every rank, if another training uses the directory.
         Preempted: By `fit`, on every rank, if the training was asked to stop; Python exits with code 75.
     """
@@ -53,24 +55,24 @@ class Checkpoint(keras.callbacks.Callback):
         keep: int = 3,
     ) -> None:
         super().__init__()
-        self.plan = Plan(
+        self._settings = Settings(
             _path(directory),
             None if every_steps is None else _counted(every_steps, "every_steps"),
             None if every_minutes is None else _positive(every_minutes),
             _counted(keep, "keep"),
         )
-        self._run: Run | None = None
+        self._run: CheckpointedFit | None = None
         self._ended = False
 
     @contextlib.contextmanager
     def over(self, model: keras.Model, given: dict[str, Any]) -> Iterator[None]:
-        """Lasts as long as a `fit`: finds what to go on from, and leaves everything as it was.
+        """Restore the last checkpoint before a `fit`, and clean up after it.
 
         Args:
             model: The model that is fitted.
-            given: The arguments of `fit`, among which the callbacks are put in order.
+            given: The arguments of `fit`; its callbacks are put in order.
         """
-        run = Run(self.plan, self, model, given)
+        run = CheckpointedFit(self._settings, self, model, given)
         self._run = run
         try:
             run.open(self._ended)
@@ -81,44 +83,44 @@ class Checkpoint(keras.callbacks.Callback):
             run.close()
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Listens for signals."""
+        """Start listening for signals."""
         if self._run is None:
             raise RuntimeError("hvd.callbacks.Checkpoint needs hvd.init() before model.fit.")
         self._run.begin()
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begins to count steps."""
-        self._at_work.begin_epoch(epoch)
+        """Start counting the steps of the epoch."""
+        self._active_run.begin_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Writes a checkpoint, and stops, if it is time."""
-        self._at_work.after_step(batch + 1)
+        """Write a checkpoint, and stop, if it is due."""
+        self._active_run.after_step(batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Likewise; also if it was time at the epoch's last step."""
-        self._at_work.after_epoch(epoch + 1)
+        """Write a checkpoint, and stop, if it is due or was due at the epoch's last step."""
+        self._active_run.after_epoch(epoch + 1)
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Writes the last checkpoint, from which nothing is left to do."""
-        self._at_work.finish()
+        """Write the last checkpoint, of the finished training."""
+        self._active_run.finish()
 
     @property
-    def _at_work(self) -> Run:
+    def _active_run(self) -> CheckpointedFit:
         assert self._run is not None
         return self._run
 
 
 def over(model: keras.Model, given: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Returns what a `fit` with these arguments takes place in: that of its `Checkpoint`, or nothing.
+    """Return the context manager for a `fit` with these arguments: that of its `Checkpoint`, or an empty one.
 
     Raises:
-        ValueError: If there is more than one, or one beside `BackupAndRestore`.
+        ValueError: If there are several, or one together with `BackupAndRestore`.
     """
     callbacks = flat(given)
-    found = [each for each in callbacks if isinstance(each, Checkpoint)]
+    found = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
     if len(found) > 1:
         raise ValueError("One model.fit takes one hvd.callbacks.Checkpoint. Received: several.")
-    if found and any(isinstance(each, keras.callbacks.BackupAndRestore) for each in callbacks):
+    if found and any(isinstance(callback, keras.callbacks.BackupAndRestore) for callback in callbacks):
         raise ValueError(
             "Both hvd.callbacks.Checkpoint and BackupAndRestore would restore. Leave one of them out."
         )
@@ -126,7 +128,7 @@ def over(model: keras.Model, given: dict[str, Any]) -> contextlib.AbstractContex
 
 
 def _path(directory: Any) -> Path:
-    """Makes the folder one that stays the same when the script goes elsewhere."""
+    """Return the absolute path, which stays valid if the script changes its working directory."""
     if not isinstance(directory, str | os.PathLike) or isinstance(os.fspath(directory), bytes):
         raise TypeError(f"Checkpoint: directory must be a path. Received: directory={directory!r}.")
     return Path(directory).expanduser().absolute()

@@ -1,4 +1,4 @@
-"""An error on one rank becomes known to the others, at whatever they do next."""
+"""Send an error on one rank to the others, which raise it at their next operation."""
 
 import contextlib
 from collections.abc import Iterator
@@ -11,17 +11,17 @@ from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInte
 def telling(
     engine: Engine, what: str, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
 ) -> Iterator[None]:
-    """Lets all other ranks know why this one does not come, if the block raises.
+    """Send the error to all other ranks if the block raises one.
 
     Args:
         engine: The ranks. Their next operation raises `MismatchError` with the error's text.
-        what: What is done in the block, for the message.
-        kinds: Of which errors they are told.
+        what: Name of the work in the block, for the message.
+        kinds: Classes of errors that are sent.
     """
     try:
         yield
     except (HorovodInternalError, HostsUpdatedInterrupt):
-        raise  # the business of hvd.elastic, which tells the others itself
+        raise  # hvd.elastic informs the other ranks itself
     except kinds as error:
         engine.tell(what, error)
         raise

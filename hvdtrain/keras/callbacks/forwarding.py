@@ -1,4 +1,4 @@
-"""What hands a training's events on to other callbacks."""
+"""Pass the events of a training on to other callbacks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -18,11 +18,11 @@ class Forwarding(keras.callbacks.Callback):
 
     @property
     def inner(self) -> list[Any]:
-        """The callbacks that the events go to."""
+        """The callbacks that receive the events."""
         raise NotImplementedError
 
     def forward(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Hands an event on."""
+        """Pass an event on."""
         raise NotImplementedError
 
 

@@ -1,4 +1,4 @@
-"""Learning rates that change while a model trains, on all ranks alike."""
+"""Change the learning rate during training, equally on all ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -16,12 +16,12 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
     """Multiplies the learning rate from one epoch to another, in steps or smoothly.
 
     From `start_epoch` up to, but not including, `end_epoch` the rate is `initial_lr * multiplier`; before and
-    after, it stays as it is. Several such callbacks, one an interval, make a schedule. Training resumed with
-    `model.fit(initial_epoch=3)` gets the rates of epoch 3 on. At the end of each epoch `logs["lr"]` holds the rate.
+    after, it is not changed. Several such callbacks, one per interval, make a schedule. Training resumed with
+    `model.fit(initial_epoch=3)` gets the rates from epoch 3 on. At the end of each epoch `logs["lr"]` is the rate.
 
-    Momentum correction keeps what the velocity has gathered at the old rate worth the same at the new one: it
-    is multiplied by new rate / old rate (Goyal et al. 2017, arXiv:1706.02677, section 3, remark 2). Keras' SGD
-    and RMSprop keep the rate inside their velocity and need it; other optimizers do not and are left alone.
+    Momentum correction keeps the effect of the velocity when the rate changes: the velocity is multiplied by
+    new rate / old rate (Goyal et al. 2017, arXiv:1706.02677, section 3, remark 2). Keras' SGD
+    and RMSprop keep the rate inside their velocity and need it; other optimizers do not and are not changed.
 
     The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html).
 
@@ -33,7 +33,8 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         staircase: True to set the rate at the start of each epoch, for which `multiplier` gets an integer; False
             to set it before each batch, for which it gets `epoch + batch / steps_per_epoch`.
         momentum_correction: Whether to correct the velocity.
-        steps_per_epoch: Batches an epoch, for `staircase=False`; by default what `model.fit` knows.
+        steps_per_epoch: Batches per epoch, for `staircase=False`; by default the number that `model.fit` has
+            determined.
 
     Raises:
         ValueError: When training starts: if the optimizer's rate cannot be set, if the number of batches is not
@@ -61,7 +62,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         self.current_epoch = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Makes sure that the rate can be set and that the batches of an epoch can be counted."""
+        """Check that the rate can be set and that the number of batches per epoch is known."""
         self._check_optimizer()
         if self.initial_lr is None:
             self.initial_lr = self._rate_of_first_step()
@@ -69,11 +70,11 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             self.steps_per_epoch = self._steps_given or self._known_steps()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the epoch, from which each batch counts."""
+        """Record the epoch, to which each batch adds a fraction."""
         self.current_epoch = epoch
 
     def on_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the rate: before the first batch of an epoch, or before each."""
+        """Set the rate, before the first batch of an epoch or before each batch."""
         if not self._applies(self.current_epoch):
             return
         if not self.staircase:
@@ -82,7 +83,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
             self._set(self.current_epoch)
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Reports the rate as `logs["lr"]`."""
+        """Report the rate as `logs["lr"]`."""
         if logs is not None:
             logs["lr"] = float(self._optimizer.learning_rate)
 
@@ -102,7 +103,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
                 velocity.assign(velocity * (new / old))
 
     def _rate_of_first_step(self) -> float:
-        # After some steps the rate may be one that such a callback has set.
+        # After some steps the rate may be one that a callback of this class has set.
         if int(self._optimizer.iterations):
             raise ValueError(
                 f"{type(self).__name__}: initial_lr is missing, and the optimizer has done "
@@ -116,7 +117,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
         if not steps:
             raise ValueError(
                 f"{type(self).__name__} changes the rate within an epoch, but model.fit does not know how many "
-                f"batches an epoch has. Say it: {type(self).__name__}(..., steps_per_epoch=N)."
+                f"batches an epoch has. Give the number: {type(self).__name__}(..., steps_per_epoch=N)."
             )
         return steps
 
@@ -136,7 +137,7 @@ class LearningRateScheduleCallback(keras.callbacks.Callback):
 
 
 class LearningRateWarmupCallback(LearningRateScheduleCallback):
-    """Starts large batches gently: the rate rises from `initial_lr / size` to `initial_lr`, batch by batch.
+    """Warms up the learning rate for large batches, from `initial_lr / size` to `initial_lr`, batch by batch.
 
     N ranks have a batch N times as large, for which the rate of one process is usually multiplied by N; at the
     start this is too much. With `size` the number of ranks that train the model, the rate before each batch is
@@ -145,14 +146,14 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         epoch     = full epochs + batch / steps_per_epoch
         lr(epoch) = initial_lr / size * ((size - 1) / warmup_epochs * epoch + 1)
 
-    and at the end of each epoch that of the next, so that it ends as `initial_lr` exactly.
+    and at the end of each epoch the rate of the next is set, so that the final rate is exactly `initial_lr`.
 
     Args:
         initial_lr: The rate after the warm-up, usually that of one process times `hvd.size()`; None for the
             optimizer's.
         warmup_epochs: Number of epochs that the warm-up takes.
         momentum_correction: See `LearningRateScheduleCallback`.
-        steps_per_epoch: Batches an epoch; by default what `model.fit` knows.
+        steps_per_epoch: Batches per epoch; by default the number that `model.fit` has determined.
         verbose: 1 to print, on rank 0, when the warm-up is over.
 
     Raises:
@@ -179,7 +180,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
         self.verbose = verbose
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets the rate that the next epoch starts with, and reports it."""
+        """Set the rate with which the next epoch starts, and report it."""
         if self._applies(epoch):
             self._set(epoch + 1)
         super().on_epoch_end(epoch, logs)
@@ -189,7 +190,7 @@ class LearningRateWarmupCallback(LearningRateScheduleCallback):
             print(f"\nEpoch {epoch + 1}: finished gradual learning rate warmup to {rate:g}.", flush=True)
 
     def _share(self, epoch: float) -> float:
-        """Returns which part of the full rate an epoch has, at most all of it."""
+        """Return the fraction of the full rate at an epoch, at most 1."""
         size = engine_of(self.model).size
         return min(1.0, ((size - 1) / self.warmup_epochs * epoch + 1) / size)
 

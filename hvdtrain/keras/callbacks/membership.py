@@ -1,4 +1,4 @@
-"""Which ranks train a model together: the whole world, or the process set of its optimizer."""
+"""Find the ranks that train a model together: all ranks, or the process set of its optimizer."""
 
 from typing import Any
 
@@ -9,23 +9,26 @@ from hvdtrain.runtime.process_sets import ProcessSet
 
 
 def optimizers_of(model: Any) -> list[Any]:
-    """Lists a model's optimizers: the compiled one, and those that a GAN or its like keeps beside it."""
-    distributed = [each for each in vars(model).values() if is_distributed(each)]
+    """List a model's optimizers: the compiled one, and others in attributes, as in a GAN."""
+    distributed = [value for value in vars(model).values() if is_distributed(value)]
     compiled = getattr(model, "optimizer", None)  # a model that only predicts has none
-    return distributed or [each for each in [compiled] if each is not None]
+    return distributed or ([] if compiled is None else [compiled])
 
 
 def process_set_of(model: Any) -> ProcessSet:
-    """Returns the process set of a model's optimizers; the global one where they have none."""
-    chosen = [getattr(each, "process_set", None) for each in optimizers_of(model)]
-    return next((each for each in chosen if each is not None), process_sets.global_process_set)
+    """Return the process set of a model's optimizers; the global process set if they have none."""
+    for optimizer in optimizers_of(model):
+        process_set = getattr(optimizer, "process_set", None)
+        if process_set is not None:
+            return process_set
+    return process_sets.global_process_set
 
 
 def engine_of(model: Any) -> Engine:
-    """Returns the engine of the ranks that train a model together: a world of one on a rank outside the set."""
+    """Return the engine of the ranks that train a model together; one of size 1 on a rank outside the set."""
     return process_sets.engine_or_alone(process_set_of(model))
 
 
 def writes(model: Any) -> bool:
-    """Tells whether this rank is the one that writes files for all that train a model together."""
+    """Return whether this rank writes the files for all ranks that train the model."""
     return process_set_of(model).included() is not False and engine_of(model).rank == 0

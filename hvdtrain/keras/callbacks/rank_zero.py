@@ -1,4 +1,4 @@
-"""Callbacks that one rank runs for all: those that write, print or send."""
+"""Run callbacks that write, print or send on rank 0 only."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import keras
 from hvdtrain.keras.callbacks.forwarding import Forwarding
 from hvdtrain.keras.callbacks.membership import writes
 
-# What Keras ships that has an effect outside of the training, and none on it.
+# Callbacks of Keras that have effects outside of the training, and none on it.
 _WRITERS = (
     "ModelCheckpoint",
     "OrbaxCheckpoint",
@@ -22,11 +22,11 @@ WRITERS = tuple(getattr(keras.callbacks, name) for name in _WRITERS if hasattr(k
 class RankZeroCallback(Forwarding):
     """Runs a callback on rank 0 only, so that a file is written once and a line printed once.
 
-    On the other ranks the callback is never called and never touches the disk. It must not change the training
-    (weights, learning rate), which would then differ between the ranks, nor call what communicates.
+    On the other ranks the callback is never called. It must not change the training (weights, learning rate), which
+    would then differ between the ranks, and must not communicate.
 
-    `hvd.callbacks.distributed` does this to the callbacks of Keras that write. Of a model trained on a process
-    set the set's first rank counts as rank 0.
+    `hvd.callbacks.distributed` wraps the callbacks of Keras that write. For a model trained on a process set, the
+    set's first rank counts as rank 0.
 
     Args:
         callback: The callback.
@@ -42,17 +42,17 @@ class RankZeroCallback(Forwarding):
         return [self.callback]
 
     def set_params(self, params: Any) -> None:
-        """Hands the parameters of `fit` on."""
+        """Pass the parameters of `fit` on."""
         super().set_params(params)
         self.callback.set_params(params)
 
     def set_model(self, model: Any) -> None:
-        """Hands the model on, on rank 0."""
+        """Pass the model on, on rank 0."""
         super().set_model(model)
         if writes(model):
             self.callback.set_model(model)
 
     def forward(self, hook: str, *args: Any, **kwargs: Any) -> None:
-        """Hands an event on, on rank 0."""
+        """Pass an event on, on rank 0."""
         if writes(self.model):
             getattr(self.callback, hook)(*args, **kwargs)

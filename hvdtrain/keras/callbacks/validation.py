@@ -1,4 +1,4 @@
-"""Validation in `fit`: what all ranks hold is divided among them."""
+"""Divide the validation data of `fit` among the ranks."""
 
 from typing import Any
 
@@ -7,39 +7,39 @@ import tensorflow as tf
 
 from hvdtrain.data import structures
 from hvdtrain.keras.callbacks.membership import engine_of
-from hvdtrain.keras.dealt_batches import Arrays, Deck, deck
+from hvdtrain.keras.dealt_batches import Arrays, DealtData, dealt_data
 
-_SEAM = "evaluate"
-_NOTHING_BESIDE = dict.fromkeys(("y", "sample_weight", "batch_size", "steps"))
+_METHOD = "evaluate"
+_NO_OTHER_DATA = dict.fromkeys(("y", "sample_weight", "batch_size", "steps"))
 
 
 class DivideValidation(keras.callbacks.Callback):
     """Validates on several ranks at once: arrays that are the same on all ranks are divided among them.
 
-    The ranks get the batches of the validation in turn. The metrics of all ranks are combined, so the results
-    are those of the whole. Arrays that differ between the ranks are each rank's own part already, and stay
-    so. Other data is divided by `hvd.shard`. `hvd.callbacks.distributed` adds this callback.
+    The ranks get the batches of the validation in turn. The metrics of all ranks are combined, so the results are
+    those of the whole data. Arrays that differ between the ranks are each rank's own part already, and are not
+    divided. Use `hvd.shard` to divide other data. `hvd.callbacks.distributed` adds this callback.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self._decided = False
-        self._mine: Deck | None = None
+        self._mine: DealtData | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Begins to stand before the `evaluate` that `fit` calls."""
+        """Replace the `evaluate` that `fit` calls."""
         self._decided, self._mine = False, None
-        self.model.__dict__.pop(_SEAM, None)  # left by a fit that an error ended
+        self.model.__dict__.pop(_METHOD, None)  # left by a fit that ended with an error
         if engine_of(self.model).size > 1:
-            self.model.__dict__[_SEAM] = self._evaluate
+            self.model.__dict__[_METHOD] = self._evaluate
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Ends."""
-        self.model.__dict__.pop(_SEAM, None)
+        """Restore the model's own `evaluate`."""
+        self.model.__dict__.pop(_METHOD, None)
         self._mine = None
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
-        evaluate = getattr(type(self.model), _SEAM)
+        evaluate = getattr(type(self.model), _METHOD)
         if not kwargs.get("_use_cached_eval_dataset"):  # called by the user
             return evaluate(self.model, *args, **kwargs)
         if not self._decided:
@@ -47,26 +47,30 @@ class DivideValidation(keras.callbacks.Callback):
         if self._mine is None:
             return evaluate(self.model, *args, **kwargs)
         del kwargs["_use_cached_eval_dataset"]
-        return evaluate(self.model, *args, **kwargs | _NOTHING_BESIDE | self._mine.arguments())
+        return evaluate(self.model, *args, **kwargs | _NO_OTHER_DATA | self._mine.arguments())
 
-    def _part(self, given: dict[str, Any]) -> Deck | None:
+    def _part(self, given: dict[str, Any]) -> DealtData | None:
         engine = engine_of(self.model)
         parts = (given["x"], given.get("y"), given.get("sample_weight"))
-        whole = deck(parts, given["batch_size"], given["steps"], engine.size) if _arrays(parts) else None
+        whole = (
+            dealt_data(parts, given["batch_size"], given["steps"], engine.size) if _arrays(parts) else None
+        )
         everyone = engine.allgather_object(None if whole is None else _checksum(whole))
-        if whole is None or any(each != everyone[0] for each in everyone) or not whole.enough(engine.size):
+        if (
+            whole is None
+            or any(checksum != everyone[0] for checksum in everyone)
+            or not whole.enough(engine.size)
+        ):
             return None
         return whole.dealt(engine.rank, engine.size)
 
 
 def _arrays(parts: Any) -> bool:
-    leaves = [each for each in keras.tree.flatten(parts) if each is not None]
-    return all(hasattr(each, "__array__") and not isinstance(each, tf.RaggedTensor) for each in leaves)
+    leaves = [leaf for leaf in keras.tree.flatten(parts) if leaf is not None]
+    return all(hasattr(leaf, "__array__") and not isinstance(leaf, tf.RaggedTensor) for leaf in leaves)
 
 
 def _checksum(whole: Any) -> list[int]:
     assert isinstance(whole, Arrays)
-    return [
-        whole.length,
-        *(structures.checksum(each) for each in keras.tree.flatten(whole.parts) if each is not None),
-    ]
+    leaves = [leaf for leaf in keras.tree.flatten(whole.parts) if leaf is not None]
+    return [whole.length, *(structures.checksum(leaf) for leaf in leaves)]

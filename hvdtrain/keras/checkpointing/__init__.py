@@ -1,1 +1,1 @@
-"""Stopping a training and going on with it: what `hvd.callbacks.Checkpoint` saves, and how it comes back."""
+"""Save, stop and resume a training for `hvd.callbacks.Checkpoint`."""

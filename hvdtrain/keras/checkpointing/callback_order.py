@@ -1,50 +1,58 @@
-"""The order of callbacks in a `fit` with checkpoints: a piece of ours first, the checkpoint last."""
+"""Order the callbacks of a `fit` with checkpoints: a restoring callback first, `Checkpoint` last."""
 
 from typing import Any
 
 import keras
 
 from hvdtrain.keras.callbacks.forwarding import Forwarding
-from hvdtrain.keras.checkpointing.restoring import Opening
+from hvdtrain.keras.checkpointing.restoring import RestoreState
 
 
 def in_order(
-    model: keras.Model, given: dict[str, Any], opening: Opening, last: keras.callbacks.Callback
+    model: keras.Model, given: dict[str, Any], first: RestoreState, last: keras.callbacks.Callback
 ) -> Any:
-    """Puts one piece before all callbacks and the other after them, history included."""
+    """Put `first` before all callbacks and `last` after them, including History."""
     callbacks = given.get("callbacks")
-    others = [each for each in _list(callbacks) if each is not last and not isinstance(each, Opening)]
+    others = [
+        callback
+        for callback in _list(callbacks)
+        if callback is not last and not isinstance(callback, RestoreState)
+    ]
     if not isinstance(callbacks, keras.callbacks.CallbackList):
-        return [opening, *others, last]
-    callbacks.callbacks[:] = [opening, *others, last]
-    opening.set_model(model)
-    opening.set_params(callbacks.params)
+        return [first, *others, last]
+    callbacks.callbacks[:] = [first, *others, last]
+    first.set_model(model)
+    first.set_params(callbacks.params)
     return callbacks
 
 
 def keep_history(given: dict[str, Any]) -> None:
-    """Puts the history, which Keras would add behind all others, among those whose state counts."""
+    """Add History to the callbacks, so that its state is saved; Keras would add it after all others."""
     callbacks = given.get("callbacks")
     if not isinstance(callbacks, keras.callbacks.CallbackList):
         listed = _list(callbacks)
-        known = any(isinstance(each, keras.callbacks.History) for each in listed)
+        known = any(isinstance(callback, keras.callbacks.History) for callback in listed)
         given["callbacks"] = listed if known else [*listed, keras.callbacks.History()]
 
 
-def whose_state_counts(given: dict[str, Any], last: keras.callbacks.Callback) -> list[Any]:
-    """Lists the callbacks that a training's state is made of."""
-    return [each for each in flat(given) if each is not last and not isinstance(each, Opening)]
+def callbacks_with_state(given: dict[str, Any], last: keras.callbacks.Callback) -> list[Any]:
+    """List the callbacks whose state is saved."""
+    return [
+        callback
+        for callback in flat(given)
+        if callback is not last and not isinstance(callback, RestoreState)
+    ]
 
 
 def flat(given: dict[str, Any]) -> list[Any]:
-    """Lists the callbacks with those that they hand events on to, as `hvd.callbacks.distributed` does."""
-    return _opened(_list(given.get("callbacks")))
+    """List the callbacks, in place of forwarding ones like `hvd.callbacks.distributed` those inside them."""
+    return _unwrapped(_list(given.get("callbacks")))
 
 
-def _opened(callbacks: list[Any]) -> list[Any]:
+def _unwrapped(callbacks: list[Any]) -> list[Any]:
     found = []
-    for each in callbacks:
-        found += _opened(each.inner) if isinstance(each, Forwarding) else [each]
+    for callback in callbacks:
+        found += _unwrapped(callback.inner) if isinstance(callback, Forwarding) else [callback]
     return found
 
 
@@ -54,5 +62,7 @@ def _list(callbacks: Any) -> list[Any]:
 
 
 def steps_passed_over(given: dict[str, Any]) -> int:
-    """Returns how many steps of the first epoch a run before this one has done."""
-    return sum(each.already for each in _list(given.get("callbacks")) if isinstance(each, Opening))
+    """Return the number of steps of the first epoch that an earlier run has done."""
+    return sum(
+        callback.already for callback in _list(given.get("callbacks")) if isinstance(callback, RestoreState)
+    )

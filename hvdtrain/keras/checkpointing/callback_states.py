@@ -1,4 +1,4 @@
-"""What callbacks have learned while training, so that one that goes on decides as if it had never stopped."""
+"""Save and restore the state of callbacks, so that a resumed run makes the same decisions."""
 
 import collections
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,20 +10,21 @@ import tensorflow as tf
 
 from hvdtrain.checkpoints import plain
 
-# Set by Keras, or a matter of the screen.
+# Set by Keras, or concerning only the output.
 _NOT_STATE = ("params", "_params", "validation_data", "model", "_model", "verbose")
-# Keras turns its sign around once in a process, when it has found out what the monitored number is.
+# Keras changes the sign of this attribute once per process, when it determines the mode of the metric.
 _MONITORING = ("min_delta",)
 _WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
-# Of a CSVLogger's file the end counts; the rest is made anew when it begins.
+# Of a CSVLogger only these and the length of its file are saved; it creates the rest at the start.
 _CSV = ("keys",)
 _END = "end of the file"
 
 
 class CallbackStates:
-    """The attributes of callbacks that have changed since training began, as far as they are plain values.
+    """The attributes of callbacks that have changed since training began and are plain values.
 
-    What the constructor sets and nothing changes (EarlyStopping's patience) is the script's, which may be edited.
+    Attributes that only the constructor sets (EarlyStopping's patience) are taken from the script, which may have
+    been edited.
 
     Args:
         callbacks: The callbacks of a `fit`.
@@ -32,26 +33,26 @@ class CallbackStates:
     def __init__(self, callbacks: Sequence[Any]) -> None:
         numbers: collections.Counter[str] = collections.Counter()
         self._named: dict[str, Any] = {}
-        for each in callbacks:
-            if not isinstance(each, _WITHOUT_STATE):
-                name = type(each).__name__
-                self._named[f"{name}/{numbers[name]}"] = each
+        for callback in callbacks:
+            if not isinstance(callback, _WITHOUT_STATE):
+                name = type(callback).__name__
+                self._named[f"{name}/{numbers[name]}"] = callback
                 numbers[name] += 1
         self._at_first: dict[str, bytes] = {}
         self._restored: set[str] = set()
 
     def begin(self) -> None:
-        """Notes what is so before the first epoch."""
+        """Record the attributes before the first epoch."""
         self._at_first = {name: plain.digest(value) for name, value in self._all()}
 
     def prepare(self) -> None:
-        """Lets callbacks that would begin anew go on where they were; called before they begin."""
-        for each in self._named.values():
-            if isinstance(each, keras.callbacks.CSVLogger):
-                each.append = True
+        """Set up callbacks before they begin, so that they continue their files."""
+        for callback in self._named.values():
+            if isinstance(callback, keras.callbacks.CSVLogger):
+                callback.append = True
 
     def capture(self) -> dict[str, Any]:
-        """Returns what has changed, by names that are the same in the next run."""
+        """Return the changed attributes, under names that are the same in the next run."""
         return {
             name: value
             for name, value in self._all()
@@ -59,28 +60,28 @@ class CallbackStates:
         }
 
     def restore(self, values: Mapping[str, Any]) -> list[str]:
-        """Sets what was captured.
+        """Set the captured attributes.
 
         Returns:
-            The callbacks of which a state is there that are not.
+            The names of callbacks that have a saved state but are not in this `fit`.
         """
-        lost = set()
+        missing = set()
         for name, value in values.items():
             owner, _, attribute = name.rpartition("/")
             callback = self._named.get(owner)
             if callback is None:
-                lost.add(owner.partition("/")[0])
+                missing.add(owner.partition("/")[0])
             elif attribute == _END:
-                _cut(callback.csv_file, value)
+                _truncate(callback.csv_file, value)
             else:
                 _put_back(vars(callback), attribute, value)
                 self._restored.add(name)
-        return sorted(lost)
+        return sorted(missing)
 
     def _all(self) -> Iterator[tuple[str, Any]]:
         for name, callback in self._named.items():
             csv = isinstance(callback, keras.callbacks.CSVLogger)
-            left_out = (*_NOT_STATE, *(_MONITORING if hasattr(callback, "monitor_op") else ()))
+            left_out = _NOT_STATE + _MONITORING if hasattr(callback, "monitor_op") else _NOT_STATE
             for attribute, value in sorted(vars(callback).items()):
                 value = _content(value)
                 if attribute not in left_out and (not csv or attribute in _CSV) and plain.is_plain(value):
@@ -89,22 +90,22 @@ class CallbackStates:
                 yield f"{name}/{_END}", callback.csv_file.tell()
 
 
-def _cut(file: Any, end: int) -> None:
-    """Takes rows back that were written after the checkpoint, since they will be written again."""
+def _truncate(file: Any, end: int) -> None:
+    """Remove rows that were written after the checkpoint, since they will be written again."""
     if file is not None and not file.closed and end <= file.seek(0, 2):
         file.truncate(end)
         file.seek(end)
 
 
 def _content(value: Any) -> Any:
-    """Returns the plain content of what has one."""
+    """Return the plain content of a variable or generator; other values unchanged."""
     if isinstance(value, keras.Variable | tf.Variable):
         return value.numpy()
     return value.bit_generator.state if isinstance(value, np.random.Generator) else value
 
 
 def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
-    """Sets an attribute; a list that the script knows too stays the same list."""
+    """Set an attribute; change lists, sets and dicts in place, because the script may refer to them too."""
     now, value = attributes.get(name), plain.unpacked(plain.packed(value))
     if isinstance(now, keras.Variable | tf.Variable):
         now.assign(value)

@@ -1,4 +1,4 @@
-"""`load_model`: a saved model that goes on training on all ranks."""
+"""Load a saved model so that it can continue training on all ranks."""
 
 import json
 import types
@@ -15,7 +15,7 @@ from hvdtrain import runtime
 from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, is_distributed
 
-# What Keras, zipfile and h5py raise for a file that is missing, cut short or of another kind.
+# Errors of Keras, zipfile and h5py for a file that is missing, truncated or of another format.
 _UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
 _ABBREVIATIONS = ("bce", "kld", "mae", "mape", "mse", "msle")
 
@@ -27,42 +27,42 @@ def load_model(
     compression: Any = Compression.none,
     legacy_opts: bool = False,
 ) -> Any:
-    """Loads a model that goes on training on all ranks exactly where the saved one stood.
+    """Load a model that continues training on all ranks exactly where the saved model stopped.
 
     Weights, loss, metrics and the optimizer with its state (momenta, number of steps, loss scale) are those of
-    the file; the optimizer is made distributed. It makes no difference whether the file was saved on one process
-    or on many, with hvdtrain or without. Nothing is communicated, so it may be called on all ranks or, with
-    `BroadcastGlobalVariablesCallback(0)` to follow, on rank 0 only.
+    the file; the optimizer is made distributed. The file may have been saved on any number of processes, with
+    hvdtrain or without. This does not communicate, so it may be called on all ranks or, with a later
+    `BroadcastGlobalVariablesCallback(0)`, on rank 0 only.
 
     The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html).
 
     Args:
         filepath: Path of a `.keras` or `.h5` file, or an open `h5py.File`.
         custom_optimizers: Classes of optimizers of your own that the model may have been saved with.
-        custom_objects: Names, and the classes or functions of your own that they stand for. In the place of an
-            optimizer's class there may be a function that makes a (distributed) one from its configuration.
+        custom_objects: Names, and your own classes or functions with these names. An optimizer's class may be
+            replaced by a function that makes a (distributed) optimizer from its configuration.
         compression: See `hvd.DistributedOptimizer`.
-        legacy_opts: Accepted for Horovod's sake; Keras 3 has no legacy optimizers.
+        legacy_opts: Accepted for compatibility with Horovod; Keras 3 has no legacy optimizers.
 
     Returns:
-        The model, compiled. One that was saved without an optimizer is returned as it is, with a sentence.
+        The model, compiled. A model that was saved without an optimizer is returned unmodified, with a message.
 
     Raises:
         ImportError: If it is an `.h5` file and h5py is not installed.
-        ValueError: If the file is missing, damaged or of another kind, or `hvd.init()` was not called.
-        TypeError: If it holds objects of classes that are not known.
+        ValueError: If the file is missing, damaged or of another format, or `hvd.init()` was not called.
+        TypeError: If it contains objects of unknown classes.
     """
     engine = runtime.engine()
-    own = {each.__name__: each for each in custom_optimizers or ()} | (custom_objects or {})
-    # What tf.keras still offers and writes into files, but Keras itself does not read back.
-    objects = {each.__name__: each for each in vars(legacy_layers).values() if isinstance(each, type)} | own
+    custom = {cls.__name__: cls for cls in custom_optimizers or ()} | (custom_objects or {})
+    # Layers that tf.keras still offers and writes into files, but that Keras itself does not read.
+    objects = {cls.__name__: cls for cls in vars(legacy_layers).values() if isinstance(cls, type)} | custom
     try:
         model = _loaded(filepath, objects)
     except TypeError as error:
         raise TypeError(f"{_failed(filepath, error)} {_CLASSES}") from error
     except _UNREADABLE as error:
         raise ValueError(
-            f"{_failed(filepath, error)} Is the file there on this rank's machine, and whole? {_CLASSES}"
+            f"{_failed(filepath, error)} Does the file exist on this rank's machine, and is it whole? {_CLASSES}"
         ) from error
     if getattr(model, "optimizer", None) is None:
         engine.say(
@@ -89,7 +89,7 @@ def _loaded(filepath: Any, objects: dict[str, Any]) -> Any:
 
         with h5py.File(filepath, "r") as file:
             return _loaded_from_h5(file, objects)
-    if not zipfile.is_zipfile(filepath):  # another kind, which Keras knows or refuses
+    if not zipfile.is_zipfile(filepath):  # another format, which Keras reads or rejects
         return keras.saving.load_model(filepath, custom_objects=objects)
     with zipfile.ZipFile(filepath) as archive:
         compiled = json.loads(archive.read("config.json")).get("compile_config") or {}
@@ -98,7 +98,7 @@ def _loaded(filepath: Any, objects: dict[str, Any]) -> Any:
 
 
 def _loaded_from_h5(file: Any, objects: dict[str, Any]) -> Any:
-    """Does what Keras does, which loses the state of every optimizer on the way (Keras 3.5 to 3.15)."""
+    """Load a model from HDF5 with the optimizer's state, which Keras 3.5 to 3.15 do not restore."""
     config = json.loads(file.attrs.get("training_config") or "null")
     if config is None:
         return legacy_h5_format.load_model_from_hdf5(file, custom_objects=objects, compile=False)
@@ -116,25 +116,25 @@ def _loaded_from_h5(file: Any, objects: dict[str, Any]) -> Any:
 
 def _make_distributed(model: Any, compression: Any) -> None:
     plain = {
-        name: each
-        for name, each in vars(model).items()
-        if isinstance(each, keras.optimizers.Optimizer) and not is_distributed(each)
+        name: value
+        for name, value in vars(model).items()
+        if isinstance(value, keras.optimizers.Optimizer) and not is_distributed(value)
     }
     for name, optimizer in plain.items():
         setattr(model, name, DistributedOptimizer(optimizer, compression=compression))
     if "optimizer" in plain:
-        # Not the model's own compile: what a user's class keeps from it is there already.
+        # Not the model's own `compile`: a user's class has already stored what its `compile` sets.
         keras.Model.compile(model, **{**model._compile_config.config, "optimizer": model.optimizer})
 
 
 def _abbreviated(loss: Any) -> dict[str, Any]:
-    """Names the losses that Keras abbreviates in an .h5 file, and then does not know when it reads them."""
+    """Return the losses that Keras abbreviates in an .h5 file but does not recognise when it reads the file."""
     names = keras.tree.flatten(loss)
     return {name: keras.losses.get(name) for name in _ABBREVIATIONS if name in names}
 
 
 class _Maker:
-    """Stands for an optimizer's class where Keras wants one and the user has a function."""
+    """Adapter that lets Keras use a function in place of an optimizer's class."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -143,22 +143,22 @@ class _Maker:
         return self._function(**config)
 
     def from_config(self, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Makes the optimizer, as the class would."""
+        """Make the optimizer from its configuration."""
         return self._function(**config)
 
 
 def _with_makers(objects: dict[str, Any], optimizer: Any) -> dict[str, Any]:
-    """Replaces the functions among the objects that stand for the saved optimizer's class."""
+    """Wrap the functions in `objects` that replace the saved optimizer's class."""
     names = set(_class_names(optimizer))
     return {
-        name: _Maker(each) if name in names and isinstance(each, types.FunctionType) else each
-        for name, each in objects.items()
+        name: _Maker(value) if name in names and isinstance(value, types.FunctionType) else value
+        for name, value in objects.items()
     }
 
 
 def _class_names(config: Any) -> Iterator[str]:
-    """Yields the class names in a saved optimizer's configuration, also those of one inside another."""
+    """Yield the class names in a saved optimizer's configuration, including those of inner optimizers."""
     if isinstance(config, dict):
         yield from (config[key] for key in ("class_name", "registered_name") if config.get(key))
-        for each in config.values():
-            yield from _class_names(each)
+        for value in config.values():
+            yield from _class_names(value)

@@ -1,4 +1,4 @@
-"""A model's weights in Keras' own format, in memory, where no disk can be full."""
+"""Save and load a model's weights in the file format of Keras, in memory."""
 
 import io
 from pathlib import Path
@@ -14,16 +14,16 @@ NAME = "model.weights.h5"
 
 
 def weights_file(model: keras.Model) -> bytes:
-    """Returns the bytes that `model.save_weights` writes: weights and the optimizer's state."""
+    """Return the file content of `model.save_weights`: weights and the optimizer's state."""
     buffer = io.BytesIO()
     store = saving_lib.H5IOStore(buffer, mode="w")
     saving_lib._save_state(model, store, None, inner_path="", visited_saveables=set())
-    store.h5_file.close()  # the store's own close would close the buffer too
+    store.h5_file.close()  # store.close() would close the buffer too
     return buffer.getvalue()
 
 
 def load(model: keras.Model, path: Path) -> None:
-    """Does what `model.load_weights` does, also for a model of which only the parts are ever called."""
+    """Load weights as `model.load_weights` does, also for a model that is not built but whose layers are."""
     store = saving_lib.H5IOStore(str(path), mode="r")
     try:
         saving_lib._load_state(model, store, None, inner_path="", visited_saveables=set())
@@ -32,7 +32,7 @@ def load(model: keras.Model, path: Path) -> None:
 
 
 def digests_in(content: bytes) -> set[bytes]:
-    """Returns the digests of all arrays in such a file."""
+    """Return the digests of all arrays in the content of a weights file."""
     found: set[bytes] = set()
 
     def take(name: str, item: object) -> None:

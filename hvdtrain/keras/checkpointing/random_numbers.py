@@ -1,4 +1,4 @@
-"""The generators of random numbers outside of a model: Python's, NumPy's and TensorFlow's."""
+"""Save and restore the global random generators of Python, NumPy and TensorFlow."""
 
 import contextlib
 import random
@@ -11,19 +11,19 @@ _PYTHON, _NUMPY, _TENSORFLOW = "random/python", "random/numpy", "random/tensorfl
 
 
 def capture() -> dict[str, Any]:
-    """Returns their states as plain values."""
+    """Return their states as plain values."""
     found: dict[str, Any] = {_PYTHON: random.getstate(), _NUMPY: np.random.get_state()}
-    with contextlib.suppress(RuntimeError):  # under enable_op_determinism there may be none
+    with contextlib.suppress(RuntimeError):  # with enable_op_determinism there may be no generator
         found[_TENSORFLOW] = tf.random.get_global_generator().state.numpy()
     return found
 
 
 def restore(states: dict[str, Any], newcomer: int | None = None) -> None:
-    """Sets their states.
+    """Set their states.
 
     Args:
-        states: What `capture` returned.
-        newcomer: The rank, where it did not exist when they were captured: it goes its own way from there.
+        states: The result of `capture`.
+        newcomer: The rank, if it did not exist when they were captured; it then gets a different state.
     """
     if _PYTHON in states:
         random.setstate(states[_PYTHON])

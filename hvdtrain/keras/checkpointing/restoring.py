@@ -1,4 +1,4 @@
-"""Going on where a checkpoint was made: before any other callback, and before the first step that is new."""
+"""Restore a training from a checkpoint, before other callbacks and before the first new step."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,16 +10,16 @@ from hvdtrain.keras.checkpointing.saved_state import Saved
 from hvdtrain.keras.checkpointing.training_state import TrainingState, adjustable
 
 
-class Opening(keras.callbacks.Callback):
-    """Stands before all callbacks, so that what they find is what the run before has left.
+class RestoreState(keras.callbacks.Callback):
+    """Callback before all others that restores the state of the earlier run.
 
-    The state is set when the first epoch begins, after all callbacks have made themselves ready. Of an epoch that
-    was cut in two, the batches before the cut are taken from the data and not trained on; then the state is set
-    once more, because callbacks have seen the epoch begin twice.
+    The state is restored when the first epoch begins, after `on_train_begin` of all callbacks. If the earlier run
+    stopped inside an epoch, the batches before that point are read but not trained on; then the state is restored
+    again, because callbacks have seen the epoch begin twice.
 
     Args:
-        state: The training.
-        saved: What it goes on from; None to begin anew.
+        state: The state of the training.
+        saved: The checkpoint to resume from; None to start from the beginning.
     """
 
     def __init__(self, state: TrainingState, saved: Saved | None) -> None:
@@ -32,17 +32,17 @@ class Opening(keras.callbacks.Callback):
         self._train: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Stands before the model's own step, within what other callbacks put there."""
+        """Replace the model's training function, inside of the replacements of other callbacks."""
         self._train = self.model.train_function
         self.model.train_function = self._step
 
     def leave(self, model: Any) -> None:
-        """Leaves the model as it was before `fit`."""
+        """Restore the model's training function."""
         if self._train is not None and model.train_function == self._step:
             model.train_function, self._train = self._train, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Sets the state, before the first epoch."""
+        """Restore the state before the first epoch."""
         if self._begun:
             return
         self._begun = True
@@ -54,7 +54,7 @@ class Opening(keras.callbacks.Callback):
                 _set_rates(self.model, self._saved.facts["rates"])
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Sets the state where nothing was left to train."""
+        """Restore the state if no epoch was left to train."""
         if self._begun or self._saved is None:
             return
         if not self._state.built:
@@ -66,7 +66,7 @@ class Opening(keras.callbacks.Callback):
         self._state.restore(self._saved)
 
     def replayed(self, steps: int) -> None:
-        """Sets the state once more, when all callbacks have seen the last of the steps that were done before."""
+        """Restore the state again after the last step that the earlier run had done."""
         if self._saved is not None and steps >= self.already:
             self._state.restore(self._saved)
 
@@ -85,18 +85,18 @@ class Opening(keras.callbacks.Callback):
         return self.model.get_metrics_result()
 
     def _build(self, iterator: Any) -> None:
-        """Makes what `fit` would make in its first step, and sets the state of a model that was not built."""
+        """Build what `fit` would build in its first step, and restore the state of a model that was not built."""
         if not self._whole or self.model._compile_metrics is not None or self.model._compile_loss is not None:
             self.model._symbolic_build(data_batch=global_batch.as_keras(iterator.element_spec))
         if self._whole:
             return
         self._whole = True
-        rates = [float(each.learning_rate) for each in adjustable(self.model)]
+        rates = [float(optimizer.learning_rate) for optimizer in adjustable(self.model)]
         self._state.restore(self._saved)  # type: ignore[arg-type]
-        # Callbacks have chosen those of this epoch already.
+        # Callbacks have already set the rates of this epoch.
         _set_rates(self.model, rates)
 
 
 def _set_rates(model: keras.Model, rates: Sequence[float]) -> None:
-    for each, rate in zip(adjustable(model), rates, strict=False):
-        each.learning_rate = rate
+    for optimizer, rate in zip(adjustable(model), rates, strict=False):
+        optimizer.learning_rate = rate

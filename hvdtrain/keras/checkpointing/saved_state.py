@@ -1,4 +1,4 @@
-"""A checkpoint as it was found: rank 0 reads it, and each rank gets its part."""
+"""Read a checkpoint on the first rank and send each rank its part; make the files of a checkpoint."""
 
 import io
 import json
@@ -14,21 +14,21 @@ from hvdtrain.checkpoints import plain
 from hvdtrain.collectives.engine import Engine
 
 FACTS, RANKS = "state.json", "ranks.zip"
-VARIABLE = "variable/"  # how the names of variables begin, which travel apart from other values
+VARIABLE = "variable/"  # prefix of the names of variables, which are not broadcast with other values
 
 Files = Mapping[str, bytes]
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a training is.
+    """The position of a training.
 
     Args:
         epoch: The epoch, counted from 0.
-        step: Its steps that are done.
+        step: Number of its steps that are done.
         total: Steps done over all epochs.
         steps: Steps of an epoch, if known.
-        finished: Whether `fit` has come to its end.
+        finished: Whether `fit` has ended.
         stopped: Whether it ended before its last epoch, as EarlyStopping does.
     """
 
@@ -46,14 +46,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Saved:
-    """What a rank goes on from.
+    """The checkpoint from which a rank resumes.
 
     Args:
-        entry: The checkpoint's folder, which only rank 0 need be able to read.
-        place: Where the training was.
-        facts: What else `state.json` says.
-        common: Plain values of rank 0, on all ranks those that are no variables.
-        own: In which this rank was different.
+        entry: The checkpoint's folder; only the first rank reads it.
+        place: The position of the training.
+        facts: The content of `state.json`.
+        common: Plain values of the first rank; on other ranks without variables.
+        own: Values of this rank that differ from those of the first rank.
     """
 
     entry: Path
@@ -64,17 +64,17 @@ class Saved:
 
     @property
     def values(self) -> dict[str, Any]:
-        """This rank's values by their names."""
+        """This rank's values, by name."""
         return {**self.common, **self.own}
 
     def under(self, prefix: str) -> dict[str, Any]:
-        """Returns this rank's values whose names begin so, without that beginning."""
+        """Return this rank's values whose names begin with `prefix`, by the rest of the name."""
         found = self.values.items()
         return {name.removeprefix(prefix): value for name, value in found if name.startswith(prefix)}
 
 
 def read(entry: Path | None, engine: Engine) -> Saved | None:
-    """Gives every rank its part of a checkpoint.
+    """Read a checkpoint and send every rank its part.
 
     Args:
         entry: The folder, on the first rank; None if there is none.
@@ -98,7 +98,7 @@ def read(entry: Path | None, engine: Engine) -> Saved | None:
 
 
 def files_of(place: Place, facts: Mapping[str, Any], parts: list[bytes]) -> Files:
-    """Makes the files of a checkpoint that `read` understands, beside the model's own."""
+    """Make the files of a checkpoint that `read` reads; the model's file is made elsewhere."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for rank, part in enumerate(parts):
@@ -108,16 +108,16 @@ def files_of(place: Place, facts: Mapping[str, Any], parts: list[bytes]) -> File
 
 
 def gathered(content: bytes, engine: Engine) -> list[bytes]:
-    """Returns what each rank passes, on the first rank; on the others nothing."""
+    """Return on the first rank the content from each rank; on other ranks an empty list."""
     size = engine.size
     received, counts = engine.alltoall(np.frombuffer(content, np.uint8), [len(content)] + [0] * (size - 1))
-    return _cut(received, counts) if engine.rank == engine.ranks[0] else []
+    return _split(received, counts) if engine.rank == engine.ranks[0] else []
 
 
 def scattered(contents: list[bytes], engine: Engine) -> bytes:
-    """Returns this rank's part of what the first rank passes, a part for each rank after it."""
+    """Return this rank's part of `contents`, which hold on the first rank a part for each later rank."""
     parts = [b"", *contents, *[b""] * engine.size][: engine.size] if contents else [b""] * engine.size
-    received, _ = engine.alltoall(np.frombuffer(b"".join(parts), np.uint8), [len(each) for each in parts])
+    received, _ = engine.alltoall(np.frombuffer(b"".join(parts), np.uint8), [len(part) for part in parts])
     return received.tobytes()
 
 
@@ -126,6 +126,6 @@ def _parts(entry: Path) -> list[bytes]:
         return [file.read(name) for name in sorted(file.namelist())]
 
 
-def _cut(received: np.ndarray, counts: np.ndarray) -> list[bytes]:
+def _split(received: np.ndarray, counts: np.ndarray) -> list[bytes]:
     ends = np.cumsum(counts)
     return [received[end - count : end].tobytes() for count, end in zip(counts, ends, strict=True)]

@@ -1,4 +1,4 @@
-"""Whether to save or to stop: each rank may want it, and all learn of it after the same step."""
+"""Agree on saving or stopping: any rank may request it, and all ranks do it after the same step."""
 
 import math
 import os
@@ -12,21 +12,21 @@ from hvdtrain.collectives.engine import Call, Engine
 NOTHING, SAVE, STOP = 0, 1, 2
 
 DEADLINE = "HVDTRAIN_DEADLINE"
-_TRIED = 8  # steps after which the ranks ask each other, to find out what that costs
-_SHARE = 0.01  # of a step that asking may cost
-_LONGEST = 1.0  # seconds between two times of asking, where steps are short
-_SLACK = 15.0  # seconds that leaving takes, beside what was measured
+_MEASURED = 8  # number of agreements after which their cost is known
+_SHARE = 0.01  # fraction of the step time that agreements may take
+_LONGEST = 1.0  # seconds between two agreements, if steps are short
+_SLACK = 15.0  # seconds for the end of the process, in addition to measured times
 
 
-class Wishes:
-    """Asks all ranks after a step whether one of them wants to save or to stop.
+class StopAgreement:
+    """Agreement of all ranks after a step whether one of them requests to save or to stop.
 
-    Asking costs tens of microseconds. Where that is more than a hundredth of a step, the ranks ask each other only
-    so often that it is not.
+    An agreement takes tens of microseconds. If that is more than 1 % of a step, the ranks agree only after every
+    n-th step, so that the total cost stays below 1 %.
 
     Args:
         engine: The ranks.
-        every_minutes: After how many minutes the first rank wants a checkpoint; None for never.
+        every_minutes: Minutes after which the first rank requests a checkpoint; None for never.
     """
 
     def __init__(self, engine: Engine, every_minutes: float | None) -> None:
@@ -41,27 +41,27 @@ class Wishes:
         self._listening = ExitStack()
 
     def begin(self) -> None:
-        """Listens for signals from here on."""
+        """Start listening for signals."""
         self._listening.enter_context(stop_request.hearing(signal.SIGUSR1, signal.SIGTERM))
         self._saved_at = self._last_step = time.monotonic()
 
     def end(self) -> None:
-        """Leaves signals to whom they belonged."""
+        """Restore the earlier signal handlers."""
         self._listening.close()
 
     def saved(self, seconds: float) -> None:
-        """Notes that a checkpoint was made, and how long the training stood still for it."""
+        """Record that a checkpoint was made, and for how many seconds it stopped the training."""
         self._saved_at = self._last_step = time.monotonic()
         self._asked_at = None
         self._longest_save = max(self._longest_save, seconds)
 
     @property
     def patience(self) -> float:
-        """Seconds that stopping may take."""
+        """Seconds that stopping may take at most."""
         return _SLACK + 3 * self._longest_save + 1.5 * self._longest_gap
 
     def after_step(self) -> int:
-        """Returns what the ranks want, after each step."""
+        """Return the request of the ranks; called after each step, agrees only after some steps."""
         self._steps += 1
         now = time.monotonic()
         self._times.append(now - self._last_step)
@@ -69,20 +69,20 @@ class Wishes:
         return NOTHING if self._steps % self._interval else self.ask()
 
     def ask(self) -> int:
-        """Returns what the ranks want; all of them ask."""
+        """Agree with all ranks, and return NOTHING, SAVE or STOP."""
         before = time.monotonic()
-        if self._asked_at is not None:  # before the first step is compiled, and that happens once
+        if self._asked_at is not None:  # not for the first step, which includes compilation
             self._longest_gap = max(self._longest_gap, before - self._asked_at)
-        wish = self._engine.agree(Call("a step's end"), self._mine())
+        request = self._engine.agree(Call("a step's end"), self._own_request())
         self._asked_at = time.monotonic()
         self._cheapest = min(self._cheapest, self._asked_at - before)
         self._asked += 1
-        if self._asked == _TRIED:
+        if self._asked == _MEASURED:
             self._choose_interval()
-        return wish
+        return request
 
     def reasons(self) -> str:
-        """Says why the training stops, on all ranks together."""
+        """Return why the training stops; all ranks call this and get the same text."""
         told = self._engine.allgather_object(self._reason())
         by_reason: dict[str, list[int]] = {}
         for rank, reason in zip(self._engine.ranks, told, strict=True):
@@ -93,7 +93,7 @@ class Wishes:
         reason, ranks = next(iter(by_reason.items()))
         return reason if len(ranks) == len(told) else f"{reason} (on rank {ranks[0]})"
 
-    def _mine(self) -> int:
+    def _own_request(self) -> int:
         if self._reason():
             return STOP
         due = self._every is not None and time.monotonic() - self._saved_at >= self._every

@@ -1,21 +1,20 @@
-"""The folder of a training's checkpoints, which only the first rank touches."""
+"""Open and write the folder of a training's checkpoints on the first rank."""
 
 from collections.abc import Callable
 from pathlib import Path
 
-from hvdtrain.checkpoints.folder import Folder
+from hvdtrain.checkpoints.folder import Files, Folder, Writer
 from hvdtrain.checkpoints.lock import Lock
-from hvdtrain.checkpoints.writer import Files, Writer
 from hvdtrain.collectives.engine import Engine
 
 
 class Store:
-    """Finds, writes and keeps checkpoints; on other ranks than the first it does nothing.
+    """The checkpoints of a training; on ranks other than the first it does nothing.
 
     Args:
         path: The folder.
-        keep: How many checkpoints stay.
-        engine: The ranks; the first one tells what goes wrong.
+        keep: Number of checkpoints to keep.
+        engine: The ranks; the first one prints warnings.
     """
 
     def __init__(self, path: Path, keep: int, engine: Engine) -> None:
@@ -24,10 +23,10 @@ class Store:
         self._lock: Lock | None = None
 
     def open(self) -> Path | None:
-        """Takes the folder for this training.
+        """Lock the folder for this training.
 
         Returns:
-            The newest whole checkpoint in it, if there is one.
+            The newest complete checkpoint in it, or None.
 
         Raises:
             InUseError: If another training uses it.
@@ -46,25 +45,27 @@ class Store:
             ) from error
         if not self._lock.works:
             self._warn(
-                f"{self._path} is on a file system without locks, so nothing keeps a second job from it."
+                f"{self._path} is on a file system without locks, so a second job could use it at the same time."
             )
         self._writer = Writer(folder, self._keep)
         entry, complaints = folder.newest_whole()
-        for each in complaints:
+        for complaint in complaints:
             instead = (
-                f"{entry} is taken in its place" if entry else "There is no other, so training begins anew"
+                f"{entry} is used instead"
+                if entry
+                else "There is no other, so training starts from the beginning"
             )
-            self._warn(f"{each} {instead}.")
+            self._warn(f"{complaint} {instead}.")
         self._writer.newest = entry
         return entry
 
     def submit(self, step: int, make: Callable[[], Files] | None) -> None:
-        """Has a checkpoint written in the background, and tells if the one before could not be."""
+        """Write a checkpoint in the background, and warn if the previous one could not be written."""
         if self._writer and make:
             self._warn(self._writer.submit(step, make))
 
     def settle(self) -> tuple[Path | None, str | None]:
-        """Waits until all is written; all ranks call this.
+        """Wait until the last checkpoint is written; all ranks call this.
 
         Returns:
             The newest checkpoint, and why a newer one could not be written.
@@ -74,12 +75,12 @@ class Store:
         return self._engine.broadcast_object((newest, failure), self._engine.ranks[0])
 
     def close(self) -> None:
-        """Waits, tells what could not be written, and gives the folder back."""
+        """Wait, warn if the last checkpoint could not be written, and release the folder."""
         if self._writer:
             self._warn(self._writer.close())
         if self._lock:
-            self._lock.give_back()
+            self._lock.release()
 
-    def _warn(self, words: str | None) -> None:
-        if words:
-            self._engine.say(f"warning: {words}")
+    def _warn(self, message: str | None) -> None:
+        if message:
+            self._engine.say(f"warning: {message}")

@@ -1,4 +1,4 @@
-"""All that decides how a training goes on: variables, random numbers, callbacks; of all ranks, and of each."""
+"""Capture and restore the state of a training: variables, random numbers and callbacks of all ranks."""
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
@@ -20,44 +20,44 @@ from hvdtrain.keras.checkpointing.saved_state import VARIABLE, Files, Place, Sav
 
 _CALLBACK = "callback/"
 _METRICS = "metrics"
-_IN_FILE = ("weights", "optimizer")  # what Keras' own file is for
+_IN_FILE = ("weights", "optimizer")  # sections in the weights file of Keras
 
 
 class TrainingState:
-    """Takes a training's state apart and puts it together.
+    """The state of a training, to be captured and restored.
 
-    What all ranks hold alike is kept once, and of each rank what differs from the first: its BatchNormalization
-    statistics, its random numbers, the metrics of its samples.
+    Values that are equal on all ranks are saved once; for each rank its values that differ from the first rank are
+    saved: BatchNormalization statistics, random states, the metrics of its samples.
 
     Args:
         model: The model, which need not be built yet.
         engine: The ranks that train it.
-        callbacks: The callbacks whose state counts.
+        callbacks: The callbacks whose state is saved.
     """
 
     def __init__(self, model: keras.Model, engine: Engine, callbacks: Sequence[Any]) -> None:
         self.callbacks = CallbackStates(callbacks)
         self._model, self._engine = model, engine
-        self._beside: set[str] | None = None
+        self._not_saved_by_keras: set[str] | None = None
 
     @property
     def built(self) -> bool:
         """Whether the model's variables exist."""
-        parts = [each for each in self._model._flatten_layers() if each is not self._model]
-        return all(each.built for each in parts or [self._model])
+        layers = [layer for layer in self._model._flatten_layers() if layer is not self._model]
+        return all(layer.built for layer in layers or [self._model])
 
     def capture(self, place: Place, more: Mapping[str, Any]) -> Callable[[], Files] | None:
-        """Copies the state, on all ranks together.
+        """Copy the state; all ranks call this.
 
         Args:
-            place: Where the training is.
+            place: The position of the training.
             more: Further facts for `state.json`.
 
         Returns:
-            On the first rank, what makes the files of a checkpoint, in a thread say; None on the others.
+            On the first rank, a function that makes the files of a checkpoint, also in a thread; None on others.
         """
         variables, others = self._variables(), self._others()
-        digests = {name: plain.digest(_value(each)) for name, each in variables.items()}
+        digests = {name: plain.digest(_value(variable)) for name, variable in variables.items()}
         digests |= {name: plain.digest(value) for name, value in others.items()}
         common = self._engine.broadcast_object(digests, self._engine.ranks[0])
         content = together(self._engine, "Checkpoint", self._weights_file)
@@ -65,7 +65,7 @@ class TrainingState:
             kept = {name for name, mine in digests.items() if common.get(name) != mine}
         else:
             kept = self._not_in_file(content, digests) | set(others)
-        own = {name: _value(each) for name, each in variables.items() if name in kept}
+        own = {name: _value(variable) for name, variable in variables.items() if name in kept}
         own |= {name: value for name, value in others.items() if name in kept}
         parts = gathered(plain.packed(own), self._engine)
         if content is None:
@@ -78,41 +78,41 @@ class TrainingState:
         return lambda: {model_file.NAME: content, **files_of(place, facts, parts)}
 
     def restore(self, saved: Saved) -> None:
-        """Sets all of it, on all ranks together; of a model that is not built yet, what there is.
+        """Restore the state; all ranks call this. If the model is not built yet, its variables are not restored.
 
         Raises:
-            ValueError: On every rank, if the checkpoint is of another model.
-            RuntimeError: On every rank, if a variable does not come back as it was.
+            ValueError: On every rank, if the checkpoint belongs to another model.
+            RuntimeError: On every rank, if a variable is not restored exactly.
         """
         newcomer = self._engine.rank if self._engine.rank >= saved.facts["ranks"] else None
         if self.built:
             self._restore_variables(saved, newcomer)
         random_numbers.restore(saved.values, newcomer)
-        lost = self.callbacks.restore(saved.under(_CALLBACK))
-        if lost:
+        missing = self.callbacks.restore(saved.under(_CALLBACK))
+        if missing:
             self._engine.say(
-                f"the checkpoint holds the state of {', '.join(lost)}, which this fit has no more."
+                f"the checkpoint contains the state of {', '.join(missing)}, which this fit does not have."
             )
 
     def _weights_file(self) -> bytes | None:
         return model_file.weights_file(self._model) if self._engine.rank == self._engine.ranks[0] else None
 
     def _not_in_file(self, content: bytes, digests: dict[str, bytes]) -> set[str]:
-        """Finds out, once, what Keras does not put into its file: metrics, and what a layer withholds."""
-        if self._beside is None:
+        """Return the variables that are not in Keras' file: metrics, and those that a layer does not save."""
+        if self._not_saved_by_keras is None:
             inside = model_file.digests_in(content)
-            self._beside = {name for name, mine in digests.items() if mine not in inside}
-        return self._beside | {name for name in digests if _section(name) not in _IN_FILE}
+            self._not_saved_by_keras = {name for name, mine in digests.items() if mine not in inside}
+        return self._not_saved_by_keras | {name for name in digests if _section(name) not in _IN_FILE}
 
     def _restore_variables(self, saved: Saved, newcomer: int | None) -> None:
-        for each, trained in zip(optimizers_of(self._model), saved.facts["trained"], strict=False):
-            if trained and not each.built and max(trained) < len(self._model.weights):
-                each.build([self._model.weights[index] for index in trained])
+        for optimizer, trained in zip(optimizers_of(self._model), saved.facts["trained"], strict=False):
+            if trained and not optimizer.built and max(trained) < len(self._model.weights):
+                optimizer.build([self._model.weights[index] for index in trained])
         variables = self._variables()
-        self._refuse_another(saved, variables)
+        self._check_model(saved, variables)
         if not saved.place.step or saved.facts["sections"].get(_METRICS) != _count(variables, _METRICS):
-            # An epoch begins with none, or the first step has yet to make them.
-            variables = {name: each for name, each in variables.items() if _section(name) != _METRICS}
+            # Metrics start from zero in a new epoch, or the first step has not created them yet.
+            variables = {name: var for name, var in variables.items() if _section(name) != _METRICS}
         root = self._engine.ranks[0]
         first = self._engine.rank == root
         together(self._engine, "Checkpoint", lambda: self._load(saved, variables) if first else None)
@@ -120,22 +120,23 @@ class TrainingState:
         for name in variables.keys() & saved.own.keys():
             variables[name].assign(saved.own[name])
         if newcomer is not None:
-            for each in states_of(self._model):
-                each.assign(folded(each.numpy(), newcomer))
+            for generator in states_of(self._model):
+                generator.assign(folded(generator.numpy(), newcomer))
 
     def _load(self, saved: Saved, variables: dict[str, Any]) -> None:
         model_file.load(self._model, saved.entry / model_file.NAME)
         for name in variables.keys() & saved.common.keys():
             variables[name].assign(saved.common[name])
-        for name, each in variables.items():
-            if plain.digest(_value(each)).hex() != saved.facts["digests"][name]:
+        for name, variable in variables.items():
+            if plain.digest(_value(variable)).hex() != saved.facts["digests"][name]:
                 raise RuntimeError(
-                    f"{saved.entry}: {getattr(each, 'path', name)} did not come back as it was saved, though the "
-                    "files are whole. A layer's load_own_variables must be the reverse of its save_own_variables."
+                    f"{saved.entry}: {getattr(variable, 'path', name)} was not restored as it was saved, though "
+                    "the files are complete. A layer's load_own_variables must restore everything that its "
+                    "save_own_variables writes."
                 )
 
-    def _refuse_another(self, saved: Saved, variables: dict[str, Any]) -> None:
-        """Raises ValueError, with the first difference, unless the checkpoint is of this model."""
+    def _check_model(self, saved: Saved, variables: dict[str, Any]) -> None:
+        """Raise ValueError with the first difference, unless the checkpoint belongs to this model."""
         ours, theirs = self._facts(variables), saved.facts
         for mine, other in zip(ours["compared"], theirs["compared"], strict=False):
             if mine != other:
@@ -152,40 +153,47 @@ class TrainingState:
         listed = {section: _of(variables, section) for section in _IN_FILE}
         calls = [
             described_call(
-                section, found, [f"{each.dtype} {tuple(each.shape)}" for each in found], section == "weights"
+                section,
+                found,
+                [f"{optimizer.dtype} {tuple(optimizer.shape)}" for optimizer in found],
+                section == "weights",
             )
             for section, found in listed.items()
         ]
         return {
             "keras": keras.version(),
-            "optimizers": [type(each).__name__ for each in optimizers_of(self._model)],
+            "optimizers": [type(optimizer).__name__ for optimizer in optimizers_of(self._model)],
             "compared": [line for call in calls for line in call.details],
             "shown": [line for call in calls for line in call.shown],
-            "trained": [self._trained_by(each) for each in optimizers_of(self._model)],
-            "rates": [float(each.learning_rate) for each in adjustable(self._model)],
+            "trained": [self._trained_by(optimizer) for optimizer in optimizers_of(self._model)],
+            "rates": [float(optimizer.learning_rate) for optimizer in adjustable(self._model)],
             "sections": dict(collections.Counter(_section(name) for name in variables)),
         }
 
     def _trained_by(self, optimizer: Any) -> list[int]:
-        """Lists the weights that an optimizer trains; of a model like a GAN none trains all."""
+        """List the indices of the weights that an optimizer trains; in a GAN no optimizer trains all."""
         inner = getattr(optimizer, "inner_optimizer", optimizer)
-        numbers = {id(each): index for index, each in enumerate(self._model.weights)}
+        numbers = {id(variable): index for index, variable in enumerate(self._model.weights)}
         trained = inner._trainable_variables if optimizer.built else []
-        return [numbers[id(each)] for each in trained if id(each) in numbers]
+        return [numbers[id(variable)] for variable in trained if id(variable) in numbers]
 
     def _variables(self) -> dict[str, Any]:
-        """Lists all variables, each once."""
+        """Return all variables, each once, by names that are the same in every run."""
         sections = {
             "weights": self._model.weights,
-            "optimizer": [each for one in optimizers_of(self._model) for each in one.variables],
+            "optimizer": [var for optimizer in optimizers_of(self._model) for var in optimizer.variables],
             "generators": states_of(self._model),
-            _METRICS: [each for metric in self._model.metrics for each in metric.variables],
+            _METRICS: [var for metric in self._model.metrics for var in metric.variables],
         }
         seen: set[int] = set()
         found: dict[str, Any] = {}
         for section, variables in sections.items():
-            fresh = [each for each in variables if not (id(each) in seen or seen.add(id(each)))]  # type: ignore[func-returns-value]
-            found |= {f"{VARIABLE}{section}/{index}": each for index, each in enumerate(fresh)}
+            index = 0
+            for variable in variables:
+                if id(variable) not in seen:
+                    seen.add(id(variable))
+                    found[f"{VARIABLE}{section}/{index}"] = variable
+                    index += 1
         return found
 
     def _others(self) -> dict[str, Any]:
@@ -194,15 +202,15 @@ class TrainingState:
 
 
 def adjustable(model: keras.Model) -> list[Any]:
-    """Lists the optimizers whose learning rate callbacks may set, which one with a schedule does not let them."""
-    inner = [getattr(each, "inner_optimizer", each) for each in optimizers_of(model)]
-    return [each for each in inner if isinstance(each._learning_rate, keras.Variable)]
+    """List the optimizers whose learning rate can be set, which excludes those with a schedule."""
+    inner = [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in optimizers_of(model)]
+    return [optimizer for optimizer in inner if isinstance(optimizer._learning_rate, keras.Variable)]
 
 
 def _of_another(saved: Saved, theirs: str, ours: str) -> str:
     return (
         f"The checkpoint {saved.entry} is of another model: where {theirs}, this one has {ours}. Give this "
-        "training a directory of its own, or remove that one."
+        "training its own directory, or remove that one."
     )
 
 
@@ -216,7 +224,7 @@ def _many(count: int, section: str) -> str:
 
 
 def _of(variables: dict[str, Any], section: str) -> list[Any]:
-    return [each for name, each in variables.items() if _section(name) == section]
+    return [variable for name, variable in variables.items() if _section(name) == section]
 
 
 def _count(variables: dict[str, Any], section: str) -> int:

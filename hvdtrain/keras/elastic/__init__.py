@@ -1,4 +1,4 @@
-"""Training that goes on from its last commit: `from hvdtrain.keras import elastic`."""
+"""Provide training that resumes from its last commit: `from hvdtrain.keras import elastic`."""
 
 from hvdtrain.keras.elastic.callbacks import (
     CommitStateCallback,

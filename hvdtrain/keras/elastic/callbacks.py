@@ -1,4 +1,4 @@
-"""Callbacks that keep an elastic state up to date while `model.fit` runs."""
+"""Update an elastic state while `model.fit` runs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,13 +11,13 @@ from hvdtrain.keras.elastic.variables import Progress, VariablesState
 
 
 class CommitStateCallback(keras.callbacks.Callback):
-    """Commits the state every so many batches and at the end of each epoch, so that little is lost.
+    """Commits the state after every `batches_per_commit` batches and at the end of each epoch.
 
     A commit costs a copy of the model and, under `elastic.run`, a write to disk: choose `batches_per_commit` so
-    that this is small beside the batches.
+    that this takes little time compared with the batches.
 
     Args:
-        state: What to commit.
+        state: The state to commit.
         batches_per_commit: Number of batches from one commit to the next.
     """
 
@@ -28,41 +28,41 @@ class CommitStateCallback(keras.callbacks.Callback):
         self.batches_remaining = batches_per_commit
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Counts anew, so that all ranks commit together."""
+        """Start counting, so that all ranks commit after the same batches."""
         self.batches_remaining = self.batches_per_commit
 
     def on_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Commits if it is time."""
+        """Commit after every `batches_per_commit` batches."""
         self.batches_remaining -= 1
         if self.batches_remaining == 0:
             self.batches_remaining = self.batches_per_commit
             self._commit()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Commits."""
+        """Commit at the end of an epoch."""
         self._commit()
 
     def _commit(self) -> None:
-        # While batches are left out that were trained before, there is nothing new.
+        # While batches are skipped that were trained before, the state does not change.
         if getattr(self.state, "replaying", None) is not True:
             self.state.commit()
 
 
 class UpdateBatchStateCallback(keras.callbacks.Callback):
-    """Keeps the number of the last batch in `state.batch`, and leaves out batches that were trained already.
+    """Stores the number of the last batch in `state.batch`, and skips batches that were trained already.
 
     At the end of an epoch `state.batch` is 0 again. When `model.fit` starts with a state that was restored in the
-    midst of an epoch, the batches before the commit are taken from the data but not trained, so that the epoch
-    goes on with the next one: all callbacks see the batch numbers, and metrics count on, as if nothing had
-    happened. If the data come in the same order again (`shuffle=False`, or an order made from the epoch), the
-    result is that of a run without interruption. `params["steps"]` of this callback is the number of batches
-    that the first epoch has left.
+    middle of an epoch, the batches before the commit are read but not trained, so that the epoch continues with
+    the next one: all callbacks see the batch numbers, and metrics continue, as in an uninterrupted run. If the
+    data has the same order again (`shuffle=False`, or an order made from the epoch), the
+    result is that of a run without interruption. `params["steps"]` of this callback is the number of
+    remaining batches in the first epoch.
 
-    With a state of attributes only, or set by hand, `state.batch` batches are left out.
+    With a state that has only attributes, or was set manually, `state.batch` batches are skipped.
 
     Args:
         state: The state to update; it has an attribute `batch`.
-        skip_data: False if the data that `model.fit` gets begin after the commit already.
+        skip_data: False if the data of `model.fit` already begins after the commit.
     """
 
     def __init__(self, state: Any, skip_data: bool = True) -> None:
@@ -73,12 +73,12 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self._already = self._seen = 0
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Finds out how many batches of the first epoch are done."""
+        """Determine how many batches of the first epoch are done."""
         self.steps_per_epoch = None
         self._already = self._batches_done()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Sets `params["steps"]` to the number of batches that this epoch has left."""
+        """Set `params["steps"]` to the number of remaining batches in this epoch."""
         self._seen = 0
         params: dict[str, Any] = getattr(self, "params", None) or {}
         self.steps_per_epoch = self.steps_per_epoch or params.get("steps")
@@ -86,18 +86,18 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
             self.params = {**params, "steps": self.steps_per_epoch - self._batches_done()}
 
     def on_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Stands before the training function, for this batch."""
+        """Replace the training function for this batch."""
         train = getattr(self.model, "train_function", None)
         if train is not None:
             self.model.train_function = lambda iterator: self._step(train, iterator)
 
     def on_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes the batch."""
+        """Record the batch."""
         if batch >= self._already:
             self.state.batch = batch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes that the next epoch has not begun."""
+        """Record that the epoch has ended and the next has not begun."""
         self.state.batch = self._already = 0
         self._note(None)
 
@@ -111,17 +111,17 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self.model.train_function = train
         self._seen += self.model.steps_per_execution
         if self._seen <= self._already:
-            return self._pass_over(iterator)
+            return self._skip(iterator)
         logs = train(iterator)
-        # Before any callback may commit, whichever comes first.
+        # Record the progress before any callback can commit.
         self._note(Progress(getattr(self.state, "epoch", None), self._seen))
         return logs
 
-    def _pass_over(self, iterator: Any) -> dict[str, Any]:
-        """Does not train a batch, because the commit has it already."""
+    def _skip(self, iterator: Any) -> dict[str, Any]:
+        """Skip a batch that was trained before the commit."""
         steps = self.model.steps_per_execution
         if self._seen == steps:
-            # Otherwise fit would build its metrics in its first step, which is left out.
+            # Otherwise fit would build its metrics in its first step, which is skipped.
             self.model._symbolic_build(data_batch=global_batch.as_keras(iterator.element_spec))
         if isinstance(self.state, VariablesState):
             self.state.replaying = True
@@ -138,10 +138,10 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
 
 
 class UpdateEpochStateCallback(keras.callbacks.Callback):
-    """Keeps the number of finished epochs in `state.epoch`, over all restarts.
+    """Stores the number of finished epochs in `state.epoch`, over all restarts.
 
-    It serves both ways of going on: `model.fit(initial_epoch=state.epoch, epochs=N)`, which also keeps the
-    epochs that other callbacks see, and Horovod's `model.fit(epochs=N - state.epoch)`, which counts from 0.
+    It supports both ways to resume: `model.fit(initial_epoch=state.epoch, epochs=N)`, with which other callbacks
+    see the right epoch numbers too, and Horovod's `model.fit(epochs=N - state.epoch)`, which counts from 0.
 
     Args:
         state: The state to update; it has an attribute `epoch`.
@@ -154,15 +154,15 @@ class UpdateEpochStateCallback(keras.callbacks.Callback):
         self._first: int | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Notes from which epoch this training goes on."""
+        """Record the epoch from which this training resumes."""
         self.initial_epoch = self.state.epoch
         self._first = None
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Notes with which number `model.fit` begins."""
+        """Record the epoch number with which `model.fit` begins."""
         if self._first is None:
             self._first = epoch
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        """Counts the epoch as finished."""
+        """Count the epoch as finished."""
         self.state.epoch = self.initial_epoch + epoch - (self._first or 0) + 1

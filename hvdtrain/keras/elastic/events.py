@@ -1,4 +1,4 @@
-"""What sends an elastic training back to its last commit, or to its start."""
+"""Define the exceptions that send an elastic training back to its last commit, or restart its function."""
 
 
 class HorovodInternalError(RuntimeError):
@@ -6,10 +6,10 @@ class HorovodInternalError(RuntimeError):
 
 
 class HostsUpdatedInterrupt(RuntimeError):  # noqa: N818 - the name is Horovod's
-    """Raised inside a function under `elastic.run`: it is run again from where the state stands, nothing restored.
+    """Raised inside a function under `elastic.run`: it is run again with the current state, without restoring.
 
     Args:
-        skip_sync: True to leave out the synchronisation before.
+        skip_sync: True to skip the synchronisation before the run.
     """
 
     def __init__(self, skip_sync: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""State of a Keras model and its optimizer."""
+"""Commit and restore the state of a Keras model and its optimizer."""
 
 from typing import Any
 
@@ -8,12 +8,12 @@ from hvdtrain.keras.elastic.variables import VariablesState, distinct
 class TensorFlowKerasState(VariablesState):
     """State of a Keras model and its optimizer: weights, optimizer state, and the attributes given by name.
 
-    States of random generators and half-accumulated gradients belong to each rank alone; all else is shared.
+    States of random generators and accumulated gradients belong to each rank alone; everything else is shared.
 
     Args:
         model: A model that is built.
         optimizer: The optimizer that trains it; by default the one it was compiled with.
-        backend: Accepted for Horovod's sake, where TensorFlow 1 needed it.
+        backend: Accepted for compatibility with Horovod, which needs it with TensorFlow 1; ignored.
         kwargs: Further attributes, such as `epoch=0, batch=0`.
 
     Raises:
@@ -36,30 +36,33 @@ class TensorFlowKerasState(VariablesState):
         super().__init__(**kwargs)
 
     def _optimizers(self) -> list[Any]:
-        """Lists the optimizer, and that of `compile` should it be another: a loss scale around it, or a copy."""
+        """List the optimizer, and that of `compile` if it differs: a loss scale around it, or a copy."""
         known = [self.optimizer, getattr(self.model, "optimizer", None)]
-        optimizers = [each for each in dict.fromkeys(known) if each is not None]
-        for each in optimizers:
-            if not each.built:
-                each.build(self.model.trainable_variables)
+        optimizers = [optimizer for optimizer in dict.fromkeys(known) if optimizer is not None]
+        for optimizer in optimizers:
+            if not optimizer.built:
+                optimizer.build(self.model.trainable_variables)
         return optimizers
 
     def _shared(self) -> list[Any]:
-        state = [each for optimizer in self._optimizers() for each in optimizer.variables]
-        apart = {id(each) for each in self._accumulators()}
-        return distinct([*self.model.weights, *(each for each in state if id(each) not in apart)])
+        state = [variable for optimizer in self._optimizers() for variable in optimizer.variables]
+        own = {id(variable) for variable in self._accumulators()}
+        return distinct([*self.model.weights, *(variable for variable in state if id(variable) not in own)])
 
     def _own(self) -> list[Any]:
-        weights = {id(each) for each in self.model.weights}
-        generators = [each for each in self.model.variables if id(each) not in weights]
+        weights = {id(weight) for weight in self.model.weights}
+        generators = [variable for variable in self.model.variables if id(variable) not in weights]
         return distinct([*generators, *self._accumulators()])
 
     def _accumulators(self) -> list[Any]:
-        inner = [getattr(each, "inner_optimizer", each) for each in self._optimizers()]
-        return [each for optimizer in inner for each in getattr(optimizer, "_accumulated_gradients", ())]
+        accumulators: list[Any] = []
+        for optimizer in self._optimizers():
+            inner = getattr(optimizer, "inner_optimizer", optimizer)
+            accumulators += getattr(inner, "_accumulated_gradients", ())
+        return accumulators
 
     def _metrics(self) -> list[Any]:
-        return [each for metric in getattr(self.model, "metrics", ()) for each in metric.variables]
+        return [variable for metric in getattr(self.model, "metrics", ()) for variable in metric.variables]
 
 
 class KerasState(TensorFlowKerasState):

@@ -1,4 +1,4 @@
-"""`run`: a training function that goes on from the last commit, in this job and in the next."""
+"""Run a training function that resumes from its last commit, in this job and in the next."""
 
 import functools
 import itertools
@@ -12,28 +12,28 @@ from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInte
 from hvdtrain.keras.elastic.state import ObjectState
 from hvdtrain.keras.elastic.store import Snapshot, Store
 
-_RESTORING = Call("going back to the last commit of hvd.elastic.run")
+_RESTORING = Call("restoring the last commit of hvd.elastic.run")
 _END = Call("end of the function under hvd.elastic.run")
 
-# A restarted script calls its functions in the same order, and so finds the commit of each call.
+# Number of calls of each function. A restarted script makes the same calls, so each finds its own commit.
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
 
 
 def run(func: Callable[..., Any]) -> Callable[..., Any]:
-    """Makes a training function go on from its last commit, after an error in it and after a restart of the job.
+    """Make a training function resume from its last commit, after an error and after a restart of the job.
 
     Before `func` runs, all ranks get the state of rank 0. If it raises `HorovodInternalError`, on one rank or on
-    all, every rank goes back to the last commit and runs it again. Each commit is also written to disk, by rank 0,
-    into `.hvdtrain_elastic/` or the folder that HVDTRAIN_ELASTIC_DIR names: when the job is killed and the same
-    script is started again with the same arguments, it goes on from there, on the same number of ranks or another.
-    When `func` returns, the file is removed.
+    all, every rank restores the last commit and runs it again. Rank 0 also writes each commit to disk, into
+    `.hvdtrain_elastic/` or the folder in HVDTRAIN_ELASTIC_DIR: if the job is killed and the same script is started
+    again with the same arguments, it resumes from there, on any number of ranks. When `func` returns, the file is
+    removed.
 
-    Ranks do not come and go while a job runs: MPI keeps those it was launched with. The API is Horovod's
+    Ranks cannot be added or removed while a job runs, because MPI does not support it. The API is Horovod's
     (https://horovod.readthedocs.io/en/stable/elastic_include.html).
 
     Args:
-        func: A function whose first argument is the state. Everything that communicates after the state was made
-            belongs into it.
+        func: A function whose first argument is the state. It must contain all communication after the state was
+            created.
 
     Returns:
         The function, to be called on all ranks.
@@ -54,9 +54,9 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _opened(engine: Engine, state: Any, name: str) -> Store | None:
-    """Gives the state a place on disk, and takes from there what an earlier job has committed."""
+    """Attach a file to the state, and load the last commit of an earlier job from it."""
     store = Store.of(name, next(_calls[name])) if isinstance(state, ObjectState) else None
-    place = f"; a restarted job goes on from the last commit, in {store.path}" if store is not None else ""
+    place = f"; a restarted job resumes from the last commit, in {store.path}" if store is not None else ""
     engine.say(
         f"elastic: the job keeps the number of its ranks, {engine.size}, to the end, because MPI cannot add or "
         f"remove ranks within a launch{place}."
@@ -71,19 +71,19 @@ def _take_last_commit(engine: Engine, state: ObjectState, store: Store) -> None:
     snapshot = _last_commit(engine, state, store)
     if snapshot is not None:
         state._adopt(snapshot)
-        engine.say(f"elastic: goes on from the last commit ({_summary(snapshot)}).")
+        engine.say(f"elastic: resuming from the last commit ({_summary(snapshot)}).")
     own = engine.broadcast_object(snapshot.own if snapshot is not None else [])
     if engine.rank < len(own):
         state._adopt_own(own[engine.rank])
 
 
 def _last_commit(engine: Engine, state: ObjectState, store: Store) -> Snapshot | None:
-    """Returns the commit on rank 0; what is wrong with it is raised on all ranks."""
+    """Return the commit, on rank 0 only; raise an error on all ranks if it cannot be used."""
     snapshot = problem = None
     if engine.rank == 0:
         try:
             snapshot = store.read()
-            problem = _misfit(state, store, snapshot)
+            problem = _difference_text(state, store, snapshot)
         except (ValueError, OSError, AttributeError, ImportError) as error:
             problem = str(error)
     problem = engine.broadcast_object(problem)
@@ -92,13 +92,13 @@ def _last_commit(engine: Engine, state: ObjectState, store: Store) -> Snapshot |
     return snapshot
 
 
-def _misfit(state: ObjectState, store: Store, snapshot: Snapshot | None) -> str | None:
+def _difference_text(state: ObjectState, store: Store, snapshot: Snapshot | None) -> str | None:
     difference = state._difference(snapshot) if snapshot is not None else None
     if difference is None:
         return None
     return (
-        f"the last commit in {store.path} is of another training: {difference}. Remove the file to start anew, or "
-        "set HVDTRAIN_ELASTIC_DIR to another folder."
+        f"the last commit in {store.path} is of another training: {difference}. Remove the file to start from the "
+        "beginning, or set HVDTRAIN_ELASTIC_DIR to another folder."
     )
 
 
@@ -114,23 +114,23 @@ def _until_done(engine: Engine, state: Any, function: Callable[[], Any]) -> Any:
         except HostsUpdatedInterrupt as interrupt:
             synchronised = interrupt.skip_sync
         except Exception as error:
-            if not _calls_for_restoring(error):
+            if not _requires_restore(error):
                 raise
-            _meet(engine)
+            _wait_for_all(engine)
             where = f": {error}" if isinstance(error, HorovodInternalError) else " on another rank"
-            engine.say(f"elastic: goes back to the last commit, after an internal error{where}")
+            engine.say(f"elastic: restoring the last commit after an internal error{where}")
             state.restore()
             synchronised = False
         state.on_reset()
 
 
-def _calls_for_restoring(error: Exception) -> bool:
-    """Tells whether this rank, or another one while this one trained, has met an internal error."""
+def _requires_restore(error: Exception) -> bool:
+    """Return whether this rank, or another one while this one trained, has met an internal error."""
     return isinstance(error, HorovodInternalError) or _RESTORING.kind in str(error)
 
 
-def _meet(engine: Engine) -> None:
-    """Waits for all ranks; those that are still training learn from this what has happened, and come here too."""
+def _wait_for_all(engine: Engine) -> None:
+    """Wait for all ranks; those that are still training get a MismatchError from this, and come here too."""
     while True:
         try:
             engine.agree(_RESTORING)

@@ -1,4 +1,4 @@
-"""State that can be committed, restored, and made the same on all ranks."""
+"""Define states that can be committed, restored, and synchronised over all ranks."""
 
 import copy
 import queue
@@ -8,11 +8,11 @@ from typing import Any
 from hvdtrain.keras.elastic.events import HostsUpdatedInterrupt
 from hvdtrain.keras.elastic.store import Snapshot, Store
 
-_REMOVED = 1  # Horovod's HostUpdateResult: hosts only went away
+_REMOVED = 1  # Horovod's HostUpdateResult: hosts were removed and none added
 
 
 class State:
-    """What a training needs to go on from a commit; `save`, `restore` and `sync` are a subclass's own.
+    """The state with which a training resumes from a commit; subclasses define `save`, `restore` and `sync`.
 
     The API is Horovod's (https://horovod.readthedocs.io/en/stable/elastic_include.html).
 
@@ -29,42 +29,42 @@ class State:
         self._reset_callbacks: list[Callable[[], Any]] = []
 
     def register_reset_callbacks(self, callbacks: Iterable[Callable[[], Any]]) -> None:
-        """Adds functions without arguments that are called whenever the training is about to be run again."""
+        """Add functions without arguments that are called before the training function runs again."""
         self._reset_callbacks.extend(callbacks)
 
     def on_reset(self) -> None:
-        """Prepares for another run: forgets messages, calls `reset` and then the registered functions."""
+        """Prepare for another run: discard messages, call `reset` and then the registered functions."""
         self._host_messages = queue.Queue()
         self.reset()
         for callback in self._reset_callbacks:
             callback()
 
     def on_hosts_updated(self, timestamp: float, update_res: int) -> None:
-        """Takes note of a change of hosts, which `check_host_updates` turns into an interrupt.
+        """Record a change of hosts, for which `check_host_updates` raises an interrupt.
 
         Args:
-            timestamp: When; of several, those later than the last one seen count.
-            update_res: 1 if hosts went, 2 if hosts came, 3 for both.
+            timestamp: Time of the change; changes before the last one handled are ignored.
+            update_res: 1 if hosts were removed, 2 if hosts were added, 3 for both.
         """
         self._host_messages.put((timestamp, update_res))
 
     def commit(self) -> None:
-        """Makes the present state the one that `restore`, and a restarted job, come back to.
+        """Save the present state as the one that `restore` and a restarted job return to.
 
-        All ranks call it. It costs a copy of everything and, under `elastic.run`, writing it to disk.
+        All ranks call this. It copies the whole state and, under `elastic.run`, writes it to disk.
 
         Raises:
-            HostsUpdatedInterrupt: On every rank, if rank 0 was told of a change of hosts.
+            HostsUpdatedInterrupt: On every rank, if rank 0 has recorded a change of hosts.
         """
         self.save()
         self._keep()
         self.check_host_updates()
 
     def check_host_updates(self) -> None:
-        """Asks rank 0 whether it was told of a change of hosts; all ranks call it.
+        """Raise an interrupt if rank 0 has recorded a change of hosts; all ranks call this.
 
         Raises:
-            HostsUpdatedInterrupt: On every rank, if it was.
+            HostsUpdatedInterrupt: On every rank, if it has.
         """
         before = latest = self._last_updated_timestamp
         changes = 0
@@ -78,31 +78,31 @@ class State:
             raise HostsUpdatedInterrupt(changes == _REMOVED)
 
     def save(self) -> None:
-        """Remembers the present state, in memory."""
+        """Copy the present state in memory."""
         raise NotImplementedError
 
     def restore(self) -> None:
-        """Goes back to what was last saved."""
+        """Restore the last saved state."""
         raise NotImplementedError
 
     def sync(self) -> None:
-        """Gives all ranks the state of rank 0, and saves it."""
+        """Set all ranks to the state of rank 0, and save it."""
         raise NotImplementedError
 
     def reset(self) -> None:
-        """Does what a subclass needs before it is run again; here, nothing."""
+        """Prepare a subclass for another run; here, do nothing."""
 
     def _keep(self) -> None:
-        """Writes what was saved to disk, where a subclass can."""
+        """Write the saved state to disk, if a subclass supports it."""
 
 
 class ObjectState(State):
-    """State made of Python objects, each an attribute.
+    """A state of Python objects, each an attribute.
 
     Args:
         bcast_object: Returns rank 0's object on every rank.
         get_rank: Returns this process's rank.
-        kwargs: Names of attributes, and their values to begin with; whatever can be pickled.
+        kwargs: Names of attributes and their initial values, which must be picklable.
 
     Raises:
         ValueError: If an attribute would hide a method.
@@ -120,15 +120,15 @@ class ObjectState(State):
         self._set(kwargs)
 
     def save(self) -> None:
-        """Remembers copies of the attributes."""
+        """Copy the attributes."""
         self._saved_state = copy.deepcopy(self._values())
 
     def restore(self) -> None:
-        """Sets the attributes to what was last saved."""
+        """Set the attributes to the last saved values."""
         self._set(copy.deepcopy(self._saved_state))
 
     def sync(self) -> None:
-        """Sets the attributes of all ranks to those of rank 0, and saves them."""
+        """Set the attributes of all ranks to those of rank 0, and save them."""
         if self._saved_state:
             self._saved_state = self._bcast_object(self._values())
             self._set(copy.deepcopy(self._saved_state))
@@ -147,19 +147,19 @@ class ObjectState(State):
                 self._store.write(snapshot)
 
     def _snapshot(self) -> Snapshot:
-        """Returns what was last saved, on rank 0 with what belongs to the other ranks."""
+        """Return the last saved state, on rank 0 including the values that belong to other ranks."""
         return Snapshot(self._saved_state)
 
     def _difference(self, snapshot: Snapshot) -> str | None:
-        """Says in what a commit does not fit this state, or returns None if it does."""
+        """Return how a commit differs from this state, or None if they fit."""
         ours, theirs = set(self._saved_state), set(snapshot.values)
         if ours == theirs:
             return None
         return f"it has the attributes {sorted(theirs)}, the state has {sorted(ours)}"
 
     def _adopt(self, snapshot: Snapshot) -> None:
-        """Takes a commit from disk, on rank 0; `sync` gives it to the others."""
+        """Load a commit on rank 0; `sync` sends it to the other ranks."""
         self._set(snapshot.values)
 
     def _adopt_own(self, own: Any) -> None:
-        """Takes what belongs to this rank alone."""
+        """Load the values that belong to this rank alone."""

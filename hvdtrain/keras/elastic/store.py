@@ -1,4 +1,4 @@
-"""The last commit on disk: written whole or not at all, and never taken for that of another training."""
+"""Store the last commit on disk, complete or absent, in a file that belongs to one training only."""
 
 import hashlib
 import os
@@ -16,13 +16,13 @@ _HEAD = b"hvdtrain elastic 1\n"
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a commit holds.
+    """The content of a commit.
 
     Args:
         values: The attributes of the state, by name.
         described: A line for each variable that all ranks share: name, dtype, shape.
         arrays: The values of these variables.
-        own: For each rank what belongs to it alone.
+        own: For each rank the values that belong to it alone.
     """
 
     values: dict[str, Any]
@@ -32,10 +32,10 @@ class Snapshot:
 
 
 class Store:
-    """One file, which rank 0 reads and writes.
+    """The file of the last commit, which rank 0 reads and writes.
 
     Args:
-        path: Where it is; the folder is made when first needed.
+        path: Path of the file; its folder is created when needed.
     """
 
     def __init__(self, path: Path) -> None:
@@ -43,11 +43,11 @@ class Store:
 
     @classmethod
     def of(cls, function: str, number: int) -> "Store":
-        """Returns the store of one call of one function in this run of this script with these arguments.
+        """Return the store for a call of a function in this script with its arguments.
 
         Args:
             function: Name of the function.
-            number: How many times it was called before.
+            number: Number of earlier calls.
         """
         folder = Path(os.environ.get("HVDTRAIN_ELASTIC_DIR") or ".hvdtrain_elastic").absolute()
         script = Path(sys.argv[0] or "interactive").absolute()
@@ -56,7 +56,7 @@ class Store:
         return cls(folder / f"{script.stem}-{digest}.state")
 
     def read(self) -> Snapshot | None:
-        """Returns the last commit, or None if there is none.
+        """Return the last commit, or None if there is none.
 
         Raises:
             ValueError: If the file is damaged.
@@ -68,12 +68,13 @@ class Store:
         digest, body = content[len(_HEAD) : len(_HEAD) + 32], content[len(_HEAD) + 32 :]
         if not content.startswith(_HEAD) or hashlib.sha256(body).digest() != digest:
             raise ValueError(
-                f"The last commit in {self.path} is damaged: its checksum is wrong. Remove the file to start anew."
+                f"The last commit in {self.path} is damaged: its checksum is wrong. Remove the file to start from "
+                "the beginning."
             )
         return pickle.loads(body)
 
     def write(self, snapshot: Snapshot) -> None:
-        """Replaces the commit before by this one; whenever the process dies, one of the two is there, whole.
+        """Replace the previous commit; if the process dies meanwhile, one of the two is complete.
 
         Raises:
             TypeError: If an attribute of the state cannot be pickled.
@@ -81,21 +82,21 @@ class Store:
         """
         body = _pickled(snapshot)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = self.path.with_suffix(".partial")
-        with beside.open("wb") as file:
+        partial = self.path.with_suffix(".partial")
+        with partial.open("wb") as file:
             file.write(_HEAD + hashlib.sha256(body).digest())
             file.write(body)
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(self.path)
+        partial.replace(self.path)
         folder = os.open(self.path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)  # the new name, too, must survive a power cut
+            os.fsync(folder)  # so that the new name survives a power failure
         finally:
             os.close(folder)
 
     def remove(self) -> None:
-        """Forgets the commit, and the folder if nothing else is in it."""
+        """Remove the commit, and the folder if it is empty."""
         self.path.unlink(missing_ok=True)
         if self.path.parent.is_dir() and not any(self.path.parent.iterdir()):
             self.path.parent.rmdir()
@@ -105,9 +106,9 @@ def _pickled(snapshot: Snapshot) -> bytes:
     try:
         return pickle.dumps(snapshot, protocol=5)
     except Exception as error:
-        unfit = next((name for name, value in snapshot.values.items() if not _can_pickle(value)), "?")
+        failing = next((name for name, value in snapshot.values.items() if not _can_pickle(value)), "?")
         raise TypeError(
-            f"The state cannot be committed to disk, because its attribute {unfit!r} cannot be pickled ({error}). "
+            f"The state cannot be committed to disk: its attribute {failing!r} cannot be pickled ({error}). "
             "Keep plain values in the state: numbers, strings, arrays, lists and dictionaries of them."
         ) from error
 

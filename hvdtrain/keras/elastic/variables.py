@@ -1,4 +1,4 @@
-"""State made of variables: shared ones, and what belongs to each rank alone."""
+"""Define states of variables: shared ones, and those that belong to each rank alone."""
 
 import re
 from collections.abc import Sequence
@@ -17,11 +17,11 @@ from hvdtrain.keras.elastic.store import Snapshot
 
 @dataclass(frozen=True)
 class Progress:
-    """How far an epoch has come; exact whatever the order of callbacks, unlike the attribute `batch`.
+    """The number of trained batches of an epoch, which unlike `batch` does not depend on the order of callbacks.
 
     Args:
-        epoch: The attribute `epoch` while it lasts.
-        batches: Batches that were trained.
+        epoch: The attribute `epoch` of the state during the epoch.
+        batches: Number of batches that were trained.
     """
 
     epoch: Any
@@ -29,7 +29,7 @@ class Progress:
 
 
 class VariablesState(ObjectState):
-    """Variables beside the attributes: shared ones, which all ranks hold alike, and each rank's own."""
+    """A state of attributes, variables that are equal on all ranks, and variables of each rank."""
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(
@@ -39,27 +39,27 @@ class VariablesState(ObjectState):
         self.replaying = False
         self._saved_progress: Progress | None = None
         self._saved_metrics: list[np.ndarray] = []
-        self._remember()
+        self._copy_variables()
 
     def save(self) -> None:
-        """Remembers copies of variables and attributes."""
+        """Copy variables and attributes."""
         super().save()
-        self._remember()
-        self._saved_metrics = [_copied(each) for each in self._metrics()]
+        self._copy_variables()
+        self._saved_metrics = [_copied(variable) for variable in self._metrics()]
 
     def restore(self) -> None:
-        """Sets variables and attributes to what was last saved."""
+        """Set variables and attributes to the last saved values."""
         super().restore()
         self.progress = self._saved_progress
         for variable, value in self._saved:
             variable.assign(value)
 
     def sync(self) -> None:
-        """Sets variables and attributes of all ranks to those of rank 0, and saves them."""
+        """Set variables and attributes of all ranks to those of rank 0, and save them."""
         broadcast_variables(self._shared(), 0)
         super().sync()
         self.progress = self._bcast_object(self.progress)
-        self._remember()
+        self._copy_variables()
 
     def _shared(self) -> list[Any]:
         raise NotImplementedError
@@ -70,14 +70,16 @@ class VariablesState(ObjectState):
     def _metrics(self) -> list[Any]:
         return []
 
-    def _remember(self) -> None:
-        self._saved = [(each, _copied(each)) for each in (*self._shared(), *self._own())]
+    def _copy_variables(self) -> None:
+        self._saved = [(variable, _copied(variable)) for variable in (*self._shared(), *self._own())]
         self._saved_progress = self.progress
 
     def resume_metrics(self) -> None:
-        """Lets the metrics of an epoch that was cut in two count on; `fit` has just reset them."""
+        """Restore the metrics of a partly trained epoch, which `fit` has just reset."""
         metrics = self._metrics()
-        if [tuple(each.shape) for each in metrics] == [each.shape for each in self._saved_metrics]:
+        if [tuple(variable.shape) for variable in metrics] == [
+            variable.shape for variable in self._saved_metrics
+        ]:
             for variable, value in zip(metrics, self._saved_metrics, strict=True):
                 variable.assign(value)
 
@@ -112,12 +114,12 @@ class VariablesState(ObjectState):
 
 
 class TensorFlowState(VariablesState):
-    """State of a list of variables, and of the attributes given by name.
+    """The state of a list of variables, and of the attributes given by name.
 
     Args:
         variables: TensorFlow or Keras variables. TensorFlow 2 keeps no list of all variables, so without this
-            only the attributes are kept.
-        session: Only None: there are no sessions in TensorFlow 2.
+            argument only the attributes are saved.
+        session: Must be None, because there are no sessions in TensorFlow 2.
         kwargs: Further attributes, such as `epoch=0, batch=0`.
 
     Raises:
@@ -142,14 +144,14 @@ def _copied(variable: Any) -> np.ndarray:
 
 
 def _described(variables: Sequence[Any]) -> tuple[str, ...]:
-    """Returns a line for each variable; without Keras' numbers, which depend on what was built before."""
-    names = [re.sub(r"_[0-9]+(?=[/_]|$)", "", variable_name(each)) for each in variables]
+    """Return a line for each variable; without Keras' numbers, which depend on the layers built before."""
+    names = [re.sub(r"_[0-9]+(?=[/_]|$)", "", variable_name(variable)) for variable in variables]
     return tuple(
-        f"{name}, {each.dtype}, shape {tuple(each.shape)}"
-        for name, each in zip(names, variables, strict=True)
+        f"{name}, {variable.dtype}, shape {tuple(variable.shape)}"
+        for name, variable in zip(names, variables, strict=True)
     )
 
 
 def distinct(variables: Sequence[Any]) -> list[Any]:
-    """Lists each variable once, in order."""
-    return list({id(each): each for each in variables}.values())
+    """List each variable once, in order."""
+    return list({id(variable): variable for variable in variables}.values())

@@ -1,1 +1,1 @@
-"""Layers that compute over all ranks."""
+"""Provide layers that compute over all ranks."""

@@ -1,4 +1,4 @@
-"""Layers that communicate."""
+"""Normalise by the batch statistics of all ranks."""
 
 from typing import Any
 
@@ -14,14 +14,14 @@ from hvdtrain.data import global_batch
 
 @keras.saving.register_keras_serializable("hvdtrain")
 class SyncBatchNormalization(keras.layers.BatchNormalization):
-    """Normalises by the statistics of all ranks' samples together, instead of this rank's few.
+    """Normalises by the statistics of all ranks' samples, instead of this rank's only.
 
-    In training it gives what `keras.layers.BatchNormalization` gives on one process with the whole batch,
-    gradients and moving statistics included, also where the ranks hold different numbers of samples. In
-    inference the two are the same. It costs one small allreduce forward and one backward.
+    In training the result is that of `keras.layers.BatchNormalization` on one process with the whole batch,
+    including gradients and moving statistics, also if the ranks hold different numbers of samples. In inference
+    both layers are the same. It costs one small allreduce forward and one backward.
 
     Args:
-        fused: Accepted for Horovod's sake; only False is possible.
+        fused: Accepted for compatibility with Horovod; must be False.
         **kwargs: As for `keras.layers.BatchNormalization`.
 
     Raises:
@@ -44,14 +44,14 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         if engine.size == 1:
             return mean, variance
         mine = _sums(mean, variance, _samples(inputs, mask, self._reduction_axes))
-        every = differentiable.allreduce(engine, mine, Reduction(Op.SUM))
-        mean_of_all, square = tf.split(every[:-1] / every[-1], 2)
+        total = differentiable.allreduce(engine, mine, Reduction(Op.SUM))
+        mean_of_all, square = tf.split(total[:-1] / total[-1], 2)
         of_all = tf.stack([mean_of_all, tf.maximum(square - mean_of_all**2, 0)])
         return tuple(tf.unstack(tf.cast(of_all, mean.dtype)))
 
 
 def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
-    """Returns over how many values of this rank each mean was taken, as a float64 scalar."""
+    """Return the number of this rank's values in each mean, as a float64 scalar."""
     if mask is not None:
         samples = tf.reduce_sum(tf.cast(mask, tf.float64))
     else:
@@ -59,16 +59,16 @@ def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
     step = global_batch.current()
     if step is None or not step.partial:
         return samples
-    # A rank without samples holds a row all the same, which counts nothing.
+    # A rank without samples holds one row of weight 0.
     return samples * tf.cast(tf.minimum(step.own, 1), samples.dtype)
 
 
 def _sums(mean: Any, variance: Any, samples: Any) -> Any:
-    """Turns moments into what can be added up over ranks: sums, then sums of squares, then their number.
+    """Convert moments to values that can be summed over ranks: sums, sums of squares, and their number.
 
-    A mean of squares less the square of the mean loses digits; float64 has them to spare.
+    The mean of squares minus the square of the mean loses digits, so float64 is used.
     """
     mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
-    # A rank without samples has no mean.
+    # The mean of a rank without samples is NaN.
     sums = tf.math.multiply_no_nan(tf.concat([mean, variance + mean**2], axis=0), samples)
     return tf.concat([sums, samples[None]], axis=0)

@@ -1,1 +1,1 @@
-"""Metrics over all samples of all ranks: their states are combined, and each result is computed from the whole."""
+"""Compute metrics over the samples of all ranks, by combining their states before each result is computed."""

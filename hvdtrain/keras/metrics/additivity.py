@@ -1,4 +1,4 @@
-"""Finds out from a training's first batch whether what a user's own metric keeps can be added up over the ranks."""
+"""Determine from the first batch whether the state of a custom metric can be summed over ranks."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,10 +14,10 @@ _TOLERANCE = 1e-3
 
 
 class Watch:
-    """Stands beside a metric of the user's own and judges whether its state adds up.
+    """Checks at the first batch whether the state of a custom metric adds up.
 
-    A state that adds up grows by the same amount when the same batch comes a second time. That is tried once,
-    aside, on the first batch that changes the state at all; a maximum kept from 0 on, for instance, fails.
+    A state that adds up grows by the same amount when the same batch is added a second time. This is tried once,
+    on copies of the state, with the first batch that changes it; a maximum that starts from 0, for instance, fails.
 
     Args:
         metric: The metric, which is reset.
@@ -27,18 +27,18 @@ class Watch:
         self._metric = metric
         self._update: Callable[..., Any] = metric.update_state
         metric.reset_state()
-        self._start = {id(each): each.numpy() for each in metric.variables}
+        self._start = {id(variable): variable.numpy() for variable in metric.variables}
         self._seen = tf.Variable(False, trainable=False)
         self._adds = tf.Variable(True, trainable=False)
         vars(metric).update(update_state=self._update_and_judge, hvdtrain_watch=self)
 
     @property
     def adds(self) -> bool:
-        """False once a batch has shown that the state does not add up."""
+        """Whether the state adds up; True until a batch has shown the contrary."""
         return bool(self._adds)
 
     def start(self, variable: Any) -> np.ndarray:
-        """Returns a variable's value after a reset: zeros, if the metric had not made it yet."""
+        """Return a variable's value after a reset; zeros, if the variable was created later."""
         return self._start.get(id(variable), np.zeros(variable.shape, variable.dtype))
 
     def _update_and_judge(self, *args: Any, **kwargs: Any) -> Any:
@@ -48,17 +48,14 @@ class Watch:
         return result
 
     def _judge(self, args: Any, kwargs: Any) -> Any:
-        start = [tf.convert_to_tensor(self.start(each)) for each in self._metric.variables]
+        variables = self._metric.variables
+        start = [tf.convert_to_tensor(self.start(variable)) for variable in variables]
         once = self._after(start, args, kwargs)
         twice = self._after(once, args, kwargs)
-        summed = [
-            states.operation(self._metric, self.start(each)) is Op.SUM for each in self._metric.variables
-        ]
-        steps = [
-            _steps(*each)
-            for each, adds in zip(zip(start, once, twice, strict=True), summed, strict=True)
-            if adds
-        ]
+        steps = []
+        for variable, *values in zip(variables, start, once, twice, strict=True):
+            if states.operation(self._metric, self.start(variable)) is Op.SUM:
+                steps.append(_steps(*values))
         self._seen.assign(tf.reduce_any([tf.reduce_any(first != 0) for first, _ in steps]))
         self._adds.assign(tf.reduce_all([_equal(first, second) for first, second in steps]))
         return tf.constant(True)
@@ -67,27 +64,27 @@ class Watch:
         mapping = list(zip(self._metric.variables, values, strict=True))
         with keras.StatelessScope(state_mapping=mapping) as scope:
             self._update(*args, **kwargs)
-        return [scope.get_current_value(each) for each, _ in mapping]
+        return [scope.get_current_value(variable) for variable, _ in mapping]
 
 
 def watch(model: keras.Model) -> None:
-    """Puts a watch beside each of a model's metrics that is the user's own, unless there is one."""
+    """Attach a `Watch` to each custom metric of a model that has none and declares nothing."""
     new = [
         Watch(metric)
         for metric in states.of_model(model)
         if states.is_custom(metric) and watch_of(metric) is None and not hasattr(metric, states.DECLARATION)
     ]
-    if new:  # what was traced before does not know them
+    if new:  # functions that were traced before do not call them
         model.train_function = model.test_function = None
 
 
 def watch_of(metric: Any) -> Watch | None:
-    """Returns the watch beside a metric, if there is one."""
+    """Return the `Watch` of a metric, or None."""
     return vars(metric).get("hvdtrain_watch")
 
 
 def _steps(start: Any, once: Any, twice: Any) -> tuple[Any, Any]:
-    start, once, twice = (tf.cast(each, tf.float64) for each in (start, once, twice))
+    start, once, twice = (tf.cast(value, tf.float64) for value in (start, once, twice))
     return once - start, twice - once
 
 

@@ -1,4 +1,4 @@
-"""The ranks' states of all metrics become one, for as long as results are computed from it."""
+"""Combine the states of all metrics over the ranks while results are computed from them."""
 
 import contextlib
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,78 +11,82 @@ from hvdtrain.collectives.engine import Call, Engine, Op, ranks_text
 from hvdtrain.keras.metrics import states
 from hvdtrain.keras.metrics.additivity import watch_of
 
-_CURE = (
-    "Say how in its class: hvdtrain_combine = 'sum', 'max' or 'min', if one of these makes the whole of its "
+_ADVICE = (
+    "Declare it in its class: hvdtrain_combine = 'sum', 'max' or 'min', if this operation combines each of its "
     "variables; or a method hvdtrain_combine(self, states) that gets the states of all ranks, each a list of "
-    "NumPy arrays like the metric's variables, and returns the whole in the same form."
+    "NumPy arrays like the metric's variables, and returns the combined state in the same form."
 )
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What one metric keeps.
+class MetricState:
+    """The state of one metric and how to combine it.
 
     Args:
         metric: The metric.
         variables: Its own variables.
-        ops: How each is combined, None where that is not known.
-        own_way: Whether the metric combines them itself.
+        ops: The operation that combines each variable; None if unknown or if the metric combines them.
+        custom: Whether the metric combines them by its method `hvdtrain_combine`.
     """
 
     metric: Any
     variables: Sequence[Any]
     ops: Sequence[Op | None]
-    own_way: bool
+    custom: bool
 
     @classmethod
-    def by(cls, metric: Any) -> "Kept":
-        """Finds out how a metric's state is combined."""
+    def by(cls, metric: Any) -> "MetricState":
+        """Determine how a metric's state is combined."""
         variables, watch = states.variables(metric), watch_of(metric)
-        starts = [watch.start(each) if watch else np.zeros(each.shape, each.dtype) for each in variables]
-        own_way = callable(getattr(metric, states.DECLARATION, None))
-        ops = [None if own_way else states.operation(metric, start) for start in starts]
-        return cls(metric, variables, ops, own_way)
+        if callable(getattr(metric, states.DECLARATION, None)):
+            return cls(metric, variables, [None] * len(variables), custom=True)
+        ops = []
+        for variable in variables:
+            start = watch.start(variable) if watch else np.zeros(variable.shape, variable.dtype)
+            ops.append(states.operation(metric, start))
+        return cls(metric, variables, ops, custom=False)
 
     @property
     def problem(self) -> str:
-        """Says what stands in the way of combining this state; nothing if all is well."""
-        if self.own_way or not states.is_custom(self.metric):
+        """Reason why this state cannot be combined; empty if it can."""
+        if self.custom or not states.is_custom(self.metric):
             return ""
-        unknown = [each.name for each, op in zip(self.variables, self.ops, strict=True) if op is None]
+        unknown = [variable.name for variable, op in zip(self.variables, self.ops, strict=True) if op is None]
         watch = watch_of(self.metric)
         if unknown:
             return f"its variable {unknown[0]!r} starts neither from 0, as a sum, nor from inf or -inf"
         if watch is not None and not watch.adds:
-            return "a batch that comes a second time does not change it as it did the first time"
-        return "" if self.metric.variables else "it keeps nothing in variables that add_weight made"
+            return "the same batch changes it differently the second time than the first time"
+        return "" if self.metric.variables else "it keeps nothing in variables of add_weight"
 
     def described(self) -> list[str]:
-        """Says in lines what must be the same on all ranks."""
+        """Return lines with the facts that must be the same on all ranks."""
         ways = ["its own way" if op is None else op.name.lower() for op in self.ops]
         head = f"metric {self.metric.name}, {type(self.metric).__name__}"
-        lines = zip(self.variables, ways, strict=True)
-        return [
-            head,
-            *(f"{head}: {each.name} {each.dtype} {tuple(each.shape)}, {way}" for each, way in lines),
-        ]
+        lines = [head]
+        for variable, way in zip(self.variables, ways, strict=True):
+            lines.append(f"{head}: {variable.name} {variable.dtype} {tuple(variable.shape)}, {way}")
+        return lines
 
 
 @contextlib.contextmanager
 def of_all_ranks(engine: Engine, metrics: Iterable[Any], stage: str) -> Iterator[None]:
-    """Gives metrics, for a while, the state that they would have if one process had seen all samples.
+    """Set metrics inside the block to the state of one process that had seen all samples.
 
     Args:
         engine: The ranks. All call this.
         metrics: The metrics, alike on all ranks.
-        stage: What has been measured, for messages.
+        stage: Name of the measurement, for messages.
 
     Raises:
         ValueError: On every rank, if the state of a metric cannot be combined.
-        MismatchError: On every rank, if the ranks do not measure the same.
+        MismatchError: On every rank, if the ranks have different metrics.
     """
-    kept = [Kept.by(metric) for metric in states.leaves(metrics)]
-    local = {id(each): (each, each.numpy()) for part in kept for each in part.variables}
-    whole = _combined(engine, kept, stage)
+    metric_states = [MetricState.by(metric) for metric in states.leaves(metrics)]
+    local = {
+        id(variable): (variable, variable.numpy()) for state in metric_states for variable in state.variables
+    }
+    whole = _combined(engine, metric_states, stage)
     try:
         for variable, value in whole:
             variable.assign(np.asarray(value).astype(local[id(variable)][1].dtype))
@@ -92,46 +96,44 @@ def of_all_ranks(engine: Engine, metrics: Iterable[Any], stage: str) -> Iterator
             variable.assign(value)
 
 
-def _combined(engine: Engine, kept: Sequence[Kept], stage: str) -> list[tuple[Any, Any]]:
-    problems = np.array([bool(each.problem) for each in kept], np.float64)
-    call = Call(f"metrics of {stage}", tuple(line for each in kept for line in each.described()))
-    sums = _chosen(kept, Op.SUM)
-    against, *totals = engine.grouped_allreduce([problems, *map(_wide, sums)], Op.SUM, call)
-    _refuse(engine, kept, against)
+def _combined(engine: Engine, metric_states: Sequence[MetricState], stage: str) -> list[tuple[Any, Any]]:
+    problems = np.array([bool(state.problem) for state in metric_states], np.float64)
+    call = Call(f"metrics of {stage}", tuple(line for state in metric_states for line in state.described()))
+    sums = _chosen(metric_states, Op.SUM)
+    problem_counts, *totals = engine.grouped_allreduce([problems, *map(_wide, sums)], Op.SUM, call)
+    _refuse(engine, metric_states, problem_counts)
     whole = list(zip(sums, totals, strict=True))
     for op in (Op.MAX, Op.MIN):
-        if chosen := _chosen(kept, op):
-            whole += zip(chosen, engine.grouped_allreduce([_wide(each) for each in chosen], op), strict=True)
-    for each in kept:
-        if each.own_way:
-            everyone = engine.allgather_object([variable.numpy() for variable in each.variables])
-            whole += zip(each.variables, each.metric.hvdtrain_combine(everyone), strict=True)
+        chosen = _chosen(metric_states, op)
+        if chosen:
+            values = [_wide(variable) for variable in chosen]
+            whole += zip(chosen, engine.grouped_allreduce(values, op), strict=True)
+    for state in metric_states:
+        if state.custom:
+            everyone = engine.allgather_object([variable.numpy() for variable in state.variables])
+            whole += zip(state.variables, state.metric.hvdtrain_combine(everyone), strict=True)
     return whole
 
 
-def _refuse(engine: Engine, kept: Sequence[Kept], against: np.ndarray) -> None:
-    """Raises on all ranks alike, since all know how many ranks have met a problem."""
-    for each, ranks in zip(kept, against, strict=True):
-        if ranks:
-            told = [
-                (engine.ranks[i], text)
-                for i, text in enumerate(engine.allgather_object(each.problem))
-                if text
-            ]
+def _refuse(engine: Engine, metric_states: Sequence[MetricState], problem_counts: np.ndarray) -> None:
+    """Raise ValueError on all ranks if a rank has met a problem; all ranks know the number of problems."""
+    for state, count in zip(metric_states, problem_counts, strict=True):
+        if count:
+            reasons = engine.allgather_object(state.problem)
+            told = [(engine.ranks[i], reason) for i, reason in enumerate(reasons) if reason]
             raise ValueError(
-                f"The state of the metric {each.metric.name!r} ({type(each.metric).__name__}) cannot be combined "
-                f"over the ranks: {told[0][1]} ({ranks_text([rank for rank, _ in told])}). {_CURE}"
+                f"The state of the metric {state.metric.name!r} ({type(state.metric).__name__}) cannot be combined "
+                f"over the ranks: {told[0][1]} ({ranks_text([rank for rank, _ in told])}). {_ADVICE}"
             )
 
 
-def _chosen(kept: Sequence[Kept], op: Op) -> list[Any]:
-    return [
-        variable for each in kept for variable, how in zip(each.variables, each.ops, strict=True) if how is op
-    ]
+def _chosen(metric_states: Sequence[MetricState], op: Op) -> list[Any]:
+    variables = [pair for state in metric_states for pair in zip(state.variables, state.ops, strict=True)]
+    return [variable for variable, how in variables if how is op]
 
 
 def _wide(variable: Any) -> np.ndarray:
-    """Returns a value in a type in which a sum over many ranks neither overflows nor rounds much."""
+    """Return a value in a wide type, so that a sum over many ranks neither overflows nor loses digits."""
     value = np.asarray(variable.numpy())
     if value.dtype == bool:
         return value

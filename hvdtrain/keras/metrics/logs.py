@@ -1,4 +1,4 @@
-"""The logs of `fit` and `evaluate` at the one point where Keras computes them, for the samples of all ranks."""
+"""Compute the logs of `fit` and `evaluate` from the samples of all ranks, in place of the method of Keras."""
 
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -9,73 +9,73 @@ import numpy as np
 from hvdtrain.collectives.engine import Call, Engine
 from hvdtrain.keras.metrics import combining
 
-_SEAM = "_get_metrics_result_or_logs"
+_METHOD = "_get_metrics_result_or_logs"
 
 
-class Reader(Protocol):
-    """Who turns a rank's logs into those of all ranks, while `fit` or `evaluate` runs."""
+class LogsReader(Protocol):
+    """An object that computes the logs of all ranks while `fit` or `evaluate` runs."""
 
     def of_all_ranks(self, compute: Callable[[Any], Any], logs: Any) -> Any:
-        """Returns the logs of all ranks.
+        """Return the logs of all ranks.
 
         Args:
-            compute: What Keras would do.
-            logs: What the last step returned.
+            compute: The original method of Keras.
+            logs: The result of the last step.
         """
 
 
-class Seam:
-    """Stands on a model in place of the method by which `fit` and `evaluate` compute their final logs.
+class LogsMethod:
+    """Replacement for the method of a model by which `fit` and `evaluate` compute their final logs.
 
     Args:
         model: The model.
     """
 
     def __init__(self, model: keras.Model) -> None:
-        self._compute = getattr(model, _SEAM)
-        self.readers: list[Reader] = []
+        self._compute = getattr(model, _METHOD)
+        self.readers: list[LogsReader] = []
 
     def __call__(self, logs: Any) -> Any:
-        """Returns what `fit` and `evaluate` report."""
+        """Return the logs that `fit` and `evaluate` report."""
         return self.readers[-1].of_all_ranks(self._compute, logs)
 
 
-def begin(model: keras.Model, reader: Reader, alone: bool = False) -> None:
-    """Lets a reader stand between a model and its logs; the last one that came does the work.
+def begin(model: keras.Model, reader: LogsReader, alone: bool = False) -> None:
+    """Let a reader compute the logs of a model; of several readers the last one added does.
 
     Args:
         model: The model.
-        reader: Who reads.
-        alone: Forgets readers that are there already, because an error kept them from ending.
+        reader: The reader to add.
+        alone: Whether to remove readers that an earlier `fit`, ended by an error, has left.
     """
     if alone:
-        vars(model).pop(_SEAM, None)
-    if _SEAM not in vars(model):
-        vars(model)[_SEAM] = Seam(model)
-    vars(model)[_SEAM].readers.append(reader)
+        vars(model).pop(_METHOD, None)
+    if _METHOD not in vars(model):
+        vars(model)[_METHOD] = LogsMethod(model)
+    vars(model)[_METHOD].readers.append(reader)
 
 
-def end(model: keras.Model, reader: Reader) -> None:
-    """Undoes `begin`; when no reader is left the model is as it was."""
-    seam = vars(model).get(_SEAM)
-    if seam is not None and reader in seam.readers:
-        seam.readers.remove(reader)
-        if not seam.readers:
-            del vars(model)[_SEAM]
+def end(model: keras.Model, reader: LogsReader) -> None:
+    """Undo `begin`; without readers the model has its original method again."""
+    method = vars(model).get(_METHOD)
+    if method is not None and reader in method.readers:
+        method.readers.remove(reader)
+        if not method.readers:
+            del vars(model)[_METHOD]
 
 
 def exact(engine: Engine, model: keras.Model, logs: Any, stage: str, weight: float) -> dict[str, Any]:
-    """Computes logs from the samples of all ranks. All ranks call this.
+    """Compute logs from the samples of all ranks. All ranks call this.
 
-    What a step of the user's own returns under names that are none of the model's metrics is looked for among
-    their results; what is none of them is averaged over the ranks.
+    A custom training step may return values under names that no metric of the model has. A value that equals the
+    result of a metric is replaced by the combined result; other values are averaged over the ranks.
 
     Args:
         engine: The ranks.
         model: The model whose metrics have seen this rank's samples.
-        logs: What the last step returned.
-        stage: What has been measured, for messages.
-        weight: How much this rank's values weigh in an average, usually its number of samples.
+        logs: The result of the last step.
+        stage: Name of the measurement, for messages.
+        weight: Weight of this rank's values in an average, usually its number of samples.
 
     Returns:
         The logs, with plain numbers, the same on all ranks.
@@ -92,13 +92,13 @@ def exact(engine: Engine, model: keras.Model, logs: Any, stage: str, weight: flo
 
 
 def average(engine: Engine, logs: dict[str, Any], stage: str, weights: dict[str, float]) -> dict[str, Any]:
-    """Averages values over the ranks; those that are the same on all ranks stay as they are, to the bit.
+    """Average values over the ranks; values that are the same on all ranks are returned bit for bit.
 
     Args:
         engine: The ranks. All call this.
         logs: Numbers, by names that are the same on all ranks.
-        stage: What has been measured, for messages.
-        weights: How much this rank's value of each name weighs.
+        stage: Name of the measurement, for messages.
+        weights: Weight of this rank's value of each name.
 
     Raises:
         MismatchError: On every rank, if the names differ.
@@ -108,7 +108,7 @@ def average(engine: Engine, logs: dict[str, Any], stage: str, weights: dict[str,
     everyone = engine.allgather_object(
         [(np.asarray(logs[name], np.float64), weights[name]) for name in names]
     )
-    return {name: _mean([each[index] for each in everyone]) for index, name in enumerate(names)}
+    return {name: _mean([values[index] for values in everyone]) for index, name in enumerate(names)}
 
 
 def _mean(parts: list[tuple[np.ndarray, float]]) -> Any:
@@ -120,12 +120,12 @@ def _mean(parts: list[tuple[np.ndarray, float]]) -> Any:
 
 
 def _sources(engine: Engine, own: dict[str, Any], logs: dict[str, Any], stage: str) -> dict[str, str]:
-    """Finds, for each name in the logs, the metric whose result it is, on every rank."""
+    """Find for each name in the logs the metric that has the same value on every rank."""
     engine.agree(Call(f"logs of {stage}", tuple(sorted(logs))))
     mine = {name: [other for other in own if _same(own[other], logs[name])] for name in logs}
     everyone = engine.allgather_object(mine)
     shared = {
-        name: [other for other in mine[name] if all(other in each[name] for each in everyone)]
+        name: [other for other in mine[name] if all(other in matches[name] for matches in everyone)]
         for name in logs
     }
     return {name: name if name in found else found[0] for name, found in shared.items() if found}
@@ -137,7 +137,7 @@ def _same(result: Any, value: Any) -> bool:
 
 
 def _results(model: keras.Model) -> dict[str, Any]:
-    """Computes the results of all metrics and takes them out of the variables, which are about to change."""
+    """Compute the results of all metrics as plain values, because the variables will change."""
     return {
         name: keras.tree.map_structure(_plain, value) for name, value in model.get_metrics_result().items()
     }

@@ -1,4 +1,4 @@
-"""What metrics keep, and by which operation the ranks' parts of it become the whole."""
+"""List the variables of metrics, and choose the operation that combines each over the ranks."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -9,18 +9,18 @@ from keras.src.trainers.compile_utils import CompileMetrics
 
 from hvdtrain.collectives.engine import Op
 
-# The attribute by which a metric says itself how its state is combined.
+# The attribute by which a metric declares how its state is combined.
 DECLARATION = "hvdtrain_combine"
 OPERATIONS = {"sum": Op.SUM, "max": Op.MAX, "min": Op.MIN}
 
 
 def leaves(metrics: Iterable[Any]) -> list[Any]:
-    """Lists metrics and those inside them, each once, in an order that is the same on all ranks."""
+    """List metrics and the metrics inside them, each once, in the same order on all ranks."""
     found: dict[int, Any] = {}
     waiting = list(metrics)
     while waiting:
         metric = waiting.pop(0)
-        if isinstance(metric, CompileMetrics):  # a list of metrics, with nothing of its own
+        if isinstance(metric, CompileMetrics):  # a list of metrics, without variables of its own
             waiting += metric.metrics
         elif id(metric) not in found:
             found[id(metric)] = metric
@@ -29,28 +29,28 @@ def leaves(metrics: Iterable[Any]) -> list[Any]:
 
 
 def of_model(model: Any) -> list[Any]:
-    """Lists a model's metrics, with those that it compiled but that its first batch has yet to build."""
+    """List a model's metrics, including compiled ones that the first batch has not built yet."""
     compiled = model._compile_metrics
     given = [compiled._user_metrics, compiled._user_weighted_metrics] if compiled is not None else []
-    waiting = [each for each in keras.tree.flatten(given) if isinstance(each, keras.metrics.Metric)]
+    waiting = [metric for metric in keras.tree.flatten(given) if isinstance(metric, keras.metrics.Metric)]
     return leaves([*model.metrics, *waiting])
 
 
 def variables(metric: Any) -> list[Any]:
-    """Lists a metric's own variables, without those of the metrics inside it."""
+    """List a metric's own variables, without those of the metrics inside it."""
     return list(metric._variables)
 
 
 def is_custom(metric: Any) -> bool:
-    """Tells whether a metric updates its state in a way of its own; all that Keras itself ships only adds."""
+    """Return whether a metric has a custom `update_state`; the metrics of Keras only add."""
     return not type(metric).update_state.__module__.startswith("keras.")
 
 
 def operation(metric: Any, start: np.ndarray) -> Op | None:
-    """Returns how a variable is combined over the ranks; None where nobody can know.
+    """Return the operation that combines a variable over the ranks; None if it cannot be determined.
 
-    What a metric declares counts first. Otherwise the value from which a variable starts tells: it must be the
-    one that changes nothing, so 0 is the start of a sum, -inf that of a maximum, inf that of a minimum.
+    A declaration of the metric has precedence. Otherwise the initial value of the variable decides, which must be
+    the neutral element of the operation: 0 for a sum, -inf for a maximum, inf for a minimum.
 
     Args:
         metric: The metric.
