@@ -191,11 +191,13 @@ def build_horovod(**options) -> None:
 
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as JSON.")
-def doctor(as_json: bool) -> None:
+@click.option("--patches", is_flag=True, help="List the functions of Keras that hvdtrain replaces, and stop.")
+def doctor(as_json: bool, patches: bool) -> None:
     """Check everything that training depends on, and print the command that fixes each problem."""
+    from hvdtrain.doctor.patches import list_patches
     from hvdtrain.doctor.report import doctor
 
-    sys.exit(doctor(as_json))
+    sys.exit(list_patches(as_json) if patches else doctor(as_json))
 
 
 @cli.command()

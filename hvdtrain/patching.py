@@ -4,12 +4,30 @@ import functools
 import importlib.util
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
 Make = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """A function that was replaced in this process.
+
+    Args:
+        name: Its name, such as "keras.Model.fit".
+        by: The module that replaced it.
+    """
+
+    name: str
+    by: str
+
+
+# All functions that were replaced, in order; `hvdtrain doctor --patches` prints them.
+replaced: list[Replaced] = []
 
 # Outermost replacement -> the function that makes it, and the function it replaces.
 _translated: dict[Any, tuple[Make, Callable[..., Any]]] = {}
@@ -23,6 +41,7 @@ def replace(owner: Any, name: str, make: Make) -> None:
         name: Name of the function in it.
         make: Takes the original function and returns its replacement.
     """
+    _record(owner, name, make)
     original = getattr(owner, name)
     if original in _translated:
         translate, original = _translated.pop(original)
@@ -42,6 +61,7 @@ def replace_outermost(owner: Any, name: str, make: Make) -> None:
         name: Name of the function in it; it has at most one outermost replacement.
         make: Takes the original function and returns its replacement.
     """
+    _record(owner, name, make)
     original = getattr(owner, name)
     translated = functools.wraps(original)(make(original))
     _translated[translated] = make, original
@@ -57,6 +77,14 @@ def replace_where_defined(kind: type, name: str, make: Make) -> None:
         make: Takes the original method and returns its replacement.
     """
     replace(definer(kind, name), name, make)
+
+
+def _record(owner: Any, name: str, make: Make) -> None:
+    module = getattr(owner, "__module__", "")
+    path = ".".join(filter(None, (module, getattr(owner, "__qualname__", owner.__name__), name)))
+    entry = Replaced(path, getattr(make, "func", make).__module__)
+    if entry not in replaced:  # an outermost replacement is made anew whenever another goes under it
+        replaced.append(entry)
 
 
 def definer(kind: type, name: str) -> Any:

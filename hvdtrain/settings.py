@@ -197,8 +197,8 @@ def get(name: str, environ: Mapping[str, str] | None = None) -> str:
 
 
 def is_set(name: str, environ: Mapping[str, str] | None = None) -> bool:
-    """Return whether a setting has a value of its own."""
-    return get(name, environ) != _DEFAULTS[name]
+    """Return whether a setting is set, and not empty."""
+    return (os.environ if environ is None else environ).get(name, "").strip() != ""
 
 
 def unknown(environ: Mapping[str, str] | None = None) -> list[str]:

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain import settings
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -25,8 +27,8 @@ class Limits:
         Raises:
             ValueError: If one of them is not a number of seconds.
         """
-        report = _seconds(environ, "HVDTRAIN_STALL_SECONDS", cls.report)
-        abort = _seconds(environ, "HVDTRAIN_STALL_ABORT_SECONDS", cls.abort)
+        report = _seconds(environ, "HVDTRAIN_STALL_SECONDS")
+        abort = _seconds(environ, "HVDTRAIN_STALL_ABORT_SECONDS")
         return cls(report, max(abort, report) if abort else 0.0)
 
     @property
@@ -41,18 +43,18 @@ def stack_file(whose: str = "") -> Path:
     Args:
         whose: Part of the file name that distinguishes ranks.
     """
-    folder = Path(os.environ.get("HVDTRAIN_STALL_DIR") or ".")
+    folder = Path(settings.get("HVDTRAIN_STALL_DIR"))
     return folder.absolute() / f"hvdtrain-stall-{os.environ.get('SLURM_JOB_ID') or os.getpid()}{whose}.txt"
 
 
-def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
-    given = environ.get(name, "").strip()
+def _seconds(environ: Mapping[str, str], name: str) -> float:
+    given, default = settings.get(name, environ), settings.get(name, {})
     try:
-        seconds = float(given) if given else default
+        seconds = float(given)
     except ValueError:
         seconds = -1.0
     if not 0 <= seconds < float("inf"):
         raise ValueError(
-            f"{name} must be a number of seconds, 0 for never. Received: {given!r}. The default is {default:g}."
+            f"{name} must be a number of seconds, 0 for never. Received: {given!r}. The default is {default}."
         )
     return seconds

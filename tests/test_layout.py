@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).parent.parent / "hvdtrain"
 IMPORTS = {
     "cli": {"batch", "bench", "doctor", "horovod_build", "launch", "timeline"},
     # What starts and examines jobs.
-    "batch": {"doctor", "launch"},
+    "batch": {"doctor", "launch", "settings"},
     "bench": {
         *(
             "backends",
@@ -29,11 +29,23 @@ IMPORTS = {
             "topology",
         ),
     },
-    "doctor": {"collectives", "cores", "keras", "launch", "runtime", "safe_path", "topology"},
+    "doctor": {
+        *(
+            "collectives",
+            "cores",
+            "keras",
+            "launch",
+            "patching",
+            "runtime",
+            "safe_path",
+            "settings",
+            "topology",
+        ),
+    },
     "horovod_build": {"collectives", "safe_path"},
     "launch": {
         *("as_horovod", "collectives", "cores", "heartbeat", "patching", "process_activity", "safe_path"),
-        *("script", "stop_request", "timeouts", "topology"),
+        *("script", "settings", "stop_request", "timeouts", "topology"),
     },
     # What scripts import, and the ways of running scripts that were not written for hvdtrain.
     "as_horovod": {"keras", "patching", "runtime", "safe_path", "script", "tensorflow", "topology"},
@@ -47,8 +59,9 @@ IMPORTS = {
             "runtime",
             "safe_path",
             "script",
-            "topology",
+            "settings",
         ),
+        "topology",
     },
     "tensorflow": {"backends", "collectives", "data", "gradients", "keras", "runtime", "timeline"},
     "keras": {
@@ -81,7 +94,7 @@ IMPORTS = {
     "script": set(),
     "settings": set(),
     "stop_request": set(),
-    "timeouts": set(),
+    "timeouts": {"settings"},
     "topology": set(),
 }
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from hvdtrain import settings
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.tuned_settings import config_folder
 
@@ -89,8 +90,8 @@ def read_profile(named: str | None, environ: Mapping[str, str] = os.environ) -> 
     Raises:
         LaunchError: If the named profile does not exist, or its content is not valid.
     """
-    chosen = named or environ.get("HVDTRAIN_CLUSTER")
-    path = _profile_path(chosen or "cluster", environ)
+    path = _profile_path(named or settings.get("HVDTRAIN_CLUSTER", environ), environ)
+    chosen = named or settings.is_set("HVDTRAIN_CLUSTER", environ)
     if not chosen and not path.exists():
         return Profile()
     try:

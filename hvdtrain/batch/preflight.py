@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from hvdtrain import settings
 from hvdtrain.batch.sbatch_command import Batch
 from hvdtrain.batch.value_checks import examine_values
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
@@ -140,13 +141,13 @@ def _last(part: str) -> int:
 
 def _variables(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
     """Check the environment variables that the templates read."""
-    stage = environ.get("HVDTRAIN_STAGE")
+    stage = settings.get("HVDTRAIN_STAGE", environ)
     if stage and not (base / stage).exists():
         found = (
             f"HVDTRAIN_STAGE names the data {stage}, which is not there (searched from {base.absolute()})."
         )
         yield wrong("data", found, "unset HVDTRAIN_STAGE, or name a folder on a file system of all nodes")
-    launcher = environ.get("HVDTRAIN_LAUNCHER", "")
+    launcher = settings.get("HVDTRAIN_LAUNCHER", environ)
     if launcher not in ("", "srun", "mpirun"):
         found = f"HVDTRAIN_LAUNCHER is {launcher!r}; it may be srun or mpirun."
         yield wrong("launcher", found, "unset HVDTRAIN_LAUNCHER")
@@ -160,18 +161,18 @@ def _variables(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator
 
 
 def _image(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
-    image = batch.settings.get("HVDTRAIN_IMAGE")
+    image = settings.get("HVDTRAIN_IMAGE", batch.settings)
     if not image:
         yield wrong("image", "The template container needs an image.", "--image=/shared/train.sif")
     elif _is_file(image, environ) and not os.access(base / image, os.R_OK):
         yield wrong("image", f"The image {image} cannot be read.", "--image=/shared/train.sif")
-    elif batch.gpus[1] and _needs_nv(environ) and "--nv" not in environ.get("HVDTRAIN_APPTAINER", ""):
+    elif batch.gpus[1] and _needs_nv(environ) and "--nv" not in settings.get("HVDTRAIN_APPTAINER", environ):
         found = "Without Apptainer's --nv the container does not see the GPUs."
         yield note("image", found, "export HVDTRAIN_APPTAINER=--nv")
 
 
 def _needs_nv(environ: Mapping[str, str]) -> bool:
-    return environ.get("HVDTRAIN_CONTAINER", "apptainer") in ("apptainer", "singularity")
+    return settings.get("HVDTRAIN_CONTAINER", environ) in ("", "apptainer", "singularity")
 
 
 def _is_file(image: str, environ: Mapping[str, str]) -> bool:

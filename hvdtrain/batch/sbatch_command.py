@@ -5,6 +5,7 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from hvdtrain import settings
 from hvdtrain.batch.cluster_profile import Profile
 from hvdtrain.batch.per_node import per_node
 from hvdtrain.batch.quantities import gpus
@@ -102,10 +103,10 @@ def compose(options: SubmitOptions, profile: Profile, environ: Mapping[str, str]
     first = 1 if template.name == "array_sweep" else 0
     trials, script = options.words[:first], options.words[first:]
     words = (*trials, *options.flags, *script)
-    image = options.image or environ.get("HVDTRAIN_IMAGE") or profile.image
-    settings = {"HVDTRAIN_IMAGE": image} if image and template.name == "container" else {}
+    image = options.image or settings.get("HVDTRAIN_IMAGE", environ) or profile.image
+    variables = {"HVDTRAIN_IMAGE": image} if image and template.name == "container" else {}
     in_effect = {**template.defaults, **variables, **given}
-    return Batch(template, given, in_effect, words, script[0] if script else "", settings)
+    return Batch(template, given, in_effect, words, script[0] if script else "", variables)
 
 
 def _choose_template(options: SubmitOptions, profile: Profile, asked: Mapping[str, str | None]) -> str:

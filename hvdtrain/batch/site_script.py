@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from hvdtrain import settings
 from hvdtrain.batch.cluster_profile import Profile
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers.mpirun import INTERFACE
@@ -82,8 +83,8 @@ def compose_site(profile: Profile, environ: Mapping[str, str] = os.environ) -> S
     Raises:
         LaunchError: If the profile or HVDTRAIN_SITE names a file or folder that is not there.
     """
-    named = environ.get("HVDTRAIN_SITE")
-    if named and not Path(named).expanduser().is_file():
+    named = settings.get("HVDTRAIN_SITE", environ)
+    if settings.is_set("HVDTRAIN_SITE", environ) and not Path(named).expanduser().is_file():
         raise LaunchError(
             f"HVDTRAIN_SITE names {named}, which is not there: unset HVDTRAIN_SITE, or write that file."
         )
@@ -98,7 +99,7 @@ def compose_site(profile: Profile, environ: Mapping[str, str] = os.environ) -> S
 
 def own_site(environ: Mapping[str, str]) -> Path:
     """Return the path of the user's own site file, which is read in addition to the profile."""
-    return Path(environ.get("HVDTRAIN_SITE") or Path.home() / ".config/hvdtrain/site.sh").expanduser()
+    return Path(settings.get("HVDTRAIN_SITE", environ)).expanduser()
 
 
 def _own(environ: Mapping[str, str]) -> list[str]:

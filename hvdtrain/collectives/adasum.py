@@ -12,7 +12,7 @@ import numpy as np
 def combined(
     array: np.ndarray, rank: int, size: int, swap: Callable[[np.ndarray, int], np.ndarray]
 ) -> np.ndarray:
-    """Combines one array over all ranks, pair by pair: neighbours first, then pairs of pairs.
+    """Combine one array over all ranks, pair by pair: neighbours first, then pairs of pairs.
 
     Two orthogonal arrays are added, two equal ones averaged, and everything between in proportion.
 

@@ -30,13 +30,13 @@ class Known(enum.Enum):
 
 
 def mark(error: Error, known: Known) -> Error:
-    """Notes that all ranks know of an error. What only reports another rank's must not end the job before that."""
+    """Note that all ranks know of an error. What only reports another rank's must not end the job before that."""
     error.hvdtrain_known = known  # type: ignore[attr-defined]
     return error
 
 
 def known(error: BaseException) -> Known | None:
-    """Returns what `mark` has noted, or None for an error of which this rank alone knows."""
+    """Return what `mark` has noted, or None for an error of which this rank alone knows."""
     return getattr(error, "hvdtrain_known", None)
 
 
@@ -111,7 +111,7 @@ JOIN = Call("join")
 
 
 def explained(calls: Sequence[Call], ranks: Sequence[int]) -> str:
-    """Says in one message who asked for what, beginning with the first difference between two ranks.
+    """Say in one message who asked for what, beginning with the first difference between two ranks.
 
     Args:
         calls: What each member of a process set asked for.
@@ -160,7 +160,7 @@ def _first_difference(ours: Call, theirs: Call) -> tuple[str, str]:
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Writes a list of ranks as people say it: 'rank 3', 'ranks 0-2, 5'."""
+    """Write a list of ranks as people say it: 'rank 3', 'ranks 0-2, 5'."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

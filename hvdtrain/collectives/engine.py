@@ -95,51 +95,51 @@ class Engine(ABC):
 
     @abstractmethod
     def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
-        """Tells on all ranks alike whether all passed the same number of at most 63 bits, and the largest wish."""
+        """Return on all ranks alike whether all passed the same number of at most 63 bits, and the largest wish."""
 
     @abstractmethod
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
-        """Reduces `send` over all ranks into `receive`, which may be `send` itself; never ADASUM."""
+        """Reduce `send` over all ranks into `receive`, which may be `send` itself; never ADASUM."""
 
     @abstractmethod
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Joins all ranks' arrays along the first dimension; also returns each rank's first dimension."""
+        """Join all ranks' arrays along the first dimension; also returns each rank's first dimension."""
 
     @abstractmethod
     def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
-        """Returns root_rank's array; the others' has the same shape and dtype."""
+        """Return root_rank's array; the others' has the same shape and dtype."""
 
     @abstractmethod
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
-        """Reduces over all ranks and returns this rank's `rows[rank]` rows of the result; never AVERAGE."""
+        """Reduce over all ranks and returns this rank's `rows[rank]` rows of the result; never AVERAGE."""
 
     @abstractmethod
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """Sends `splits[r]` rows to each rank r; returns what came and how many rows from whom."""
+        """Send `splits[r]` rows to each rank r; returns what came and how many rows from whom."""
 
     @abstractmethod
     def _subset(self, ranks: Sequence[int]) -> "Engine | None":
-        """Makes an engine for some of the ranks; None on the others. All ranks call this."""
+        """Make an engine for some of the ranks; None on the others. All ranks call this."""
 
     @abstractmethod
     def shutdown(self) -> None:
-        """Gives back what the engine holds; no operation may follow."""
+        """Give back what the engine holds; no operation may follow."""
 
     @abstractmethod
     def abort(self, code: int) -> None:
-        """Ends the processes of all ranks at once with this exit code."""
+        """End the processes of all ranks at once with this exit code."""
 
     def _reduce_all(self, pairs: Sequence[Pair], op: Op) -> None:
-        """Reduces arrays of one dtype, each as `_reduce` does; an engine may take them as one."""
+        """Reduce arrays of one dtype, each as `_reduce` does; an engine may take them as one."""
         for send, receive in pairs:
             self._reduce(send, receive, op)
 
     def native_tensors(self) -> Any:
-        """Returns the engine's own graph operations on framework tensors, or None if it has none."""
+        """Return the engine's own graph operations on framework tensors, or None if it has none."""
         return None
 
     def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
-        """Lets the engine's own core record to a file; returns what ends that, or None where it has no core."""
+        """Let the engine's own core record to a file; returns what ends that, or None where it has no core."""
         return None
 
     # What a caller uses.
@@ -147,7 +147,7 @@ class Engine(ABC):
     def allreduce(
         self, array: Any, op: Op | int | str = Op.AVERAGE, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Combines one array over all ranks, with the same result, to the bit, on each.
+        """Combine one array over all ranks, with the same result, to the bit, on each.
 
         Args:
             array: Array of the same shape and dtype on all ranks: float16, bfloat16, float32, float64, any
@@ -185,7 +185,7 @@ class Engine(ABC):
         call: Call | None = None,
         in_place: Sequence[bool] = (),
     ) -> list[np.ndarray]:
-        """Combines many arrays at the price of a few operations: small ones travel together.
+        """Combine many arrays at the price of a few operations: small ones travel together.
 
         Args:
             arrays: Arrays as for `allreduce`, of any shapes and dtypes, the same list on all ranks.
@@ -211,7 +211,7 @@ class Engine(ABC):
         return reduction.combine(self, operands, op, in_place or [False] * len(operands))
 
     def allgather(self, array: Any) -> np.ndarray:
-        """Joins the arrays of all ranks along their first dimension, in the order of the ranks.
+        """Join the arrays of all ranks along their first dimension, in the order of the ranks.
 
         Args:
             array: Array of any dtype without Python objects; the first dimension may differ between ranks,
@@ -231,7 +231,7 @@ class Engine(ABC):
             return self._gather(array)[0]
 
     def broadcast(self, array: Any, root_rank: int = 0) -> np.ndarray:
-        """Gives every rank the array of one.
+        """Give every rank the array of one.
 
         Args:
             array: Array of the same shape and dtype on all ranks.
@@ -251,7 +251,7 @@ class Engine(ABC):
             return self._broadcast(array, root)
 
     def reducescatter(self, array: Any, op: Op | int | str = Op.AVERAGE) -> np.ndarray:
-        """Combines one array over all ranks and gives each rank its part of the rows.
+        """Combine one array over all ranks and gives each rank its part of the rows.
 
         Args:
             array: As for `allreduce`, with at least one dimension. If the first dimension does not divide
@@ -284,7 +284,7 @@ class Engine(ABC):
         return reduction.averaged(mine, op, self.size).astype(array.dtype, copy=False)
 
     def alltoall(self, array: Any, splits: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Sends a part of the rows to each rank and receives a part from each.
+        """Send a part of the rows to each rank and receives a part from each.
 
         Args:
             array: Array with at least one dimension; dtype and later dimensions are the same on all ranks.
@@ -346,11 +346,11 @@ class Engine(ABC):
         return pickle.loads(data.data)
 
     def barrier(self) -> None:
-        """Waits until every rank has come here."""
+        """Wait until every rank has come here."""
         self.agree(Call("barrier", stand_in=StandIn()))
 
     def join(self) -> int:
-        """Lets the other ranks finish their batches: until all have called this, zeros are sent for this one.
+        """Let the other ranks finish their batches: until all have called this, zeros are sent for this one.
 
         A mean still divides by the number of all ranks, those that have joined included. Sums, means, gathers
         (to which this rank adds nothing) and barriers go on; any other operation raises on all ranks.
@@ -367,7 +367,7 @@ class Engine(ABC):
         return last
 
     def subset(self, ranks: Sequence[int]) -> "Engine | None":
-        """Makes an engine for a process set. All ranks of this one call it, with the same ranks.
+        """Make an engine for a process set. All ranks of this one call it, with the same ranks.
 
         Args:
             ranks: Which ranks take part, without repetition; their order in the set is theirs in the world.
@@ -393,7 +393,7 @@ class Engine(ABC):
         return part
 
     def check_root(self, root_rank: int, function: str) -> int:
-        """Returns the place of a rank among those that take part; raises ValueError if it is not one of them."""
+        """Return the place of a rank among those that take part; raises ValueError if it is not one of them."""
         if root_rank not in self.ranks:
             raise ValueError(
                 f"{function}: root_rank must be a rank that takes part: {ranks_text(self.ranks)}. "
@@ -402,7 +402,7 @@ class Engine(ABC):
         return self.ranks.index(root_rank)
 
     def tell(self, what: str, error: BaseException) -> None:
-        """Lets all other ranks know, at whatever they do together next, why this one does not come.
+        """Let all other ranks know, at whatever they do together next, why this one does not come.
 
         They get a `MismatchError` that quotes the error. Nothing is told of an error that all ranks know.
 
@@ -420,12 +420,12 @@ class Engine(ABC):
             self.agree(Call(f"{what} raised {type(error).__name__}: {words}", farewell=True))
 
     def is_known(self, error: BaseException) -> bool:
-        """Tells whether all ranks know of an error, be it within one that TensorFlow made of it."""
+        """Return whether all ranks know of an error, be it within one that TensorFlow made of it."""
         error = self.original(error)
         return isinstance(error, MismatchError) or known(error) is not None
 
     def original(self, error: BaseException) -> BaseException:
-        """Returns the error of this engine of which TensorFlow has made another one, or `error` itself."""
+        """Return the error of this engine of which TensorFlow has made another one, or `error` itself."""
         hidden = self.last_error
         # TensorFlow hands on nothing but the text, with text of its own around it.
         return hidden if hidden is not None and str(hidden) in str(error) else error
@@ -441,7 +441,7 @@ class Engine(ABC):
             logger.warning(sentence)
 
     def agree(self, call: Call, wish: int = 0) -> int:
-        """Makes sure that all ranks make this call now, before any of them may wait for another.
+        """Make sure that all ranks make this call now, before any of them may wait for another.
 
         Args:
             call: What this rank is about to do.
@@ -468,12 +468,12 @@ class Engine(ABC):
             return largest
 
     def _catch_up(self) -> None:
-        """Waits for what a step that was broken off has left at work, before the ranks are asked anything else."""
+        """Wait for what a step that was broken off has left at work, before the ranks are asked anything else."""
         if self.beside is not None and self.beside.is_busy and not self.beside.is_here:
             self.beside.finish()
 
     def leave_to_core(self) -> None:
-        """Notes that the engine's own graph operations now do what the ranks have agreed on."""
+        """Note that the engine's own graph operations now do what the ranks have agreed on."""
         heartbeat.left_to_core(self._where, self._among)
 
     def _picklable(self, value: Any, function: str) -> np.ndarray:
@@ -517,7 +517,7 @@ class Engine(ABC):
         return splits
 
     def span(self, phase: str) -> AbstractContextManager[Any]:
-        """Notes a phase of the operation in hand: in the heartbeat, and in the timeline while one is written."""
+        """Note a phase of the operation in hand: in the heartbeat, and in the timeline while one is written."""
         timeline = self.timeline  # another thread may end it
         if timeline is None:
             return self.waiting()
@@ -528,7 +528,7 @@ class Engine(ABC):
         return both
 
     def waiting(self) -> AbstractContextManager[Any]:
-        """Notes for who may ask that this rank is in the operation in hand and needs the others."""
+        """Note for who may ask that this rank is in the operation in hand and needs the others."""
         return heartbeat.Waiting(self._where, self._among) if self.size > 1 else contextlib.nullcontext()
 
 

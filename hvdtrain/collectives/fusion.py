@@ -45,7 +45,7 @@ def plan(arrays: Sequence[np.ndarray]) -> list[list[int]]:
 
 
 def pack(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Copies arrays of one dtype into one buffer.
+    """Copy arrays of one dtype into one buffer.
 
     Args:
         arrays: Arrays of the same dtype.
@@ -66,13 +66,13 @@ def pack(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def worth_halving(array: np.ndarray, op: Op) -> bool:
-    """Tells whether 16-bit floats should travel as they are, instead of in one reduction of 32-bit floats."""
+    """Return whether 16-bit floats should travel as they are, instead of in one reduction of 32-bit floats."""
     narrow = array.dtype.name in ("float16", "bfloat16")
     return narrow and op in (Op.SUM, Op.AVERAGE) and array.nbytes >= HALVED_BYTES
 
 
 def aligned_like(array: np.ndarray) -> np.ndarray:
-    """Returns an uninitialised array of the shape and dtype of `array` that TensorFlow need not copy."""
+    """Return an uninitialised array of the shape and dtype of `array` that TensorFlow need not copy."""
     return _POOL.take(array.nbytes).view(array.dtype).reshape(array.shape)
 
 
@@ -90,7 +90,7 @@ class _Pool:
         self._requests = 0
 
     def take(self, nbytes: int) -> np.ndarray:
-        """Returns `nbytes` aligned bytes."""
+        """Return `nbytes` aligned bytes."""
         self._requests += 1
         self._asked[nbytes] = self._requests
         if self._requests % _MEMORY == 0:
@@ -109,7 +109,7 @@ class _Pool:
 
 
 def _reference_count_when_unused() -> int:
-    """Counts the references that the pool's own search for a free buffer holds; it depends on the Python."""
+    """Count the references that the pool's own search for a free buffer holds; it depends on the Python."""
     owners = [np.empty(1, np.uint8)]
     return next(sys.getrefcount(owner) for owner in owners)
 

@@ -22,7 +22,7 @@ class Op(enum.IntEnum):
 
     @classmethod
     def of(cls, op: "Op | int | str") -> "Op":
-        """Reads an operation from a constant, its number or its name."""
+        """Read an operation from a constant, its number or its name."""
         if type(op) is cls:
             return op
         try:
@@ -39,7 +39,7 @@ REDUCIBLE = FLOATS | {
 
 
 def operand(array: Any, function: str) -> np.ndarray:
-    """Returns what can travel: a contiguous array in this machine's byte order, without Python objects."""
+    """Return what can travel: a contiguous array in this machine's byte order, without Python objects."""
     if type(array) is np.ndarray and array.flags.c_contiguous and _travels(array.dtype):
         return array
     if np.ma.isMaskedArray(array):
@@ -57,7 +57,7 @@ def operand(array: Any, function: str) -> np.ndarray:
 
 
 def reducible(array: Any, op: Op, function: str) -> np.ndarray:
-    """Returns what can be reduced with `op`, or raises TypeError in the name of `function`."""
+    """Return what can be reduced with `op`, or raises TypeError in the name of `function`."""
     array = operand(array, function)
     _check_reducible(array.dtype, op, function)
     return array
@@ -86,7 +86,7 @@ def _check_reducible(dtype: np.dtype, op: Op, function: str) -> None:
 
 @functools.lru_cache(256)
 def carrier(dtype: np.dtype, op: Op) -> np.dtype:
-    """Returns the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
+    """Return the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
     if dtype.name in ("float16", "bfloat16"):
         return np.dtype(np.float32)
     if op is Op.AVERAGE and dtype.kind in "iu" and dtype.itemsize < 8:
@@ -95,10 +95,10 @@ def carrier(dtype: np.dtype, op: Op) -> np.dtype:
 
 
 def described(array: np.ndarray) -> str:
-    """Writes dtype and shape as an error message shows them."""
+    """Write dtype and shape as an error message shows them."""
     return f"{array.dtype} of shape {array.shape}"
 
 
 def inner(array: np.ndarray) -> str:
-    """Writes the dimensions after the first, which must be the same on all ranks that join their rows."""
+    """Write the dimensions after the first, which must be the same on all ranks that join their rows."""
     return ", ".join(str(dimension) for dimension in array.shape[1:])

@@ -35,7 +35,7 @@ class Beside:
         return bool(self._left or self._done or self._error)
 
     def start(self, work: Callable[[], Any]) -> None:
-        """Gives it something to do."""
+        """Give it something to do."""
         if self._thread is None:
             # As a daemon, it keeps no process alive whose script has failed meanwhile.
             self._thread = threading.Thread(target=self._work, name="hvdtrain-beside", daemon=True)
@@ -45,7 +45,7 @@ class Beside:
         self._given.put(work)
 
     def finish(self) -> list[Any]:
-        """Waits until all is done.
+        """Wait until all is done.
 
         Returns:
             What each piece of work has returned, in order.
@@ -64,7 +64,7 @@ class Beside:
         return done
 
     def end(self) -> None:
-        """Waits until all is done, whatever came of it, and ends the thread."""
+        """Wait until all is done, whatever came of it, and ends the thread."""
         if self._thread is not None:
             self._given.put(None)
             self._thread.join()

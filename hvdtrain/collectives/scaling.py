@@ -38,7 +38,7 @@ def reduced(
     arrays: Sequence[np.ndarray],
     reduce: Callable[[Engine, Sequence[np.ndarray], Op], list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """Reduces between the two scalings, which the ranks compare only where there are any."""
+    """Reduce between the two scalings, which the ranks compare only where there are any."""
     if not reduction.scales:
         return reduce(engine, arrays, reduction.op)
     factors = f"prescale_factor={reduction.prescale}, postscale_factor={reduction.postscale}"
@@ -53,7 +53,7 @@ def reduced(
 
 
 def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """Multiplies; integers are cut off toward zero, as Horovod does."""
+    """Multiply; integers are cut off toward zero, as Horovod does."""
     if factor == 1.0:
         return array
     wide = np.dtype(_SCALED_IN.get(array.dtype.name, np.float64))
@@ -61,5 +61,5 @@ def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    """Makes room for the sum of small integers."""
+    """Make room for the sum of small integers."""
     return array.astype(np.int64) if array.dtype.kind in "iu" and array.dtype.itemsize < 8 else array

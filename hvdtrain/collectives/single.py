@@ -39,7 +39,7 @@ class SingleEngine(Engine):
         return SingleEngine()
 
     def shutdown(self) -> None:
-        """Does nothing: a world of one holds nothing."""
+        """Do nothing: a world of one holds nothing."""
 
     def abort(self, code: int) -> None:
-        """Does nothing: the process that asks is the only one, and is ending already."""
+        """Do nothing: the process that asks is the only one, and is ending already."""

@@ -56,6 +56,7 @@ def checks(probes: ProbeRunner, built: horovod.Horovod | None) -> Sequence[tuple
     """Return the name and the function of every check, in the order of the rows."""
     return (
         ("Python", software.python),
+        ("Settings", partial(software.variables, probes.environ)),
         ("TensorFlow", partial(software.tensorflow, probes)),
         ("Keras", partial(software.keras, probes)),
         ("MPI library", partial(mpi.library, probes)),

@@ -8,7 +8,7 @@ from hvdtrain.collectives.engine import Call
 
 
 def variable_name(variable: Any) -> str:
-    """Returns the name under which a user knows a variable: Keras' path, or TensorFlow's name."""
+    """Return the name under which a user knows a variable: Keras' path, or TensorFlow's name."""
     return getattr(variable, "path", None) or variable.name
 
 
@@ -26,7 +26,7 @@ def compared_name(name: str) -> str:
 def described_call(
     kind: str, variables: Sequence[Any], details: Sequence[str], weights_only: bool = True
 ) -> Call:
-    """Describes an operation on variables so that ranks can compare it.
+    """Describe an operation on variables so that ranks can compare it.
 
     Keras numbers layers as they are made, so a rank that has built one model more calls the same layer
     `dense_2` instead of `dense`; and of a model that one rank loads from a file, paths may lack the model's own

@@ -57,7 +57,7 @@ class ReduceOptions:
 
 
 def _check_groups(groups: Any) -> None:
-    """Raises ValueError if `groups` is neither a number of groups nor lists of variables."""
+    """Raise ValueError if `groups` is neither a number of groups nor lists of variables."""
     counted = groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 0)
     listed = isinstance(groups, list | tuple) and all(isinstance(each, list | tuple) for each in groups)
     if not counted and not listed:
@@ -68,7 +68,7 @@ def _check_groups(groups: Any) -> None:
 
 
 def groups_of(variables: Sequence[Any], groups: int | Sequence[Sequence[Any]] | None) -> list[list[int]]:
-    """Divides gradients into the groups that a user asked for.
+    """Divide gradients into the groups that a user asked for.
 
     Args:
         variables: What the gradients belong to.

@@ -10,12 +10,12 @@ _PIECE = 1 << 20
 
 
 def checksum(array: np.ndarray) -> int:
-    """Returns a number of an array's bytes, of which no copy is made: they may be much of what memory there is."""
+    """Return a number of an array's bytes, of which no copy is made: they may be much of what memory there is."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def projected(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[float, float]:
-    """Projects an array on fixed signs, one a row times one a column.
+    """Project an array on fixed signs, one a row times one a column.
 
     Args:
         values: The array, or the values of a sparse gradient.
@@ -44,7 +44,7 @@ def _signs(numbers: np.ndarray) -> np.ndarray:
 
 
 def smallest(dtype: np.dtype) -> float:
-    """Returns below what magnitude a float dtype rounds coarsely or to zero."""
+    """Return below what magnitude a float dtype rounds coarsely or to zero."""
     if dtype.name == "bfloat16":
         return float(np.finfo(np.float32).tiny)
     limits = np.finfo(dtype)
@@ -52,5 +52,5 @@ def smallest(dtype: np.dtype) -> float:
 
 
 def precision(dtype: np.dtype) -> float:
-    """Returns the distance from 1 to the next number of a float dtype, NumPy's or bfloat16."""
+    """Return the distance from 1 to the next number of a float dtype, NumPy's or bfloat16."""
     return 2.0**-7 if dtype.name == "bfloat16" else float(np.finfo(dtype).eps)

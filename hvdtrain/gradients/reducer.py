@@ -41,19 +41,19 @@ class GradientReducer:
         self._local: list[Any] = []
 
     def choose_name(self) -> str:
-        """Returns the name, chosen now if that has not happened: at a moment that all ranks share."""
+        """Return the name, chosen now if that has not happened: at a moment that all ranks share."""
         if not self.name:
             self.name = f"{self._options.name}.{next(_numbers)}"
         return self.name
 
     def keep_local(self, variable: Any) -> None:
-        """Leaves the gradients of a variable, which each rank then trains by itself, on their rank."""
+        """Leave the gradients of a variable, which each rank then trains by itself, on their rank."""
         if not any(variable is each for each in self._local):
             self._local.append(variable)
             registry.note_local(variable)
 
     def is_local(self, variable: Any) -> bool:
-        """Tells whether each rank trains a variable by itself."""
+        """Return whether each rank trains a variable by itself."""
         return any(variable is each for each in self._local)
 
     def __call__(

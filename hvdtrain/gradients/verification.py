@@ -33,7 +33,7 @@ class Policy:
 
     @classmethod
     def from_environment(cls) -> "Policy":
-        """Reads HVDTRAIN_VERIFY=off|first|second|every:N.
+        """Read HVDTRAIN_VERIFY=off|first|second|every:N.
 
         Raises:
             ValueError: If it is set to anything else.
@@ -53,7 +53,7 @@ class Policy:
         return cls(int(every.group(1)))
 
     def is_due(self, step: int) -> bool:
-        """Tells whether a step, counted from 0, is verified."""
+        """Return whether a step, counted from 0, is verified."""
         if self.never:
             return False
         later = step - self.first
@@ -97,7 +97,7 @@ class Verification:
         self._unproved = False  # True while nothing could be said of the gradients
 
     def begin(self) -> bool:
-        """Counts a step.
+        """Count a step.
 
         Returns:
             Whether it is verified.

@@ -20,7 +20,7 @@ def allreduce(
     compression: Any = Compression.none,
     process_set: ProcessSet = global_process_set,
 ) -> np.ndarray:
-    """Combines a number, array or tensor over all ranks.
+    """Combine a number, array or tensor over all ranks.
 
     Args:
         value: The same shape and dtype on all ranks.
@@ -53,7 +53,7 @@ def allreduce(
 def allgather(
     value: Any, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> np.ndarray:
-    """Joins the arrays or tensors of all ranks along the first dimension, which may differ between ranks.
+    """Join the arrays or tensors of all ranks along the first dimension, which may differ between ranks.
 
     Args:
         value: Array of shape (any, ...), or a number, which counts as shape (1,).
@@ -72,7 +72,7 @@ def allgather(
 def broadcast(
     value: Any, root_rank: int, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> np.ndarray:
-    """Returns the value of one rank on all ranks.
+    """Return the value of one rank on all ranks.
 
     Args:
         value: The same shape and dtype on all ranks.
@@ -96,7 +96,7 @@ def reducescatter(
     op: Op | int | str = Op.AVERAGE,
     process_set: ProcessSet = global_process_set,
 ) -> np.ndarray:
-    """Combines an array or tensor over all ranks and gives each rank its part of the rows.
+    """Combine an array or tensor over all ranks and gives each rank its part of the rows.
 
     Args:
         value: The same shape and dtype on all ranks, with at least one dimension. If the first does not divide
@@ -123,24 +123,24 @@ def broadcast_object(
     name: str | None = None,
     process_set: ProcessSet = global_process_set,
 ) -> Any:
-    """Returns the picklable object of `root_rank` on every rank, such as a dictionary of settings."""
+    """Return the picklable object of `root_rank` on every rank, such as a dictionary of settings."""
     return engine_of(process_set).broadcast_object(obj, root_rank)
 
 
 def allgather_object(
     obj: Any, session: Any = None, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> list[Any]:
-    """Returns the picklable objects of all ranks, in the order of the ranks, on every rank."""
+    """Return the picklable objects of all ranks, in the order of the ranks, on every rank."""
     return engine_of(process_set).allgather_object(obj)
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Waits until every rank has come here."""
+    """Wait until every rank has come here."""
     engine_of(process_set).barrier()
 
 
 def broadcast_global_variables(root_rank: int) -> None:
-    """Says what to call instead: TensorFlow 2 keeps no list of all variables that could be broadcast.
+    """Say what to call instead: TensorFlow 2 keeps no list of all variables that could be broadcast.
 
     Raises:
         RuntimeError: Always, as Horovod does with eager execution.
@@ -153,7 +153,7 @@ def broadcast_global_variables(root_rank: int) -> None:
 
 
 def chosen_op(op: Op | int | str | None, average: bool | None) -> Op:
-    """Reads the operation from the two arguments by which Horovod lets it be given.
+    """Read the operation from the two arguments by which Horovod lets it be given.
 
     Args:
         op: The operation, or None.
@@ -172,7 +172,7 @@ def chosen_op(op: Op | int | str | None, average: bool | None) -> Op:
 
 
 def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """Multiplies, whole numbers in float64 and then cut to whole numbers again, as Horovod does."""
+    """Multiply, whole numbers in float64 and then cut to whole numbers again, as Horovod does."""
     if factor == 1.0:
         return array
     wide = array if array.dtype.kind == "f" else array.astype(np.float64)

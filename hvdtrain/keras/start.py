@@ -17,7 +17,7 @@ from hvdtrain.timeline.control import start_if_asked
 
 
 def init(comm: Any = None, process_sets: Any = None) -> None:
-    """Joins this process to the ranks it was launched with, and divides the machine among them.
+    """Join this process to the ranks it was launched with, and divides the machine among them.
 
     Afterwards `rank()`, `size()` and the collectives work, TensorFlow computes with this rank's share of
     the cores (unless you have set its threads yourself) and sees one GPU, chosen by local rank. Rank 0
@@ -53,7 +53,7 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
 
 
 def _take_cores(engine: Engine) -> int:
-    """Limits TensorFlow's threads to this rank's cores; returns the number, the user's own if there is one."""
+    """Limit TensorFlow's threads to this rank's cores; returns the number, the user's own if there is one."""
     everyone = engine.allgather_object((socket.gethostname(), cores.allowed(), cores.quota()))
     here = [place for place in everyone if place[0] == socket.gethostname()]
     threads = cores.share(cores.allowed(), [place[1] for place in here], cores.quota())
@@ -76,7 +76,7 @@ def _take_cores(engine: Engine) -> int:
 
 
 def _take_gpu(engine: Engine) -> None:
-    """Shows TensorFlow one GPU, by local rank, and says when ranks must share one."""
+    """Show TensorFlow one GPU, by local rank, and says when ranks must share one."""
     gpus = tf.config.list_physical_devices("GPU")
     choice = choose_gpu(len(gpus), engine.world.local_rank)
     if choice is not None and len(gpus) > 1:
@@ -92,12 +92,12 @@ def _take_gpu(engine: Engine) -> None:
 
 
 def choose_gpu(count: int, local_rank: int) -> int | None:
-    """Returns which of the visible GPUs a rank takes: its own by local rank, or the only one it was given."""
+    """Return which of the visible GPUs a rank takes: its own by local rank, or the only one it was given."""
     return local_rank % count if count else None
 
 
 def gpu_identity(choice: int | None, visible: str | None) -> str | None:
-    """Names a GPU so that two ranks of a host can tell whether they mean the same one.
+    """Name a GPU so that two ranks of a host can tell whether they mean the same one.
 
     Args:
         choice: Index among the GPUs that this process sees, or None without a GPU.
@@ -110,7 +110,7 @@ def gpu_identity(choice: int | None, visible: str | None) -> str | None:
 
 
 def ranks_sharing(taken: Sequence[tuple[int, str | None]]) -> list[int]:
-    """Lists the ranks whose (host, GPU) another rank has taken too."""
+    """List the ranks whose (host, GPU) another rank has taken too."""
     return [rank for rank, place in enumerate(taken) if place[1] is not None and taken.count(place) > 1]
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+from hvdtrain import settings
 from hvdtrain.launch.hosts import LaunchError
 
 VARIABLE, OFF = "HVDTRAIN_TUNED", "off"
@@ -52,7 +53,7 @@ def config_folder(environ: Mapping[str, str]) -> Path:
 
 def file_of(environ: Mapping[str, str] = os.environ) -> Path | None:
     """Return the path of the file: HVDTRAIN_TUNED, else tuned.json in the user's settings; None if it is "off"."""
-    named = environ.get(VARIABLE, "")
+    named = settings.get(VARIABLE, environ)
     if named.lower() == OFF:
         return None
     return Path(named).expanduser().absolute() if named else config_folder(environ) / "tuned.json"
@@ -105,14 +106,14 @@ def for_place(place: Place, environ: Mapping[str, str]) -> tuple[dict[str, str],
     path = file_of(environ)
     if path is None:
         return {}, ""
-    if environ.get(VARIABLE) and not path.exists():
-        raise LaunchError(f"{VARIABLE}={environ[VARIABLE]}: there is no such file. {_CHOICE}")
+    if settings.is_set(VARIABLE, environ) and not path.exists():
+        raise LaunchError(f"{VARIABLE}={settings.get(VARIABLE, environ)}: there is no such file. {_CHOICE}")
     for entry in read(path):
         if entry.place == place:
-            settings = {name: value for name, value in entry.settings.items() if name not in environ}
-            assignments = " ".join(f"{name}={value}" for name, value in settings.items())
+            found = {name: value for name, value in entry.settings.items() if name not in environ}
+            assignments = " ".join(f"{name}={value}" for name, value in found.items())
             message = f"hvdtrain: set by `hvdtrain tune` of {entry.date[:10]} ({path}): {assignments}"
-            return settings, message if settings else ""
+            return found, message if found else ""
     return {}, ""
 
 

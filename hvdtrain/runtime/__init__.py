@@ -31,7 +31,7 @@ engines_of_sets: dict[int, tuple[tuple[int, ...], Engine | None]] = {}
 
 
 def init(comm: Any = None) -> Engine:
-    """Joins this process to the world it was launched in. Calling it again changes nothing.
+    """Join this process to the world it was launched in. Calling it again changes nothing.
 
     `HVDTRAIN_ENGINE` chooses the engine: `auto` (default) takes Horovod where it is built for exactly this
     TensorFlow and MPI, else mpi, and `single` in a process that no launcher started.
@@ -66,7 +66,7 @@ def init(comm: Any = None) -> Engine:
 
 
 def shutdown() -> None:
-    """Leaves the world, when all ranks do; what needs it raises afterwards, until `init()` is called again.
+    """Leave the world, when all ranks do; what needs it raises afterwards, until `init()` is called again.
 
     Raises:
         MismatchError: On every rank, if some ranks are still at work.
@@ -118,12 +118,12 @@ def _check(engine: Engine) -> None:
 
 
 def is_initialized() -> bool:
-    """Tells whether `init()` was called."""
+    """Return whether `init()` was called."""
     return _engine is not None
 
 
 def engine() -> Engine:
-    """Returns the engine in use.
+    """Return the engine in use.
 
     Raises:
         ValueError: If `init()` was not called.
@@ -159,7 +159,7 @@ def _mpi_engine(comm: Any) -> Engine:
 
 
 def _communicator(comm: Any) -> Any:
-    """Returns the communicator that a script asks for, which may write it as ranks of MPI's world."""
+    """Return the communicator that a script asks for, which may write it as ranks of MPI's world."""
     if comm is None or hasattr(comm, "Get_group"):
         return comm
     from hvdtrain.collectives.mpi.engine import load_mpi
@@ -169,7 +169,7 @@ def _communicator(comm: Any) -> Any:
 
 
 def _horovod_serves(place: topology.Place | None) -> bool:
-    """Decides for `auto`, and says on rank 0 why a Horovod that is there is not taken."""
+    """Decide for `auto`, and says on rank 0 why a Horovod that is there is not taken."""
     from hvdtrain.collectives.horovod import engine as horovod
     from hvdtrain.collectives.mpi import engine as mpi
 
@@ -209,7 +209,7 @@ def _tell_if_alone_in_a_job(place: topology.Place | None) -> None:
 
 
 def _cure(engine: Engine, place: topology.Place) -> str:
-    """Says what to type, by the launcher and the MPI that do not fit each other."""
+    """Say what to type, by the launcher and the MPI that do not fit each other."""
     if engine.name == "single":
         return "HVDTRAIN_ENGINE=single is for one process: unset it, or start the script without a launcher."
     if place.launcher == "Slurm":
@@ -227,7 +227,7 @@ def _cure(engine: Engine, place: topology.Place) -> str:
 
 
 def last_words(error: BaseException) -> str:
-    """Returns the sentence that TensorFlow has buried in an error of its own, to be repeated at the end.
+    """Return the sentence that TensorFlow has buried in an error of its own, to be repeated at the end.
 
     Args:
         error: What ends this process.
@@ -240,7 +240,7 @@ def last_words(error: BaseException) -> str:
 
 
 def await_cause(error: BaseException) -> None:
-    """Waits for the rank that failed, if an error only reports its failure: its own error is the one to fix.
+    """Wait for the rank that failed, if an error only reports its failure: its own error is the one to fix.
 
     That rank shows its error and then ends all ranks. Should it go on instead, it learns at its next operation that
     this one has left, and this one goes on to show the error.
@@ -254,7 +254,7 @@ def await_cause(error: BaseException) -> None:
 
 
 def _is_reported(error: BaseException | None) -> bool:
-    """Tells whether another rank's failure is what an error, or what it was raised from or during, reports."""
+    """Return whether another rank's failure is what an error, or what it was raised from or during, reports."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if known(_original(error)) is Known.REPORTED:
@@ -278,7 +278,7 @@ def _engines_of_sets() -> list[Engine]:
 
 
 def _end_all_on_error(engine: Engine) -> None:
-    """Makes an uncaught error in one rank end all: the others would wait for it for ever."""
+    """Make an uncaught error in one rank end all: the others would wait for it for ever."""
     previous: Callable = sys.excepthook
 
     def end_all(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
@@ -295,7 +295,7 @@ def _end_all_on_error(engine: Engine) -> None:
 
 
 def _end_together(engine: Engine) -> None:
-    """Ends this rank when all ranks end; one that has left its training early is named on all of them."""
+    """End this rank when all ranks end; one that has left its training early is named on all of them."""
     if engine is not _engine:
         return
     try:

@@ -7,12 +7,12 @@ from hvdtrain import runtime
 
 
 def mpi_built(verbose: bool = False) -> bool:
-    """Tells whether MPI can be used here."""
+    """Return whether MPI can be used here."""
     return importlib.util.find_spec("mpi4py") is not None
 
 
 def mpi_enabled() -> bool:
-    """Tells whether MPI moves the bytes of this world.
+    """Return whether MPI moves the bytes of this world.
 
     Raises:
         ValueError: If `hvd.init()` was not called.
@@ -21,7 +21,7 @@ def mpi_enabled() -> bool:
 
 
 def mpi_threads_supported() -> bool:
-    """Tells whether the script may use MPI from threads of its own, beside the engine.
+    """Return whether the script may use MPI from threads of its own, beside the engine.
 
     Raises:
         ValueError: If `hvd.init()` was not called.
@@ -35,42 +35,42 @@ def mpi_threads_supported() -> bool:
 
 
 def gloo_built(verbose: bool = False) -> bool:
-    """Returns False: hvdtrain works over MPI."""
+    """Return False: hvdtrain works over MPI."""
     return False
 
 
 def gloo_enabled() -> bool:
-    """Returns False: hvdtrain works over MPI."""
+    """Return False: hvdtrain works over MPI."""
     return False
 
 
 def nccl_built(verbose: bool = False) -> int:
-    """Returns the version of NCCL that Horovod was built with, on the horovod engine; else 0."""
+    """Return the version of NCCL that Horovod was built with, on the horovod engine; else 0."""
     return int(_told_by_horovod("nccl_built"))
 
 
 def ddl_built(verbose: bool = False) -> bool:
-    """Returns False: IBM's DDL is not used."""
+    """Return False: IBM's DDL is not used."""
     return False
 
 
 def ccl_built(verbose: bool = False) -> bool:
-    """Tells whether Horovod was built with Intel's oneCCL, on the horovod engine."""
+    """Return whether Horovod was built with Intel's oneCCL, on the horovod engine."""
     return bool(_told_by_horovod("ccl_built"))
 
 
 def cuda_built(verbose: bool = False) -> bool:
-    """Tells whether Horovod was built with CUDA, on the horovod engine."""
+    """Return whether Horovod was built with CUDA, on the horovod engine."""
     return bool(_told_by_horovod("cuda_built"))
 
 
 def rocm_built(verbose: bool = False) -> bool:
-    """Tells whether Horovod was built with ROCm, on the horovod engine."""
+    """Return whether Horovod was built with ROCm, on the horovod engine."""
     return bool(_told_by_horovod("rocm_built"))
 
 
 def _told_by_horovod(question: str) -> Any:
-    """Asks the Horovod that the engine has loaded; importing it by name could find something else."""
+    """Ask the Horovod that the engine has loaded; importing it by name could find something else."""
     if not runtime.is_initialized():
         return 0
     horovod = getattr(runtime.engine(), "horovod", None)

@@ -40,15 +40,15 @@ class ProcessSet:
         self._ranks = list(ranks) if ranks is not None else None
 
     def size(self) -> int | None:
-        """Returns the number of ranks in this set, or None if it is not in use."""
+        """Return the number of ranks in this set, or None if it is not in use."""
         return len(self.ranks or ()) if self._in_use() else None
 
     def rank(self) -> int | None:
-        """Returns this process's number within the set, or None if it is no member or the set is not in use."""
+        """Return this process's number within the set, or None if it is no member or the set is not in use."""
         return (self.ranks or []).index(runtime.engine().rank) if self.included() else None
 
     def included(self) -> bool | None:
-        """Tells whether this process belongs to the set; None if the set is not in use."""
+        """Return whether this process belongs to the set; None if the set is not in use."""
         return runtime.engine().rank in (self.ranks or ()) if self._in_use() else None
 
     def _in_use(self) -> bool:
@@ -68,7 +68,7 @@ global_process_set.process_set_id = 0
 
 
 def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
-    """Makes a process set usable. All ranks of the world call this, members or not.
+    """Make a process set usable. All ranks of the world call this, members or not.
 
     Args:
         process_set: The set, or its ranks.
@@ -87,7 +87,7 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
-    """Gives a process set back. All ranks of the world call this.
+    """Give a process set back. All ranks of the world call this.
 
     Args:
         process_set: A set that was added.
@@ -109,7 +109,7 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
 
 def register(sets: Sequence[ProcessSet]) -> None:
-    """Makes process sets usable, those of `hvd.init` or a later one; all ranks of the world call this.
+    """Make process sets usable, those of `hvd.init` or a later one; all ranks of the world call this.
 
     Args:
         sets: The sets. Those made from communicators may differ between ranks, the others may not.
@@ -136,7 +136,7 @@ def register(sets: Sequence[ProcessSet]) -> None:
 
 
 def engine_of(process_set: ProcessSet | None = None) -> Engine:
-    """Returns the engine that serves a process set.
+    """Return the engine that serves a process set.
 
     Args:
         process_set: The set; None for the whole world.
@@ -162,7 +162,7 @@ def engine_of(process_set: ProcessSet | None = None) -> Engine:
 
 
 def engine_or_alone(process_set: ProcessSet | None = None) -> Engine:
-    """Returns the engine that serves a process set, or that of a world of one where this rank is no member."""
+    """Return the engine that serves a process set, or that of a world of one where this rank is no member."""
     outside = process_set is not None and process_set.included() is False
     return SingleEngine() if outside else engine_of(process_set)
 

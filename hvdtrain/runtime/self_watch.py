@@ -21,7 +21,7 @@ _FRAMES = 12
 
 
 def start(engine: Engine) -> None:
-    """Watches this rank from now on, where nobody else does and somebody might wait for it.
+    """Watch this rank from now on, where nobody else does and somebody might wait for it.
 
     Args:
         engine: The ranks.
@@ -54,7 +54,7 @@ class Unwatched:
         self._told: Note | None = None
 
     def run(self) -> None:
-        """Looks every second or less often, until the engine is closed."""
+        """Look every second or less often, until the engine is closed."""
         pause = threading.Event()
         while not self._engine.closed:
             pause.wait(max(self._limits.interval, 1.0))
@@ -77,7 +77,7 @@ class Unwatched:
             self._told = None
 
     def _in_core(self, note: Note) -> bool:
-        """Tells whether what was left to Horovod's core can still be there: nothing computes, and a graph runs."""
+        """Return whether what was left to Horovod's core can still be there: nothing computes, and a graph runs."""
         frame = _main_frame()
         return (
             not self._life.busy(note.aside)
@@ -100,7 +100,7 @@ class Unwatched:
         )
 
     def _written(self) -> str:
-        """Writes the stacks of all threads to a file of this rank; returns what there is to say of it."""
+        """Write the stacks of all threads to a file of this rank; returns what there is to say of it."""
         path = stack_file(f".rank{self._engine.rank}")
         try:
             with path.open("a") as file:
@@ -126,7 +126,7 @@ def _main_frame() -> FrameType | None:
 
 
 def _stack() -> str:
-    """Returns the user's part of the main thread's stack, and the calls of ours in which it ends."""
+    """Return the user's part of the main thread's stack, and the calls of ours in which it ends."""
     lines = traceback.format_stack(_main_frame())
     started = [number for number, line in enumerate(lines) if "hvdtrain/script.py" in line]
     return "".join(lines[started[-1] + 1 if started else 0 :][-_FRAMES:]).rstrip()

@@ -2,13 +2,12 @@
 
 import _thread
 import builtins
-import os
 import sys
 import threading
 from collections.abc import Sequence
 from typing import Any
 
-from hvdtrain import runtime, script
+from hvdtrain import runtime, script, settings
 from hvdtrain.patching import replace
 
 _STRATEGIES = (
@@ -102,7 +101,7 @@ def _rejecting_import(load: Any) -> Any:
 
 def _typed(name: str) -> str:
     """Return the typed command without --wrap, for a script that imports a module."""
-    typed = os.environ.get("HVDTRAIN_RUN_TYPED", "hvdtrain run -np N script.py")
+    typed = settings.get("HVDTRAIN_RUN_TYPED") or "hvdtrain run -np N script.py"
     mode = "hvdtrain run --as-horovod" if name.startswith("horovod") else "hvdtrain run"
     return typed.replace("hvdtrain run", mode, 1)
 

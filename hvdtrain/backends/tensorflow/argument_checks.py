@@ -20,12 +20,12 @@ class ArgumentError(ValueError, tf.errors.InvalidArgumentError):
 
 
 def refused(message: str) -> ArgumentError:
-    """Returns the error that says why a call is not possible."""
+    """Return the error that says why a call is not possible."""
     return ArgumentError(None, None, message)
 
 
 def check_root(engine: Engine, root_rank: int) -> None:
-    """Raises ArgumentError if there is no such rank among those that take part."""
+    """Raise ArgumentError if there is no such rank among those that take part."""
     try:
         engine.check_root(root_rank, "broadcast")
     except ValueError as error:
@@ -33,12 +33,12 @@ def check_root(engine: Engine, root_rank: int) -> None:
 
 
 def rank_in_world(engine: Engine) -> int:
-    """Returns this process's number in the world, which is what people know it by."""
+    """Return this process's number in the world, which is what people know it by."""
     return engine.ranks[engine.rank]
 
 
 def equal_splits(engine: Engine, array: np.ndarray) -> list[int]:
-    """Divides rows among the ranks; raises ArgumentError if they do not divide."""
+    """Divide rows among the ranks; raises ArgumentError if they do not divide."""
     if len(array) % engine.size:
         raise refused(
             f"alltoall: without `splits` the first dimension must divide by the {engine.size} ranks. "
@@ -48,7 +48,7 @@ def equal_splits(engine: Engine, array: np.ndarray) -> list[int]:
 
 
 def checked_splits(engine: Engine, array: np.ndarray, splits: np.ndarray) -> list[int]:
-    """Reads how many rows go to each rank; raises ArgumentError if they do not fit the array."""
+    """Read how many rows go to each rank; raises ArgumentError if they do not fit the array."""
     counts = [int(each) for each in splits.reshape(-1)]
     if splits.ndim != 1 or len(counts) != engine.size or min(counts) < 0 or sum(counts) > len(array):
         raise refused(

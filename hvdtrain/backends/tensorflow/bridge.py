@@ -137,7 +137,7 @@ def _in_core(
 
 
 def _check_joined(engine: Engine, sizes: Sequence[np.ndarray], largest: int) -> None:
-    """Raises on every rank if the ranks' rows together are more than the engine's own core can count.
+    """Raise on every rank if the ranks' rows together are more than the engine's own core can count.
 
     Args:
         engine: The engine.
@@ -268,7 +268,7 @@ class _OnNumpy:
 
 
 def _ready_first(dense: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Divides the gradients into parts in the order of backprop: the last variable's is the first one there."""
+    """Divide the gradients into parts in the order of backprop: the last variable's is the first one there."""
     ordered = sorted(
         (sorted(members, reverse=True) for members in groups), key=partial(max, default=-1), reverse=True
     )
@@ -288,7 +288,7 @@ def _ready_first(dense: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[
 def _stand_in(
     dense: Sequence[Any], op: Op, rows: Sequence[Any] = (), groups: Sequence[Any] = (), native: bool = False
 ) -> StandIn | None:
-    """Describes what a rank that has joined sends; nothing where the shapes show only as the graph runs."""
+    """Describe what a rank that has joined sends; nothing where the shapes show only as the graph runs."""
     if not all(each.shape.is_fully_defined() for each in dense):
         return None
     return StandIn(

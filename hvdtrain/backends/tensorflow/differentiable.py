@@ -19,7 +19,7 @@ from hvdtrain.collectives.scaling import Reduction, reduced
 
 
 def allreduce(engine: Engine, tensor: Any, reduction: Reduction) -> Any:
-    """Combines a tensor over all ranks; its gradient is the incoming one, combined in the same way.
+    """Combine a tensor over all ranks; its gradient is the incoming one, combined in the same way.
 
     Args:
         engine: The engine of a process set.
@@ -40,7 +40,7 @@ def allreduce(engine: Engine, tensor: Any, reduction: Reduction) -> Any:
 
 
 def grouped_allreduce(engine: Engine, tensors: Sequence[Any], reduction: Reduction) -> list[Any]:
-    """Combines several tensors in one operation, each as `allreduce` does.
+    """Combine several tensors in one operation, each as `allreduce` does.
 
     Args:
         engine: The engine of a process set.
@@ -61,7 +61,7 @@ def grouped_allreduce(engine: Engine, tensors: Sequence[Any], reduction: Reducti
 
 
 def allgather(engine: Engine, tensors: Sequence[Any]) -> list[Any]:
-    """Joins tensors of all ranks along the first dimension; the gradient is this rank's rows of the mean.
+    """Join tensors of all ranks along the first dimension; the gradient is this rank's rows of the mean.
 
     Args:
         engine: The engine of a process set.
@@ -87,7 +87,7 @@ def allgather(engine: Engine, tensors: Sequence[Any]) -> list[Any]:
 
 
 def broadcast(engine: Engine, tensors: Sequence[Any], root_rank: int, call: Call | None = None) -> list[Any]:
-    """Gives all ranks the tensors of one; the gradient is the mean on `root_rank` and zero elsewhere.
+    """Give all ranks the tensors of one; the gradient is the mean on `root_rank` and zero elsewhere.
 
     Args:
         engine: The engine of a process set.
@@ -118,7 +118,7 @@ def broadcast(engine: Engine, tensors: Sequence[Any], root_rank: int, call: Call
 
 
 def alltoall(engine: Engine, tensor: Any, splits: Any = None) -> tuple[Any, Any]:
-    """Sends a part of the rows to each rank; the gradient travels back the same ways.
+    """Send a part of the rows to each rank; the gradient travels back the same ways.
 
     Args:
         engine: The engine of a process set.
@@ -157,7 +157,7 @@ def alltoall(engine: Engine, tensor: Any, splits: Any = None) -> tuple[Any, Any]
 
 
 def reducescatter(engine: Engine, tensors: Sequence[Any], reduction: Reduction) -> list[Any]:
-    """Combines tensors and gives each rank its rows; the gradient gathers all ranks' incoming ones.
+    """Combine tensors and gives each rank its rows; the gradient gathers all ranks' incoming ones.
 
     Args:
         engine: The engine of a process set.
@@ -188,14 +188,14 @@ def reducescatter(engine: Engine, tensors: Sequence[Any], reduction: Reduction) 
 
 
 def join(engine: Engine) -> Any:
-    """Sends zeros for this rank until all have joined; returns the last of them as an int32 scalar."""
+    """Send zeros for this rank until all have joined; returns the last of them as an int32 scalar."""
     (last,) = on_host(engine, lambda: [np.array(engine.join(), np.int32)], [], [tf.int32])
     last.set_shape(())
     return last
 
 
 def barrier(engine: Engine) -> None:
-    """Waits until every rank has come here."""
+    """Wait until every rank has come here."""
 
     def wait() -> list[np.ndarray]:
         engine.barrier()
@@ -213,7 +213,7 @@ def _differentiable(
     extra: Sequence[Any] = (),
     dtypes: Sequence[Any] | None = None,
 ) -> list[Any]:
-    """Runs a function of arrays on tensors.
+    """Run a function of arrays on tensors.
 
     Args:
         engine: Orders the calls, and keeps errors.
@@ -254,7 +254,7 @@ def _scattered_each(engine: Engine, arrays: Sequence[np.ndarray], op: Op) -> lis
 
 
 def _place_of_rank(engine: Engine, counts: Any) -> list[Any]:
-    """Returns where, in joined tensors, this rank's rows start and end."""
+    """Return where, in joined tensors, this rank's rows start and end."""
 
     def place(mine: np.ndarray) -> list[np.ndarray]:
         every = np.zeros((engine.size, len(mine)), np.int32)
@@ -270,7 +270,7 @@ def _any_rows(tensor: Any) -> tf.TensorShape:
 
 
 def _rows_left(engine: Engine, shape: tf.TensorShape) -> tf.TensorShape:
-    """Returns the shape of this rank's part, with its number of rows where that is known."""
+    """Return the shape of this rank's part, with its number of rows where that is known."""
     if shape.rank is None or shape[0] is None:
         return tf.TensorShape([None]).concatenate(shape[1:])
     rows = shape[0] // engine.size + (engine.rank < shape[0] % engine.size)

@@ -21,7 +21,7 @@ class TensorMismatchError(MismatchError, tf.errors.FailedPreconditionError):
 
 
 def all_true(engine: Engine, condition: Any) -> Any:
-    """Tells on every rank whether a condition holds on all ranks.
+    """Return on every rank whether a condition holds on all ranks.
 
     Args:
         engine: The engine that asks.
@@ -42,7 +42,7 @@ def all_true(engine: Engine, condition: Any) -> Any:
 def on_host(
     engine: Engine, function: Callable[..., list[Any]], tensors: Sequence[Any], dtypes: Sequence[Any]
 ) -> list[Any]:
-    """Runs a function of NumPy arrays on tensors; inside a graph, each time the graph runs.
+    """Run a function of NumPy arrays on tensors; inside a graph, each time the graph runs.
 
     Two such calls of one graph run in the order in which they were written, on every rank: were the order
     left to the executor, two ranks could each wait for the other's second call.
@@ -81,7 +81,7 @@ _turns: list[Any] = []
 
 @contextlib.contextmanager
 def _in_turn(tensors: Sequence[Any]) -> Iterator[list[Any]]:
-    """Puts a host call of a graph behind the one before it; the caller adds what it returns to the list."""
+    """Put a host call of a graph behind the one before it; the caller adds what it returns to the list."""
     outputs: list[Any] = []
     graph = tf.compat.v1.get_default_graph()
     if not graph.building_function or "WhileBodyGrad" in type(graph).__name__:
@@ -112,14 +112,14 @@ def _fed(operations: Sequence[Any]) -> frozenset[str]:
 
 
 def _turn() -> Any:
-    """Returns the variable by which TensorFlow orders host calls, as it orders all uses of a variable."""
+    """Return the variable by which TensorFlow orders host calls, as it orders all uses of a variable."""
     if not _turns:
         _turns.append(counter("hvdtrain_turn"))
     return _turns[0]
 
 
 def counter(name: str, device: str | None = "CPU:0") -> Any:
-    """Makes a variable of zero outside of all graphs, also while a tf.function is traced for a second time.
+    """Make a variable of zero outside of all graphs, also while a tf.function is traced for a second time.
 
     Then TensorFlow lets nobody make variables, and asks the graph whose function it is, within `init_scope` too.
     """

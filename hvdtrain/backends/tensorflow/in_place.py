@@ -32,7 +32,7 @@ _numbers = itertools.count(2)
 
 
 def ours(tensor: Any) -> Any:
-    """Takes a tensor of a graph over, so that its memory may be written to: no copy where nobody else uses it.
+    """Take a tensor of a graph over, so that its memory may be written to: no copy where nobody else uses it.
 
     TensorFlow's Snapshot hands on the memory of a tensor that has no other user, and copies any other's.
 
@@ -56,12 +56,12 @@ def ours(tensor: Any) -> Any:
 
 
 def changed(mine: Any) -> Any:
-    """Returns what a tensor of `ours` holds when all has happened that this is called to depend on."""
+    """Return what a tensor of `ours` holds when all has happened that this is called to depend on."""
     return _unknown(mine)
 
 
 def _unknown(tensor: Any) -> Any:
-    """Hands on the memory of a tensor in such a way that only the running graph knows what it holds.
+    """Hand on the memory of a tensor in such a way that only the running graph knows what it holds.
 
     TensorFlow takes it that no tensor ever changes. So it would compute a constant, and what follows from it,
     before the graph runs; what is alike only once; and what follows from a tensor of `ours` from the tensor before
@@ -73,7 +73,7 @@ def _unknown(tensor: Any) -> Any:
 
 
 def _is_of_python(tensor: Any) -> bool:
-    """Tells whether a tensor may lie in memory that Python has made, and may use again."""
+    """Return whether a tensor may lie in memory that Python has made, and may use again."""
     operation = tensor.op
     while operation.type in _SAME_MEMORY:
         operation = operation.inputs[0].op
@@ -81,7 +81,7 @@ def _is_of_python(tensor: Any) -> bool:
 
 
 def writable(arrays: Sequence[np.ndarray], stays: Sequence[bool]) -> list[np.ndarray]:
-    """Returns arrays that may be written to of those that TensorFlow has handed over for good."""
+    """Return arrays that may be written to of those that TensorFlow has handed over for good."""
     seen: set[int] = set()
     result = []
     for array, stay in zip(arrays, stays, strict=True):
@@ -106,7 +106,7 @@ def writable(arrays: Sequence[np.ndarray], stays: Sequence[bool]) -> list[np.nda
 
 
 def _use_large_pages(array: np.ndarray) -> None:
-    """Asks the kernel to put an array on pages of 2 MiB: MPI looks up each page that it copies to another rank.
+    """Ask the kernel to put an array on pages of 2 MiB: MPI looks up each page that it copies to another rank.
 
     For 25 MB in one gradient on two ranks 3.7 ms in place of 6.6; for 31 MB in many, which share pages with their
     neighbours, 3.8 ms in place of 4.9. TensorFlow gives a gradient the same place in each step.

@@ -155,22 +155,22 @@ class HorovodEngine(Engine):
         return self._side_channel._subset(ranks)
 
     def shutdown(self) -> None:
-        """Ends Horovod's background thread on this rank."""
+        """End Horovod's background thread on this rank."""
         if self._side_channel:
             self._side_channel.shutdown()
         self.horovod.shutdown()
 
     def abort(self, code: int) -> None:
-        """Ends the processes of all ranks at once."""
+        """End the processes of all ranks at once."""
         self._mpi.COMM_WORLD.Abort(code)
 
     def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
-        """Lets Horovod's core record too, where a timeline was asked for before it started."""
+        """Let Horovod's core record too, where a timeline was asked for before it started."""
         recording = self._records and self.rank == 0
         return timeline.record(self.horovod, path, mark_cycles) if recording else None
 
     def native_tensors(self) -> "NativeTensors":
-        """Returns Horovod's graph operations."""
+        """Return Horovod's graph operations."""
         return NativeTensors(self._tf, self.horovod, self._ops)
 
     def _gather_objects(self, data: np.ndarray) -> list[Any]:
@@ -231,7 +231,7 @@ class NativeTensors:
         groups: Sequence[Sequence[int]],
         devices: tuple[str, str] = ("", ""),
     ) -> tuple[list[Any], list[Any]]:
-        """Reduces some tensors and joins the rows of others.
+        """Reduce some tensors and joins the rows of others.
 
         Args:
             name: What Horovod matches ranks by; the operations are numbered under it.
@@ -263,7 +263,7 @@ class NativeTensors:
             return reduced, [self._joined(each, f"{name}.rows.{index}") for index, each in enumerate(rows)]
 
     def check_size(self, what: str, elements: int) -> None:
-        """Raises ValueError where an operation has more elements than Horovod can count."""
+        """Raise ValueError where an operation has more elements than Horovod can count."""
         if elements > self.most_elements:
             raise ValueError(
                 f"The {what} of gradients has {elements} elements, more than the {self.most_elements} that Horovod "
@@ -271,7 +271,7 @@ class NativeTensors:
             )
 
     def stand_in(self, name: str, work: StandIn) -> None:
-        """Takes part in a `combine` of the other ranks with zeros and without rows."""
+        """Take part in a `combine` of the other ranks with zeros and without rows."""
         zeros = [self._tf.zeros(shape, dtype) for dtype, shape in work.reduced]
         nothing = [self._tf.zeros((0, *shape), dtype) for dtype, shape in work.gathered]
 
@@ -299,7 +299,7 @@ class NativeTensors:
 
 
 def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
-    """Tells why Horovod should not serve here, so that `auto` can say what it chose and why.
+    """Tell why Horovod should not serve here, so that `auto` can say what it chose and why.
 
     Args:
         tensorflow_version: The TensorFlow of this environment, such as "2.21.0".
@@ -326,7 +326,7 @@ def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
 
 
 def _record(folder: Path) -> dict[str, str]:
-    """Reads what the build wrote down: ours names TensorFlow and MPI, Horovod's own only TensorFlow."""
+    """Read what the build wrote down: ours names TensorFlow and MPI, Horovod's own only TensorFlow."""
     for name in ("hvdtrain_build.json", "metadata.json"):
         if (folder / name).is_file():
             return json.loads((folder / name).read_text())
@@ -334,6 +334,6 @@ def _record(folder: Path) -> dict[str, str]:
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """Views rows of any dtype as rows of bytes, which every operation of Horovod can move."""
+    """View rows of any dtype as rows of bytes, which every operation of Horovod can move."""
     width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
     return array.reshape(-1).view(np.uint8).reshape(len(array), width)

@@ -26,7 +26,7 @@ def for_hvdtrain() -> Iterator[None]:
 
 @functools.cache
 def load_horovod() -> Any:
-    """Imports Horovod's native core once; what a script imports as `horovod` stays what it was.
+    """Import Horovod's native core once; what a script imports as `horovod` stays what it was.
 
     Returns:
         The installed module `horovod.tensorflow`.
@@ -39,14 +39,14 @@ def load_horovod() -> Any:
 
 
 def find_horovod() -> ModuleSpec | None:
-    """Tells where Horovod is installed, without importing it; None where it is not."""
+    """Tell where Horovod is installed, without importing it; None where it is not."""
     with _without_stand_in():
         return importlib.util.find_spec("horovod")
 
 
 @contextlib.contextmanager
 def _without_stand_in() -> Iterator[None]:
-    """Takes the finder of hvdtrain.as_horovod and its modules out of Python's tables for a moment."""
+    """Take the finder of hvdtrain.as_horovod and its modules out of Python's tables for a moment."""
     finders = [each for each in sys.meta_path if getattr(each, "stands_in_for_horovod", False)]
     if not finders:
         yield

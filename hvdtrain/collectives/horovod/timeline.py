@@ -11,7 +11,7 @@ from hvdtrain import settings
 
 @contextmanager
 def ready_to_record(comm: Any) -> Iterator[bool]:
-    """Lets a Horovod that is initialised within this context record later, if any rank's environment asks for it.
+    """Let a Horovod that is initialised within this context record later, if any rank's environment asks for it.
 
     Horovod must know so on all ranks or on none, or they misunderstand each other: an `mpirun` that passes
     HOROVOD_TIMELINE to some hosts only would hang. It must not know the path: that file is ours.
@@ -36,7 +36,7 @@ def ready_to_record(comm: Any) -> Iterator[bool]:
 
 
 def record(horovod: Any, path: Path, mark_cycles: bool) -> Callable[[], None]:
-    """Lets Horovod's core record from now on; called on rank 0 only, which alone knows of all.
+    """Let Horovod's core record from now on; called on rank 0 only, which alone knows of all.
 
     Args:
         horovod: The module `horovod.tensorflow`, initialised.

@@ -165,14 +165,14 @@ class MpiEngine(Engine):
         return engine
 
     def shutdown(self) -> None:
-        """Gives the communicator back; MPI itself ends with the process."""
+        """Give the communicator back; MPI itself ends with the process."""
         if self.beside is not None:
             self.beside.end()
         self._rings.free()
         self._comm.Free()
 
     def abort(self, code: int) -> None:
-        """Ends the processes of all ranks at once."""
+        """End the processes of all ranks at once."""
         self._mpi.COMM_WORLD.Abort(code)
 
     def _operation(self, dtype: np.dtype, op: Op) -> Any:
@@ -180,7 +180,7 @@ class MpiEngine(Engine):
 
 
 def load_mpi() -> Any:
-    """Imports mpi4py's MPI, which initialises MPI in this process.
+    """Import mpi4py's MPI, which initialises MPI in this process.
 
     Returns:
         The module `mpi4py.MPI`.
@@ -200,12 +200,12 @@ def load_mpi() -> Any:
 
 
 def library_name(mpi: Any) -> str:
-    """Returns name and version of the MPI library that mpi4py loaded, such as 'Open MPI 4.1.8'."""
+    """Return name and version of the MPI library that mpi4py loaded, such as 'Open MPI 4.1.8'."""
     return mpi_name(mpi.Get_library_version())
 
 
 def world_of(comm: Any) -> World:
-    """Finds out where this process stands in a communicator.
+    """Find out where this process stands in a communicator.
 
     Args:
         comm: An mpi4py communicator; all its ranks must call this.
@@ -223,7 +223,7 @@ def world_of(comm: Any) -> World:
 
 
 def _overlaps(mpi: Any, comm: Any, link: float) -> bool:
-    """Tells whether gradients shall travel while backprop goes on: where the link is slow, or as the user says."""
+    """Return whether gradients shall travel while backprop goes on: where the link is slow, or as the user says."""
     wish = settings.get("HVDTRAIN_OVERLAP").lower()
     wishes = comm.allgather(wish)
     if wish not in ("auto", "on", "off") or len(set(wishes)) > 1:

@@ -42,7 +42,7 @@ class Rings:
         self.link = link
 
     def serves(self, nbytes: int) -> bool:
-        """Tells whether arrays are large enough, all together, for rings to be the fastest way."""
+        """Return whether arrays are large enough, all together, for rings to be the fastest way."""
         return nbytes >= self._least
 
     def reduce(
@@ -52,7 +52,7 @@ class Rings:
         finish: Callable[[np.ndarray], Any],
         pause: Pause = in_mpi,
     ) -> None:
-        """Combines arrays of each rank; the arguments are those of `Ring.reduce`."""
+        """Combine arrays of each rank; the arguments are those of `Ring.reduce`."""
         local, cross = self._local, self._cross
         if local is not None and cross is not None:
 
@@ -66,13 +66,13 @@ class Rings:
                 ring.reduce(pairs, combine, finish, pause)
 
     def free(self) -> None:
-        """Gives the communicators back; all ranks call this."""
+        """Give the communicators back; all ranks call this."""
         for each in filter(None, (self._local, self._cross)):
             each.free()
 
 
 def made_for(mpi: Any, comm: Any) -> Rings:
-    """Finds the fastest way through the ranks of a communicator; all ranks call this.
+    """Find the fastest way through the ranks of a communicator; all ranks call this.
 
     Within a host nothing is tried. Between hosts each stride takes its turn, well below a second in all. The order
     of the sums is the same for each, so what is found changes no bit of a result.
@@ -106,7 +106,7 @@ def made_for(mpi: Any, comm: Any) -> Rings:
 
 
 def _seconds(mpi: Any, comm: Any, way: Ring, nbytes: int) -> float:
-    """Takes the time of a sum, as the slowest rank has it; the first sum also connects the ranks."""
+    """Take the time of a sum, as the slowest rank has it; the first sum also connects the ranks."""
     array = np.zeros(nbytes // 4, np.float32)
     taken: list[float] = []
     while sum(taken) < 0.1 and len(taken) < 3:
@@ -118,4 +118,4 @@ def _seconds(mpi: Any, comm: Any, way: Ring, nbytes: int) -> float:
 
 
 def _leave(segment: np.ndarray) -> None:
-    """Changes nothing."""
+    """Change nothing."""

@@ -17,7 +17,7 @@ _NAMES = (
 
 
 def mpi_name(text: str) -> str:
-    """Makes the texts by which one MPI library names itself comparable.
+    """Make the texts by which one MPI library names itself comparable.
 
     Args:
         text: What `MPI.Get_library_version()` returns, or what `mpirun --version` prints.

@@ -47,11 +47,11 @@ Pause = Callable[[], float | None]
 
 
 def in_mpi() -> None:
-    """Waits inside MPI."""
+    """Wait inside MPI."""
 
 
 def wait(request: Any, pause: Pause) -> None:
-    """Waits for a request of MPI."""
+    """Wait for a request of MPI."""
     while (seconds := pause()) is not None:
         if request.Test():
             return
@@ -83,7 +83,7 @@ class Ring:
         pause: Pause = in_mpi,
         whole: Callable[[list[np.ndarray]], Any] | None = None,
     ) -> None:
-        """Combines arrays of each rank, with the same results, to the bit, on all of them.
+        """Combine arrays of each rank, with the same results, to the bit, on all of them.
 
         Args:
             pairs: For each array what is combined and where the result goes, which may be the same: flat arrays of
@@ -112,7 +112,7 @@ class Ring:
         wait(self._comm.Ibarrier(), pause)
 
     def free(self) -> None:
-        """Gives the communicator back; all ranks call this."""
+        """Give the communicator back; all ranks call this."""
         self._comm.Free()
 
     def _go(
@@ -207,7 +207,7 @@ _way = functools.lru_cache(256)(_Way)  # every step of a training takes the same
 
 
 def _cut(lengths: Sequence[int], first: int, last: int, segment: int) -> Iterator[Piece]:
-    """Cuts what lies from `first` to `last` of all arrays taken as one into pieces that lie in one array each."""
+    """Cut what lies from `first` to `last` of all arrays taken as one into pieces that lie in one array each."""
     begins = 0
     for index, length in enumerate(lengths):
         start, stop = max(first - begins, 0), min(last - begins, length)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def prepare() -> None:
-    """Loads the MPI of a wheel beside this Python, before TensorFlow can be mistaken for a part of it.
+    """Load the MPI of a wheel beside this Python, before TensorFlow can be mistaken for a part of it.
 
     mpirun tells its ranks where the wheel lies; a process without mpirun must be told. And a wheel's symbols
     are bound now: bound at first use, after TensorFlow was loaded, some would be found in TensorFlow's own

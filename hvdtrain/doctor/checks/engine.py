@@ -1,5 +1,6 @@
 """Check which engine a training started here would use, and why."""
 
+from hvdtrain import settings
 from hvdtrain.collectives.horovod.engine import reason_not_to_use
 from hvdtrain.collectives.mpi.library import mpi_name
 from hvdtrain.doctor.checks.horovod import BUILD
@@ -12,7 +13,7 @@ NAME = "Engine"
 
 def engine(probes: ProbeRunner) -> Finding:
     """Return the engine that `HVDTRAIN_ENGINE` selects, or the one used if it is not set."""
-    chosen = probes.environ.get("HVDTRAIN_ENGINE", "").lower() or "auto"
+    chosen = settings.get("HVDTRAIN_ENGINE", probes.environ).lower()
     try:
         reason = reason_not_to_use(probes.stack["tensorflow"], mpi_name(probes.mpi["library"]))
     except (ProbeError, KeyError):

@@ -1,7 +1,9 @@
 """Check the versions of Python, TensorFlow and Keras."""
 
 import sys
+from collections.abc import Mapping
 
+from hvdtrain import settings
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
 from hvdtrain.doctor.probe_runner import ProbeError, ProbeRunner
 
@@ -15,6 +17,20 @@ def python() -> Finding:
         fix = "python3.12 -m venv .venv   # and install hvdtrain there"
         return wrong("Python", f"{found}; hvdtrain needs 3.10 or later.", fix)
     return ok("Python", found)
+
+
+def variables(environ: Mapping[str, str]) -> Finding:
+    """Check the variables HVDTRAIN_… of the environment for names that hvdtrain does not know."""
+    unknown = settings.unknown(environ)
+    if unknown:
+        name = unknown[0].split()[0]
+        return note("Settings", " ".join(unknown), f"unset {name}")
+    chosen = [
+        f"{setting.name}={settings.get(setting.name, environ)}"
+        for setting in settings.SETTINGS
+        if settings.is_set(setting.name, environ)
+    ]
+    return ok("Settings", ", ".join(chosen) or "all have their defaults")
 
 
 def tensorflow(probes: ProbeRunner) -> Finding:

@@ -1,12 +1,11 @@
 """Agree on saving or stopping: any rank may request it, and all ranks do it after the same step."""
 
 import math
-import os
 import signal
 import time
 from contextlib import ExitStack
 
-from hvdtrain import stop_request
+from hvdtrain import settings, stop_request
 from hvdtrain.collectives.engine import Call, Engine
 
 NOTHING, SAVE, STOP = 0, 1, 2
@@ -115,7 +114,7 @@ class StopAgreement:
 
 
 def _deadline() -> float | None:
-    text = os.environ.get(DEADLINE, "")
+    text = settings.get("HVDTRAIN_DEADLINE")
     try:
         return float(text) if text else None
     except ValueError:

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from hvdtrain import settings
+
 _HEAD = b"hvdtrain elastic 1\n"
 
 
@@ -49,7 +51,7 @@ class Store:
             function: Name of the function.
             number: Number of earlier calls.
         """
-        folder = Path(os.environ.get("HVDTRAIN_ELASTIC_DIR") or ".hvdtrain_elastic").absolute()
+        folder = Path(settings.get("HVDTRAIN_ELASTIC_DIR")).absolute()
         script = Path(sys.argv[0] or "interactive").absolute()
         identity = "\0".join([str(script), *sys.argv[1:], function, str(number)])
         digest = hashlib.sha256(identity.encode()).hexdigest()[:10]

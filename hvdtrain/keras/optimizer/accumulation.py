@@ -25,7 +25,7 @@ class Window:
 
     @classmethod
     def of(cls, optimizer: keras.optimizers.Optimizer, steps: int, average: bool) -> "Window":
-        """Checks what a user asked for.
+        """Check what a user asked for.
 
         Raises:
             ValueError: If `steps` is not a positive integer, or the optimizer accumulates by itself already.
@@ -49,7 +49,7 @@ class Window:
         return {"gradient_accumulation_steps": self.steps} if self.steps > 1 else {}
 
     def added_up(self, gradients: Sequence[Any]) -> Sequence[Any]:
-        """Makes the sum of the window's gradients out of the mean that Keras hands over, where it is wanted."""
+        """Make the sum of the window's gradients out of the mean that Keras hands over, where it is wanted."""
         if self.steps == 1 or self.average:
             return gradients
         return [

@@ -12,7 +12,7 @@ _OWN = ("name", "built", "_lock")
 
 
 def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
-    """Makes an optimizer of another class that goes on exactly where this one stands.
+    """Make an optimizer of another class that goes on exactly where this one stands.
 
     Args:
         optimizer: The optimizer to copy, built or not; it stays as it is.
@@ -42,7 +42,7 @@ def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
 
 
 def _carry_settings(optimizer: Any, copy: Any, changes: dict[str, Any]) -> None:
-    """Gives the copy what was set after construction, such as what `exclude_from_weight_decay` set."""
+    """Give the copy what was set after construction, such as what `exclude_from_weight_decay` set."""
     for name, value in vars(optimizer).items():
         own = name in _OWN or name in changes or name.startswith("_hvdtrain")
         if isinstance(value, _SETTINGS) and not own and getattr(copy, name, None) != value:
@@ -50,7 +50,7 @@ def _carry_settings(optimizer: Any, copy: Any, changes: dict[str, Any]) -> None:
 
 
 def _configuration(optimizer: Any) -> dict[str, Any]:
-    """Returns the optimizer's configuration with the schedule itself, which need not be serializable."""
+    """Return the optimizer's configuration with the schedule itself, which need not be serializable."""
     rate = getattr(optimizer, "_learning_rate", None)
     if not callable(rate) or isinstance(rate, keras.Variable):
         return optimizer.get_config()

@@ -38,7 +38,7 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
-    """Makes an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
+    """Make an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
 
     N ranks with batch b then learn what one process learns with batch N*b. The mean is taken before
     clipping, weight decay and the update, and with `gradient_accumulation_steps=k` once every k steps.
@@ -153,7 +153,7 @@ def PartialDistributedOptimizer(  # noqa: N802 - the name is Horovod's
 
 
 def local_variables(local_layers: Any) -> list[Any]:
-    """Lists the trainable variables of layers that are to stay local.
+    """List the trainable variables of layers that are to stay local.
 
     Args:
         local_layers: None, a layer, or several.
@@ -180,7 +180,7 @@ def local_variables(local_layers: Any) -> list[Any]:
 
 
 def _made(optimizer: Any, options: ReduceOptions, window: Window, process_set: ProcessSet) -> Any:
-    """Returns the distributed copy; of a `LossScaleOptimizer`, a copy with a distributed optimizer inside."""
+    """Return the distributed copy; of a `LossScaleOptimizer`, a copy with a distributed optimizer inside."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = _made(optimizer.inner_optimizer, options, window, process_set)
         copy = copied(optimizer, type(optimizer), inner_optimizer=inner)
@@ -200,7 +200,7 @@ def _made(optimizer: Any, options: ReduceOptions, window: Window, process_set: P
 
 
 def is_distributed(optimizer: Any) -> bool:
-    """Tells whether an optimizer, or the one inside a `LossScaleOptimizer`, averages over the ranks."""
+    """Return whether an optimizer, or the one inside a `LossScaleOptimizer`, averages over the ranks."""
     return isinstance(getattr(optimizer, "inner_optimizer", optimizer), _Distributed)
 
 
@@ -214,7 +214,7 @@ class _Distributed:
     _hvdtrain_variables: Sequence[Any] | None = ()
 
     def register_local_var(self, var: Any) -> None:
-        """Lets each rank train a variable by itself: its gradient is not reduced.
+        """Let each rank train a variable by itself: its gradient is not reduced.
 
         Args:
             var: One of the variables about to be trained.
@@ -228,12 +228,12 @@ class _Distributed:
         return GradientReducer(engine, TensorFlowBridge(), options, verification)
 
     def apply_gradients(self, grads_and_vars: Any, **options: Any) -> Any:
-        """Updates the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
+        """Update the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
         with self._hvdtrain_passed_through("apply_gradients"):
             return super().apply_gradients(grads_and_vars, **options)  # type: ignore[misc]
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
-        """Updates the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
+        """Update the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
         if len(grads) == 0:
             return super().apply(grads, trainable_variables)  # type: ignore[misc]
         with self._hvdtrain_passed_through("apply"):
@@ -245,7 +245,7 @@ class _Distributed:
 
     @contextlib.contextmanager
     def _hvdtrain_passed_through(self, method: str) -> Iterator[None]:
-        """Makes sure that the user's own class leads through Keras' update, where gradients are reduced."""
+        """Make sure that the user's own class leads through Keras' update, where gradients are reduced."""
         object.__setattr__(self, "_hvdtrain_variables", None)
         yield
         if self._hvdtrain_variables is None and engine_or_alone(self.process_set).size > 1:

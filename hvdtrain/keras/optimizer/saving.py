@@ -5,7 +5,7 @@ from keras.src.saving import object_registration
 
 
 def save_as(distributed: type, base: type) -> None:
-    """Makes Keras write `distributed` into a file as if it were `base`, registered name included.
+    """Make Keras write `distributed` into a file as if it were `base`, registered name included.
 
     Only the way from class to name is entered in Keras' tables. The way back, from a file's name to a class,
     stays as it was, so that a loaded optimizer is the plain one everywhere.

@@ -15,7 +15,7 @@ _installed = False
 
 
 def install() -> None:
-    """Puts the changes into Keras; they touch only models with a distributed optimizer. Once is enough.
+    """Put the changes into Keras; they touch only models with a distributed optimizer. Once is enough.
 
     - `LossScaleOptimizer.check_finite` looks at one rank's gradients and skips the update if one is not
       finite. If some ranks skipped and others waited for their gradients, the job would hang.

@@ -51,7 +51,7 @@ _installed = False
 
 
 def install(check_data: bool = True) -> None:
-    """Makes `fit` of models with a distributed optimizer keep the ranks together. Once is enough.
+    """Make `fit` of models with a distributed optimizer keep the ranks together. Once is enough.
 
     Args:
         check_data: Whether data that is the same on all ranks is worth a warning.
@@ -65,7 +65,7 @@ def install(check_data: bool = True) -> None:
 
 
 def let_each_validate() -> None:
-    """Lets ranks validate each for itself, or not at all, as scripts written for Horovod may."""
+    """Let ranks validate each for itself, or not at all, as scripts written for Horovod may."""
     global _checks_validation
     _checks_validation = False
 
@@ -123,7 +123,7 @@ class InStep(keras.callbacks.Callback):
         self._train: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Makes sure that all ranks will take the same steps.
+        """Make sure that all ranks will take the same steps.
 
         Raises:
             MismatchError: On every rank, with what each has been given.
@@ -147,22 +147,22 @@ class InStep(keras.callbacks.Callback):
         self.model.train_function = self._step
 
     def leave(self, model: Any) -> None:
-        """Leaves the model as it was before `fit`, whether that ended well or not."""
+        """Leave the model as it was before `fit`, whether that ended well or not."""
         if self._train is not None:
             model.train_function, self._train = self._train, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begins to count steps."""
+        """Begin to count steps."""
         self._epoch, self._steps = epoch, 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Compares the fingerprints as soon as they are complete."""
+        """Compare the fingerprints as soon as they are complete."""
         self._steps = batch + 1
         if self._steps >= BATCHES:
             self._compare_data()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Makes sure that all ranks are here, with logs of the same names.
+        """Make sure that all ranks are here, with logs of the same names.
 
         Raises:
             MismatchError: On every rank, if some ranks are still at work, or have other logs.
@@ -185,7 +185,7 @@ class InStep(keras.callbacks.Callback):
         model_comparison.forget_model(self.model)
 
     def _step(self, iterator: Any) -> Any:
-        """Stands before the model's own step, because of data that end early nobody else hears."""
+        """Stand before the model's own step, because of data that end early nobody else hears."""
         try:
             return self._train(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
@@ -207,14 +207,14 @@ class InStep(keras.callbacks.Callback):
 
 
 def _engine(model: Any) -> Engine:
-    """Returns the ranks that train a model together; this rank alone if its optimizer is not distributed."""
+    """Return the ranks that train a model together; this rank alone if its optimizer is not distributed."""
     if any(is_distributed(each) for each in vars(model).values()):
         return engine_of(model)
     return SingleEngine()
 
 
 def _compiled_metrics(model: Any) -> str:
-    """Lists the metrics that a model was compiled with, and where they are the same, the same on all ranks."""
+    """List the metrics that a model was compiled with, and where they are the same, the same on all ranks."""
     compiled = model._compile_metrics
     given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
     found = [each for each in keras.tree.flatten(given) if each is not None]
@@ -227,7 +227,7 @@ def _name(metric: Any) -> str:
 
 
 def _base(name: str) -> str:
-    """Leaves out the number that Keras gives to the second metric of a kind in a process, and writes names out.
+    """Leave out the number that Keras gives to the second metric of a kind in a process, and writes names out.
 
     A model that was loaded calls "mean_absolute_error" what `compile` was told as "mae".
     """

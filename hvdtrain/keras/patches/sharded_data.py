@@ -37,7 +37,7 @@ _installed = False
 
 
 def install() -> None:
-    """Puts the changes into Keras; once is enough.
+    """Put the changes into Keras; once is enough.
 
     - `get_data_adapter` shuffles the batches of a PyDataset with each process's own `random`, and refuses
       `class_weight` where there are weights. Sharded data has its own order and takes both.
@@ -50,18 +50,16 @@ def install() -> None:
     if _installed:
         return
     _installed = True
-    data_adapters.get_data_adapter = _adapting(data_adapters.get_data_adapter)
+    replace(data_adapters, "get_data_adapter", _adapting)
     replace_where_defined(keras.Model, "fit", _exactly)
     replace_where_defined(keras.Model, "evaluate", _exactly)
     replace(TFEpochIterator, "_get_iterator", untuned)
-    keras.metrics.Mean.update_state = mean_update(keras.metrics.Mean.update_state)
-    compile_metrics = compile_utils.CompileMetrics
-    compile_metrics.update_state = metrics_update(compile_metrics.update_state)
+    replace(keras.metrics.Mean, "update_state", mean_update)
+    replace(compile_utils.CompileMetrics, "update_state", metrics_update)
     losses.install()
 
 
 def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(get_data_adapter)
     def choose(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Sharded):
             with warnings.catch_warnings(record=True) as told:
@@ -105,7 +103,7 @@ _run: ContextVar[_Run] = ContextVar("the fit or evaluate that runs", default=_Ru
 
 @contextlib.contextmanager
 def watching(fingerprint: Fingerprint) -> Iterator[None]:
-    """Notes the first batches that a `fit` within this context trains on; needs `install()`."""
+    """Note the first batches that a `fit` within this context trains on; needs `install()`."""
     token = _watcher.set([fingerprint])
     try:
         yield

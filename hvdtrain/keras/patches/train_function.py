@@ -16,7 +16,7 @@ from hvdtrain.patching import replace_where_defined
 
 
 def install(concerns: Callable[[Any], bool]) -> None:
-    """Puts the two parts into Keras. Once is enough.
+    """Put the two parts into Keras. Once is enough.
 
     Args:
         concerns: Tells of a model whether its gradients go to other ranks.
@@ -26,12 +26,12 @@ def install(concerns: Callable[[Any], bool]) -> None:
 
 
 def can_be_divided(model: Any) -> bool:
-    """Tells whether a model trains by Keras' own step, which is known to end with its gradients."""
+    """Return whether a model trains by Keras' own step, which is known to end with its gradients."""
     return type(model).train_step is keras.Model.train_step
 
 
 def _outside(make: Callable[..., Any], concerns: Callable[[Any], bool]) -> Callable[..., Any]:
-    """Keeps XLA away from the whole of a step that is to be compiled in part."""
+    """Keep XLA away from the whole of a step that is to be compiled in part."""
 
     def make_train_function(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not (self.jit_compile and concerns(self)):
@@ -76,7 +76,7 @@ def _in_parts(step: Callable[..., Any], concerns: Callable[[Any], bool]) -> Call
 
 
 def _communicates(program: Any) -> bool:
-    """Tells whether a traced function calls Python, or Horovod's core: by these the ranks reach each other."""
+    """Return whether a traced function calls Python, or Horovod's core: by these the ranks reach each other."""
     graph = program.graph.as_graph_def()
     nodes = [*graph.node, *(node for each in graph.library.function for node in each.node_def)]
     return any("PyFunc" in node.op or node.op.startswith("Horovod") for node in nodes)
@@ -84,7 +84,7 @@ def _communicates(program: Any) -> bool:
 
 @contextmanager
 def _caught(optimizer: Any) -> Iterator[list[tuple[Any, Any]]]:
-    """Takes what an optimizer is told to apply, in place of applying it."""
+    """Take what an optimizer is told to apply, in place of applying it."""
     pairs: list[tuple[Any, Any]] = []
 
     def take(grads_and_vars: Any) -> None:

@@ -42,7 +42,7 @@ _said: set[str] = set()
 
 
 def install() -> None:
-    """Makes `fit`, `evaluate` and `predict` speak; once is enough."""
+    """Make `fit`, `evaluate` and `predict` speak; once is enough."""
     global _installed
     if _installed:
         return
@@ -84,6 +84,6 @@ def _sentences(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
 
 
 def _plain(model: Any) -> bool:
-    """Tells whether a model is compiled, and with optimizers of which none is distributed."""
+    """Return whether a model is compiled, and with optimizers of which none is distributed."""
     optimizers = optimizers_of(model)
     return bool(optimizers) and not any(is_distributed(each) for each in optimizers)

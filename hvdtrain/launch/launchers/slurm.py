@@ -6,7 +6,7 @@ import shutil
 import sys
 from collections.abc import Mapping, Sequence
 
-from hvdtrain import safe_path
+from hvdtrain import safe_path, settings
 from hvdtrain.launch.hosts import Host, LaunchError
 from hvdtrain.launch.launchers.mpirun import Mpi
 from hvdtrain.launch.run_program import ask
@@ -44,7 +44,7 @@ def settle(
         The variable with the result: SLURM_MPI_TYPE, or HVDTRAIN_LAUNCHER=mpirun if no PMI of this srun works
         with this MPI; empty if the environment sets one of them already.
     """
-    if environ.get("HVDTRAIN_LAUNCHER") == "mpirun" or "SLURM_MPI_TYPE" in environ:
+    if settings.get("HVDTRAIN_LAUNCHER", environ) == "mpirun" or "SLURM_MPI_TYPE" in environ:
         return {}
     pmi = _fitting_pmi(ranks, mpi, environ, python)
     return {"SLURM_MPI_TYPE": pmi} if pmi else {"HVDTRAIN_LAUNCHER": "mpirun"}
@@ -64,7 +64,7 @@ def srun_command(
     Returns:
         The program and its options, or None if the MPI's own mpirun must start the ranks.
     """
-    if environ.get("HVDTRAIN_LAUNCHER") == "mpirun":
+    if settings.get("HVDTRAIN_LAUNCHER", environ) == "mpirun":
         return None
     # Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
     threads = environ.get("SLURM_CPUS_PER_TASK")

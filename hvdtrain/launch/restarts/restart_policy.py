@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from hvdtrain import settings
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.restarts.outcome import Ending
 
@@ -51,12 +52,13 @@ def pause(environ: Mapping[str, str], restarts: int) -> float:
     Raises:
         LaunchError: If HVDTRAIN_BACKOFF is not a number of seconds.
     """
+    text = settings.get(BACKOFF, environ)
     try:
-        first = float(environ.get(BACKOFF, 1))
+        first = float(text)
     except ValueError:
         first = -1
     if not 0 <= first <= LONGEST:
-        raise LaunchError(f"{BACKOFF} is {environ[BACKOFF]!r}; expected seconds from 0 to {LONGEST:.0f}.")
+        raise LaunchError(f"{BACKOFF} is {text!r}; expected seconds from 0 to {LONGEST:.0f}.")
     return min(first * 2.0 ** min(restarts, 32), LONGEST)
 
 

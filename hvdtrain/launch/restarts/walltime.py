@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from datetime import datetime
 
+from hvdtrain import settings
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers import slurm
 from hvdtrain.launch.run_program import ask
@@ -79,11 +80,10 @@ def _ask_squeue(environ: Mapping[str, str]) -> float | None:
 
 
 def _set_by_user(environ: Mapping[str, str]) -> float | None:
+    text = settings.get(DEADLINE, environ)
     try:
-        return float(environ[DEADLINE])
-    except KeyError:
-        return None
+        return float(text) if text else None
     except ValueError as error:
         raise LaunchError(
-            f"{DEADLINE} is {environ[DEADLINE]!r}; expected seconds since 1970, as `date +%s` writes them."
+            f"{DEADLINE} is {text!r}; expected seconds since 1970, as `date +%s` writes them."
         ) from error

@@ -1,11 +1,11 @@
 """Stop a script that uses stock Horovod with Keras 3, where Horovod averages no gradients."""
 
-import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from hvdtrain import settings
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.patching import AfterImport, replace
 
@@ -51,7 +51,7 @@ def _averages_nothing() -> bool:
 
 
 def _message(command: Sequence[str]) -> str:
-    typed = os.environ.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *command])
+    typed = settings.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *command])
     version = sys.modules["keras"].__version__
     return (
         f"stock Horovod averages no gradients under Keras {version}, so each rank would train a separate model; "
