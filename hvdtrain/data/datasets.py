@@ -241,7 +241,8 @@ def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
         raise ValueError(
             "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
             f"a run cannot be resumed with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and "
-            "type hvd.shard(…, shuffle=True), from the first epoch on; or .shuffle(…, reshuffle_each_iteration=False)."
+            "type hvd.shard(…, shuffle=True), from the first epoch on; or use "
+            ".shuffle(…, reshuffle_each_iteration=False)."
         )
 
 
