@@ -125,8 +125,8 @@ def contenders(options: Options) -> Iterator[Contender]:
             "stock Horovod", f"{WORK}horovod_allreduce", needs=("horovod", "tensorflow"), stock=True
         )
         yield Contender("torch Gloo", f"{WORK}gloo_allreduce", needs=("torch",))
-    for name in (COPY, ADD):
-        yield Contender(name, f"{WORK}one_core", {"operation": name.removeprefix("one core ")}, ranks=1)
+    for name, operation in ((COPY, "copy"), (ADD, "add")):
+        yield Contender(name, f"{WORK}one_core", {"operation": operation}, ranks=1)
     if _several_hosts(options):
         yield Contender(LINK, f"{WORK}mpi_link", stock=True)
 

@@ -94,7 +94,7 @@ class Losses:
         names = {loss.name for loss, kind in losses if kind == OTHER} - self._reported
         self._reported |= names
         if names:
-            engine.say(f"warning: {_not_decomposable(sorted(names), engine.size)}")
+            engine.warn(_not_decomposable(sorted(names), engine.size))
 
 
 def install() -> None:

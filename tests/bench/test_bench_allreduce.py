@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from hvdtrain.bench.allreduce import Options, check, contenders
+from hvdtrain.bench.allreduce_table import ADD, COPY
 from hvdtrain.bench.output import run
 from hvdtrain.bench.report import Report, Row, Spread
+from hvdtrain.bench.work import one_core
 from hvdtrain.bench.work.sums import Method, measure, summands
 from hvdtrain.launch.hosts import LaunchError
 
@@ -289,3 +291,23 @@ def test_memory_is_that_of_the_ranks_of_one_host(monkeypatch):
     monkeypatch.setattr("hvdtrain.launch.launchers.slurm.node_count", lambda: 1)
     with pytest.raises(LaunchError, match="4096 ranks need 4 arrays of 256 MiB each"):
         check(Options(num_proc=4096, sizes="256M"))
+
+
+@pytest.mark.parametrize("name, called", [(COPY, "copyto"), (ADD, "add")])
+def test_the_limits_of_one_core_do_what_they_are_called(monkeypatch, name, called):
+    (contender,) = (each for each in contenders(Options()) if each.name == name)
+    calls = []
+    for function in ("copyto", "add"):
+        original = getattr(np, function)
+        record = lambda *args, original=original, function=function, **options: (  # noqa: E731
+            calls.append(function),
+            original(*args, **options),
+        )
+        monkeypatch.setattr(np, function, record)
+    one_core.prepare(contender.settings)({"bytes": 64, "dtype": "float32", "repeat": 2})
+    assert set(calls) == {called}
+
+
+def test_one_core_knows_no_other_operation():
+    with pytest.raises(ValueError, match="copy or add"):
+        one_core.prepare({"operation": "copies"})

@@ -16,8 +16,14 @@ def prepare(settings: Mapping[str, Any]) -> Callable[[dict], dict]:
 
     Returns:
         A function that answers requests.
+
+    Raises:
+        ValueError: For another operation.
     """
-    return partial(_measure, settings["operation"])
+    operation = settings["operation"]
+    if operation not in ("copy", "add"):
+        raise ValueError(f"operation must be copy or add. Received: {operation!r}.")
+    return partial(_measure, operation)
 
 
 def _measure(operation: str, request: Mapping[str, Any]) -> dict[str, Any]:

@@ -83,4 +83,4 @@ class Store:
 
     def _warn(self, message: str | None) -> None:
         if message:
-            self._engine.say(f"warning: {message}")
+            self._engine.warn(message)
