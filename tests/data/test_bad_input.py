@@ -67,7 +67,7 @@ class Empty(keras.utils.PyDataset):
             lambda: D.from_tensor_slices(X).shuffle(16, seed=3),
             {"batch_size": 8, "step": 1},
             ValueError,
-            r"a run cannot go on.*hvd.shard\(…, shuffle=True\)",
+            r"a run cannot be resumed.*hvd.shard\(…, shuffle=True\)",
         ),
         ((X, None, Y), {"batch_size": 8}, ValueError, "without targets"),
         ((X, Y, Y), {"batch_size": 8, "class_weight": {0: 1.0}}, ValueError, "not both"),
