@@ -51,7 +51,7 @@ class _Run(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            advice = "Options for the MPI launcher go into --mpi-args, those of the script stand after it."
+            advice = "Options of the MPI launcher belong in --mpi-args, those of the script after its name."
             raise click.NoSuchOption(
                 error.option_name, f"{error.message} {advice}", error.possibilities, ctx
             ) from None
@@ -88,7 +88,7 @@ def _foreign_options() -> tuple[click.Option, ...]:
 )
 @click.option("--mpi-args", default="", help="More options for the MPI launcher, as one quoted string.")
 @click.option("--as-horovod", is_flag=True, help="Make `import horovod` in SCRIPT import hvdtrain.")
-@click.option("--wrap", is_flag=True, help="Distribute a SCRIPT written for a single process over the ranks.")
+@click.option("--wrap", is_flag=True, help="Distribute a SCRIPT written for one process over the ranks.")
 @click.option(
     "--scale-batch", is_flag=True, help="With --wrap: each rank keeps the full batch size of SCRIPT."
 )
@@ -160,7 +160,7 @@ def run(**options) -> None:
     help="Cluster profile: NAME is ~/.config/hvdtrain/NAME.toml [HVDTRAIN_CLUSTER, else cluster].",
 )
 @click.option("--as-horovod", is_flag=True, help="Make `import horovod` in SCRIPT import hvdtrain.")
-@click.option("--wrap", is_flag=True, help="Distribute a SCRIPT written for a single process over the ranks.")
+@click.option("--wrap", is_flag=True, help="Distribute a SCRIPT written for one process over the ranks.")
 @click.option(
     "--scale-batch", is_flag=True, help="With --wrap: each rank keeps the full batch size of SCRIPT."
 )

@@ -14,7 +14,7 @@ logger = logging.getLogger("hvdtrain")
 
 
 class TerminalHandler(logging.Handler):
-    """Writes a message on a line of its own to standard error.
+    """A handler that writes each message on a separate line to standard error.
 
     Attributes:
         in_line: True while this process has written a part of a line, such as a progress bar, to standard output.
@@ -25,7 +25,7 @@ class TerminalHandler(logging.Handler):
         self.in_line = False
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write a message, and before it the end of an unfinished line."""
+        """End an unfinished line, and write the message."""
         if self.in_line:
             self.in_line = False
             print(flush=True)  # on standard output, where the progress bar is
@@ -34,9 +34,9 @@ class TerminalHandler(logging.Handler):
 
 
 terminal = TerminalHandler()
-if not logger.handlers:  # a script may have chosen its own before hvdtrain is imported
+if not logger.handlers:  # a script may have added its own handler before it imports hvdtrain
     logger.addHandler(terminal)
-    # absl, which TensorFlow imports, handles messages of the root logger, and would write each a second time.
+    # absl, which TensorFlow imports, handles messages of the root logger, and would write each one a second time.
     logger.propagate = False
 if logger.level == logging.NOTSET:
     logger.setLevel(logging.INFO)

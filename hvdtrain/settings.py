@@ -18,7 +18,7 @@ class Setting:
     Args:
         name: Its name.
         values: Its possible values, as the documentation shows them.
-        default: Its value where it is not set or empty; "" where nothing stands for it.
+        default: Its value if it is not set or empty; "" if it has none.
         meaning: One sentence in Markdown, with links as in docs/.
     """
 
@@ -167,7 +167,7 @@ SETTINGS = (
     Setting("HVDTRAIN_APPTAINER", "options", "", "further options for that program, such as `--nv`"),
 )
 
-# Set by hvdtrain for the processes that it starts, and by its test suite.
+# Set by hvdtrain for the processes that it starts, or by its test suite.
 _INTERNAL = {
     *(
         "HVDTRAIN_RUN_ADDRESS",
@@ -183,7 +183,7 @@ _DEFAULTS = {setting.name: setting.default for setting in SETTINGS} | dict.fromk
 
 
 def get(name: str, environ: Mapping[str, str] | None = None) -> str:
-    """Return the value of a setting without surrounding spaces; its default where it is not set or empty.
+    """Return the value of a setting without surrounding spaces, or its default if it is not set or empty.
 
     Args:
         name: The name of the variable.
@@ -202,15 +202,17 @@ def is_set(name: str, environ: Mapping[str, str] | None = None) -> bool:
 
 
 def unknown(environ: Mapping[str, str] | None = None) -> list[str]:
-    """Return a sentence for each variable HVDTRAIN_… in the environment that is no setting."""
-    sentences = []
+    """Return a message for each variable HVDTRAIN_… in the environment that is not a setting."""
+    messages = []
     for name in sorted(os.environ if environ is None else environ):
         if name.startswith(PREFIX) and name not in _DEFAULTS:
             names = [setting.name.removeprefix(PREFIX) for setting in SETTINGS]
-            near = difflib.get_close_matches(name.removeprefix(PREFIX), names, n=1, cutoff=0.6)
-            hint = f"Did you mean {PREFIX}{near[0]}?" if near else "docs/settings.md lists all settings."
-            sentences.append(f"{name} is set, but hvdtrain has no such setting, so it has no effect. {hint}")
-    return sentences
+            similar = difflib.get_close_matches(name.removeprefix(PREFIX), names, n=1, cutoff=0.6)
+            hint = (
+                f"Did you mean {PREFIX}{similar[0]}?" if similar else "docs/settings.md lists all settings."
+            )
+            messages.append(f"{name} is set, but hvdtrain has no such setting, so it has no effect. {hint}")
+    return messages
 
 
 def table() -> str:

@@ -1,4 +1,4 @@
-"""What a training script imports: `import hvdtrain.keras as hvd`."""
+"""Train Keras models on several ranks: `import hvdtrain.keras as hvd`."""
 
 try:
     import keras
@@ -17,7 +17,7 @@ if tuple(int(part) for part in keras.__version__.split(".")[:2]) < (3, 5):
 
 if keras.backend.backend() != "tensorflow":
     raise ImportError(
-        f"hvdtrain.keras trains on Keras' TensorFlow backend; the backend here is {keras.backend.backend()}. "
+        f"hvdtrain.keras needs the TensorFlow backend of Keras; the current backend is {keras.backend.backend()}. "
         "Set KERAS_BACKEND=tensorflow, or change ~/.keras/keras.json."
     )
 

@@ -1,4 +1,4 @@
-"""Collectives on values, for what a script does around its training: sum a count, share a setting."""
+"""Provide collectives on values outside of a training step, for example to sum a count or to share a setting."""
 
 from typing import Any
 
@@ -24,10 +24,10 @@ def allreduce(
 
     Args:
         value: The same shape and dtype on all ranks.
-        name: Accepted for Horovod's sake; operations are matched by their order.
-        average: Horovod's older way of asking: True for a mean, False for a sum. Give `op` instead.
-        prescale_factor: By this the value is multiplied before it is combined.
-        postscale_factor: By this the result is multiplied.
+        name: Accepted for compatibility with Horovod; operations are matched by their order.
+        average: Older argument of Horovod: True for a mean, False for a sum. Use `op` instead.
+        prescale_factor: Factor by which the value is multiplied before the reduction.
+        postscale_factor: Factor by which the result is multiplied.
         op: `hvd.Average` (default), `hvd.Sum`, `hvd.Adasum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
         compression: `hvd.Compression.none` (default), `fp16` or `bf16`.
         process_set: The ranks that take part; only these call this.
@@ -38,26 +38,26 @@ def allreduce(
     Raises:
         ValueError: If both `average` and `op` are given.
         TypeError: If the dtype cannot be reduced this way.
-        MismatchError: On every rank, if the ranks do not call this alike.
+        MismatchError: On every rank, if the ranks call this with different arguments.
     """
-    engine, mine = engine_of(process_set), _value(value, "allreduce")
-    small, context = mine, None
+    engine, array = engine_of(process_set), _to_array(value, "allreduce")
+    compressed, context = array, None
     if compression is not Compression.none:
-        small, context = compression.compress(tf.convert_to_tensor(mine))
-    total = engine.allreduce(_scaled(np.asarray(small), prescale_factor), chosen_op(op, average))
+        compressed, context = compression.compress(tf.convert_to_tensor(array))
+    total = engine.allreduce(_scale(np.asarray(compressed), prescale_factor), choose_op(op, average))
     if compression is not Compression.none:
         total = compression.decompress(tf.convert_to_tensor(total), context).numpy()
-    return _scaled(total, postscale_factor)
+    return _scale(total, postscale_factor)
 
 
 def allgather(
     value: Any, name: str | None = None, process_set: ProcessSet = global_process_set
 ) -> np.ndarray:
-    """Join the arrays or tensors of all ranks along the first dimension, which may differ between ranks.
+    """Concatenate the arrays or tensors of all ranks along the first dimension, which may differ between ranks.
 
     Args:
-        value: Array of shape (any, ...), or a number, which counts as shape (1,).
-        name: Accepted for Horovod's sake.
+        value: Array of shape (any, ...), or a number, which is treated as an array of shape (1,).
+        name: Accepted for compatibility with Horovod.
         process_set: The ranks that take part; only these call this.
 
     Returns:
@@ -66,7 +66,7 @@ def allgather(
     Raises:
         MismatchError: On every rank, if dtypes or later dimensions differ.
     """
-    return engine_of(process_set).allgather(_value(value, "allgather"))
+    return engine_of(process_set).allgather(_to_array(value, "allgather"))
 
 
 def broadcast(
@@ -76,8 +76,8 @@ def broadcast(
 
     Args:
         value: The same shape and dtype on all ranks.
-        root_rank: The rank whose value all receive.
-        name: Accepted for Horovod's sake.
+        root_rank: The rank whose value all ranks receive.
+        name: Accepted for compatibility with Horovod.
         process_set: The ranks that take part; only these call this.
 
     Returns:
@@ -87,7 +87,7 @@ def broadcast(
         ValueError: If there is no such rank.
         MismatchError: On every rank, if shapes or dtypes differ.
     """
-    return engine_of(process_set).broadcast(_value(value, "broadcast"), root_rank)
+    return engine_of(process_set).broadcast(_to_array(value, "broadcast"), root_rank)
 
 
 def reducescatter(
@@ -96,12 +96,12 @@ def reducescatter(
     op: Op | int | str = Op.AVERAGE,
     process_set: ProcessSet = global_process_set,
 ) -> np.ndarray:
-    """Combine an array or tensor over all ranks and gives each rank its part of the rows.
+    """Combine an array or tensor over all ranks, and return this rank's part of the rows.
 
     Args:
-        value: The same shape and dtype on all ranks, with at least one dimension. If the first does not divide
-            by the number of ranks, the first ranks get one row more.
-        name: Accepted for Horovod's sake.
+        value: The same shape and dtype on all ranks, with at least one dimension. If the number of
+            rows is not a multiple of the number of ranks, the first ranks get one row more.
+        name: Accepted for compatibility with Horovod.
         op: `hvd.Average` (default), `hvd.Sum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
         process_set: The ranks that take part; only these call this.
 
@@ -111,9 +111,9 @@ def reducescatter(
     Raises:
         ValueError: If `value` has no dimension.
         TypeError: If the dtype cannot be reduced this way.
-        MismatchError: On every rank, if the ranks do not call this alike.
+        MismatchError: On every rank, if the ranks call this with different arguments.
     """
-    return engine_of(process_set).reducescatter(_value(value, "reducescatter"), op)
+    return engine_of(process_set).reducescatter(_to_array(value, "reducescatter"), op)
 
 
 def broadcast_object(
@@ -135,15 +135,15 @@ def allgather_object(
 
 
 def barrier(process_set: ProcessSet = global_process_set) -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
     engine_of(process_set).barrier()
 
 
 def broadcast_global_variables(root_rank: int) -> None:
-    """Say what to call instead: TensorFlow 2 keeps no list of all variables that could be broadcast.
+    """Raise an error that names the replacement: TensorFlow 2 has no list of all variables to broadcast.
 
     Raises:
-        RuntimeError: Always, as Horovod does with eager execution.
+        RuntimeError: Always, as in Horovod with eager execution.
     """
     raise RuntimeError(
         "broadcast_global_variables is for TensorFlow 1, whose graph listed its variables. Give model.fit the "
@@ -152,8 +152,8 @@ def broadcast_global_variables(root_rank: int) -> None:
     )
 
 
-def chosen_op(op: Op | int | str | None, average: bool | None) -> Op:
-    """Read the operation from the two arguments by which Horovod lets it be given.
+def choose_op(op: Op | int | str | None, average: bool | None) -> Op:
+    """Return the operation, which Horovod accepts in two arguments.
 
     Args:
         op: The operation, or None.
@@ -164,22 +164,22 @@ def chosen_op(op: Op | int | str | None, average: bool | None) -> Op:
     """
     if op is not None and average is not None:
         raise ValueError(
-            f"Give either op or average, its older form. Received: op={op!r}, average={average!r}."
+            f"Give either op or the older argument average, not both. Received: op={op!r}, average={average!r}."
         )
     if op is not None:
         return Op.of(op)
     return Op.SUM if average is False else Op.AVERAGE
 
 
-def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply, whole numbers in float64 and then cut to whole numbers again, as Horovod does."""
+def _scale(array: np.ndarray, factor: float) -> np.ndarray:
+    """Multiply an array by a factor; integers are multiplied in float64 and truncated, as in Horovod."""
     if factor == 1.0:
         return array
     wide = array if array.dtype.kind == "f" else array.astype(np.float64)
     return (wide * factor).astype(array.dtype)
 
 
-def _value(value: Any, function: str) -> Any:
+def _to_array(value: Any, function: str) -> Any:
     if tf.is_symbolic_tensor(value):
         raise TypeError(
             f"hvd.{function} takes values: numbers, arrays, eager tensors. Received {value!r} inside a "

@@ -1,4 +1,4 @@
-"""What `hvd.init()` does: joins the world, and takes this rank's share of cores and GPUs, no more."""
+"""Set up a process at `hvd.init()`: join the other ranks, and use one GPU and this rank's share of the cores."""
 
 import os
 import socket
@@ -11,37 +11,39 @@ import tensorflow as tf
 from hvdtrain import cores, runtime, settings
 from hvdtrain.collectives.engine import Engine, ranks_text
 from hvdtrain.keras import model_comparison, progress
-from hvdtrain.keras.patches import model_compile, model_fit, usage_warnings
+from hvdtrain.keras.patches import loss_scale_optimizer, model_compile, model_fit, usage_warnings
 from hvdtrain.runtime.process_sets import register
 from hvdtrain.timeline.control import start_if_asked
 
 
 def init(comm: Any = None, process_sets: Any = None) -> None:
-    """Join this process to the ranks it was launched with, and divides the machine among them.
+    """Join this process to the other ranks of the job, and divide cores and GPUs of the host among its ranks.
 
     Afterwards `rank()`, `size()` and the collectives work, TensorFlow computes with this rank's share of
     the cores (unless you have set its threads yourself) and sees one GPU, chosen by local rank. Rank 0
-    prints one line that says what it found. Call it first, before any tensor exists; a second call
-    changes nothing.
+    prints one line with engine, ranks, hosts and threads. Call it before any tensor is created; a second call
+    has no effect.
 
     Args:
-        comm: The world, if it is not all that was launched: an mpi4py communicator, or ranks of MPI's world.
-        process_sets: Process sets to make usable at once, the same list on all ranks. "dynamic" is accepted for
-            Horovod's sake: sets can always be added later.
+        comm: The ranks to join, if these are not all processes that the launcher started: an mpi4py communicator,
+            or a list of ranks of `MPI.COMM_WORLD`.
+        process_sets: Process sets to register immediately, the same list on all ranks. "dynamic" is accepted for
+            compatibility with Horovod: sets can be added at any time.
 
     Raises:
-        RuntimeError: On every rank, if the launcher started another number of processes than MPI sees.
-        ValueError: If HVDTRAIN_ENGINE is not auto, horovod, mpi or single, or a process set cannot be made.
+        RuntimeError: On every rank, if the launcher started another number of processes than MPI reports.
+        ValueError: If HVDTRAIN_ENGINE is not auto, horovod, mpi or single, or a process set cannot be created.
     """
     if runtime.is_initialized():
         return
     engine = runtime.init(comm)
     if engine.size > 1:
-        threads = _take_cores(engine)
-        _take_gpu(engine)
+        threads = _limit_threads(engine)
+        _select_gpu(engine)
         engine.say(_summary(engine, threads))
-    for sentence in settings.unknown():
-        engine.warn(sentence)
+    for message in settings.unknown():
+        engine.warn(message)
+    loss_scale_optimizer.install()
     model_compile.install()
     model_fit.install()
     usage_warnings.install()
@@ -52,19 +54,23 @@ def init(comm: Any = None, process_sets: Any = None) -> None:
         register(list(process_sets))
 
 
-def _take_cores(engine: Engine) -> int:
-    """Limit TensorFlow's threads to this rank's cores; returns the number, the user's own if there is one."""
-    everyone = engine.allgather_object((socket.gethostname(), cores.allowed(), cores.quota()))
-    here = [place for place in everyone if place[0] == socket.gethostname()]
-    threads = cores.share(cores.allowed(), [place[1] for place in here], cores.quota())
+def _limit_threads(engine: Engine) -> int:
+    """Limit TensorFlow's threads to this rank's cores, unless the user has set their number.
+
+    Returns:
+        The number of threads.
+    """
+    cores_of_ranks = engine.allgather_object((socket.gethostname(), cores.allowed(), cores.quota()))
+    on_this_host = [entry for entry in cores_of_ranks if entry[0] == socket.gethostname()]
+    threads = cores.share(cores.allowed(), [entry[1] for entry in on_this_host], cores.quota())
     threads = min(threads, cores.granted() or threads)
-    chosen = tf.config.threading.get_intra_op_parallelism_threads()
-    if chosen or "TF_NUM_INTRAOP_THREADS" in os.environ:
-        return chosen or int(os.environ["TF_NUM_INTRAOP_THREADS"])
+    set_by_user = tf.config.threading.get_intra_op_parallelism_threads()
+    if set_by_user or "TF_NUM_INTRAOP_THREADS" in os.environ:
+        return set_by_user or int(os.environ["TF_NUM_INTRAOP_THREADS"])
     try:
         tf.config.threading.set_intra_op_parallelism_threads(threads)
         if not tf.config.threading.get_inter_op_parallelism_threads():
-            # At least two: while one waits for other ranks, the step must go on.
+            # At least two: while one thread waits for other ranks, another one must continue the step.
             tf.config.threading.set_inter_op_parallelism_threads(max(2, threads))
     except RuntimeError:
         warnings.warn(
@@ -75,33 +81,33 @@ def _take_cores(engine: Engine) -> int:
     return threads
 
 
-def _take_gpu(engine: Engine) -> None:
-    """Show TensorFlow one GPU, by local rank, and says when ranks must share one."""
+def _select_gpu(engine: Engine) -> None:
+    """Make one GPU visible to TensorFlow, chosen by local rank, and report ranks that share a GPU."""
     gpus = tf.config.list_physical_devices("GPU")
     choice = choose_gpu(len(gpus), engine.world.local_rank)
     if choice is not None and len(gpus) > 1:
         tf.config.set_visible_devices(gpus[choice], "GPU")
-    mine = gpu_identity(choice, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    taken = engine.allgather_object((socket.gethostname(), mine))
-    shared = ranks_sharing(taken)
-    if shared:
+    own_gpu = gpu_identity(choice, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    gpus_of_ranks = engine.allgather_object((socket.gethostname(), own_gpu))
+    sharing = ranks_sharing(gpus_of_ranks)
+    if sharing:
         engine.say(
-            f"{ranks_text(shared)} share a GPU with another rank of their host. Start as many ranks as there "
-            "are GPUs on each host, or give each its own through CUDA_VISIBLE_DEVICES."
+            f"{ranks_text(sharing)} share a GPU with another rank of their host. Start as many ranks as there "
+            "are GPUs on each host, or assign a different GPU to each rank with CUDA_VISIBLE_DEVICES."
         )
 
 
 def choose_gpu(count: int, local_rank: int) -> int | None:
-    """Return which of the visible GPUs a rank takes: its own by local rank, or the only one it was given."""
+    """Return the index of the GPU that a rank uses, among those it sees; None if it sees none."""
     return local_rank % count if count else None
 
 
 def gpu_identity(choice: int | None, visible: str | None) -> str | None:
-    """Name a GPU so that two ranks of a host can tell whether they mean the same one.
+    """Return a name of a GPU that is the same for all ranks of a host that use this GPU.
 
     Args:
         choice: Index among the GPUs that this process sees, or None without a GPU.
-        visible: CUDA_VISIBLE_DEVICES of this process; its entries are the host's own names.
+        visible: CUDA_VISIBLE_DEVICES of this process; its entries are names that are unique on the host.
     """
     if choice is None:
         return None
@@ -109,9 +115,13 @@ def gpu_identity(choice: int | None, visible: str | None) -> str | None:
     return entries[choice] if choice < len(entries) else str(choice)
 
 
-def ranks_sharing(taken: Sequence[tuple[int, str | None]]) -> list[int]:
-    """List the ranks whose (host, GPU) another rank has taken too."""
-    return [rank for rank, place in enumerate(taken) if place[1] is not None and taken.count(place) > 1]
+def ranks_sharing(gpus_of_ranks: Sequence[tuple[int, str | None]]) -> list[int]:
+    """Return the ranks whose (host, GPU) is also that of another rank."""
+    return [
+        rank
+        for rank, host_and_gpu in enumerate(gpus_of_ranks)
+        if host_and_gpu[1] is not None and gpus_of_ranks.count(host_and_gpu) > 1
+    ]
 
 
 def _summary(engine: Engine, threads: int) -> str:

@@ -34,7 +34,7 @@ class RunOptions:
         dry_run: Whether to print the command without running it.
         verbose: Whether to show the messages of TensorFlow and MPI too.
         as_horovod: Whether `import horovod` means hvdtrain in the script.
-        wrap: Whether to distribute a script that is written for a single process over the ranks.
+        wrap: Whether to distribute a script written for one process over the ranks.
         scale_batch: With `wrap`, whether each rank keeps the full batch size of the script.
         python: Command that runs Python for a rank, such as "apptainer exec image.sif python3"; this Python by
             default.

@@ -23,7 +23,7 @@ _OURS = ("hvdtrain", "horovod")
 # Packages that may import hvdtrain and Horovod: themselves, and those that unpickle their objects.
 _MAY_IMPORT = {*_OURS, *sys.stdlib_module_names, "cloudpickle", "mpi4py"} - {"__main__"}
 _RANKS = (
-    "hvdtrain run --wrap is for scripts written for a single process, but this script imports {name}. Start it "
+    "hvdtrain run --wrap is for scripts written for one process, but this script imports {name}. Start it "
     "without --wrap: {typed}"
 )
 _STRATEGY = (

@@ -1,4 +1,4 @@
-"""What the scripts beside this file share: data, model and the closing line. Nothing here knows of Horovod."""
+"""Provide data, model and the last line of output for the scripts in this folder; Horovod is not used here."""
 
 import argparse
 import zlib
@@ -13,16 +13,18 @@ TEST_IMAGES = 360
 def arguments():
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--samples", type=int, default=1437, help="training images, all ranks together")
+    parser.add_argument(
+        "--samples", type=int, default=1437, help="number of training images on all ranks together"
+    )
     return parser.parse_args()
 
 
 def load(rank, size, samples):
-    """Returns a rank's share of the training images, and all test images (scikit-learn ships 1797)."""
+    """Return a rank's share of the training images, and all test images (scikit-learn contains 1797 images)."""
     images, labels = load_digits(return_X_y=True)
     order = np.random.default_rng(0).permutation(len(images))
     images, labels = images[order].reshape(-1, 8, 8, 1).astype("float32") / 16, labels[order].astype("int64")
-    # Equal shares, so that all ranks take the same number of steps.
+    # Equal shares, so that all ranks make the same number of steps.
     share = min(samples, len(images) - TEST_IMAGES) // size
     mine = slice(TEST_IMAGES + rank * share, TEST_IMAGES + (rank + 1) * share)
     return (images[mine], labels[mine]), (images[:TEST_IMAGES], labels[:TEST_IMAGES])
@@ -46,12 +48,12 @@ def accuracy(model, images, labels):
 
 
 def checksum(model):
-    """Returns an array of one number, different for models that differ in a single bit."""
+    """Return an array with one number, which differs between models that differ in a single bit."""
     return np.array([zlib.crc32(b"".join(weight.numpy().tobytes() for weight in model.weights))], "int64")
 
 
 def closing_line(accuracy, checksums):
-    """Returns the line that tells what was learned, and how many ranks hold the same weights as the first."""
+    """Return a line with the test accuracy and the number of ranks that hold the same weights as the first."""
     every = np.asarray(checksums).tolist()
     return (
         f"test accuracy {accuracy:.1%} | weights identical on {every.count(every[0])} of {len(every)} ranks"

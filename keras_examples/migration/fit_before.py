@@ -1,4 +1,4 @@
-"""model.fit on all ranks: the optimizer is wrapped, and three callbacks keep the ranks together."""
+"""Train with model.fit on all ranks: a distributed optimizer, and callbacks for broadcast, metrics and warm-up."""
 
 import digits
 import tensorflow as tf
@@ -7,7 +7,9 @@ import horovod.tensorflow.keras as hvd
 
 hvd.init()
 options = digits.arguments()
-tf.keras.utils.set_random_seed(hvd.rank())  # every rank starts elsewhere; the first callback mends that
+tf.keras.utils.set_random_seed(
+    hvd.rank()
+)  # different weights on each rank, until the first callback broadcasts
 (images, labels), (test_images, test_labels) = digits.load(hvd.rank(), hvd.size(), options.samples)
 
 rate = 0.002 * hvd.size()

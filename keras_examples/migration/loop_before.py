@@ -1,4 +1,4 @@
-"""A training loop of one's own: the tape is wrapped, and variables are broadcast after the first batch."""
+"""Train with your own loop: a distributed tape, and a broadcast of the variables after the first batch."""
 
 import digits
 import tensorflow as tf
@@ -7,7 +7,7 @@ import horovod.tensorflow as hvd
 
 hvd.init()
 options = digits.arguments()
-tf.keras.utils.set_random_seed(hvd.rank())  # every rank starts elsewhere; the broadcast mends that
+tf.keras.utils.set_random_seed(hvd.rank())  # different weights on each rank, until the broadcast
 (images, labels), (test_images, test_labels) = digits.load(hvd.rank(), hvd.size(), options.samples)
 batches = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(images)).batch(32)
 

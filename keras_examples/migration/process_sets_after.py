@@ -1,4 +1,4 @@
-"""Two models at once: the even ranks train a small one together, the odd ranks a larger one."""
+"""Train two models at the same time: the even ranks train a small model together, the odd ranks a larger one."""
 
 import digits
 import tensorflow as tf
@@ -7,12 +7,12 @@ import hvdtrain.tensorflow as hvd
 
 hvd.init(process_sets="dynamic")
 if hvd.size() < 2:
-    raise SystemExit("This example halves the ranks. Start it on two or more.")
+    raise SystemExit("This example divides the ranks into two halves. Start it on two ranks or more.")
 halves = [hvd.add_process_set(list(range(first, hvd.size(), 2))) for first in range(2)]
 half = halves[hvd.rank() % 2]
 
 options = digits.arguments()
-tf.keras.utils.set_random_seed(hvd.rank())  # every rank starts elsewhere; the broadcast mends that
+tf.keras.utils.set_random_seed(hvd.rank())  # different weights on each rank, until the broadcast
 (images, labels), (test_images, test_labels) = digits.load(half.rank(), half.size(), options.samples)
 batches = tf.data.Dataset.from_tensor_slices((images, labels)).shuffle(len(images)).batch(32)
 
@@ -39,7 +39,7 @@ for epoch in range(options.epochs):
         step(some_images, some_labels, epoch == number == 0)
 
 checksums = hvd.allgather(digits.checksum(model), process_set=half)
-told = digits.closing_line(digits.accuracy(model, test_images, test_labels), checksums)
-lines = hvd.allgather_object(f"{filters} filters on ranks {half.ranks} | {told}")
+result = digits.closing_line(digits.accuracy(model, test_images, test_labels), checksums)
+lines = hvd.allgather_object(f"{filters} filters on ranks {half.ranks} | {result}")
 if hvd.rank() == 0:
     print("\n".join(lines[:2]))

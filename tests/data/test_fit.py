@@ -313,7 +313,7 @@ def test_fits_own_shuffling_and_weights_cannot_spoil_the_order():
     )
     for mine, other in zip(first.get_weights(), second.get_weights(), strict=True):
         np.testing.assert_array_equal(mine, other)
-    with pytest.raises(ValueError, match="holds its y already"):
+    with pytest.raises(ValueError, match="already contains y"):
         first.fit(shard((X, Y), BATCH), Y, verbose=0)
 
 
@@ -360,7 +360,7 @@ def test_epochs_of_other_lengths_go_on_through_the_data(make):
 
 
 def test_evaluate_and_predict_say_once_that_they_see_a_part(capfd, monkeypatch):
-    monkeypatch.setattr(usage_warnings, "_said", set())
+    monkeypatch.setattr(usage_warnings, "_printed", set())
     network, data = model(), shard((X, Y), BATCH, shuffle=False)
     compiled(network)
     network.fit(data, verbose=0, validation_data=data)
@@ -387,7 +387,7 @@ def test_evaluating_on_one_rank_does_not_change_what_comes_next(make):
 
 
 def test_fit_says_once_that_an_optimizer_is_not_distributed(capfd, monkeypatch):
-    monkeypatch.setattr(usage_warnings, "_said", set())
+    monkeypatch.setattr(usage_warnings, "_printed", set())
     network = model()
     network.compile("sgd", "sparse_categorical_crossentropy")
     for _ in range(2):
@@ -400,7 +400,7 @@ def test_fit_says_once_that_an_optimizer_is_not_distributed(capfd, monkeypatch):
 def test_fit_says_once_that_metrics_of_what_was_made_of_sharded_data_count_filler(
     capfd, monkeypatch, remainder
 ):
-    monkeypatch.setattr(usage_warnings, "_said", set())
+    monkeypatch.setattr(usage_warnings, "_printed", set())
     network = model()
     compiled(network)
     for _ in range(2):

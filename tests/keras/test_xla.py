@@ -158,7 +158,7 @@ def test_a_train_step_of_ones_own_is_not_divided_and_one_line_says_so(capfd):
     model = Own(plain.layers)
     model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", jit_compile=True)
     said = capfd.readouterr().err.count(
-        "jit_compile is turned off for this model: Own has a train_step of its own"
+        "jit_compile is turned off for this model: Own defines its own train_step"
     )
     assert said == (1 if hvd.rank() == 0 and hvd.size() > 1 else 0)
     assert model.jit_compile == (hvd.size() == 1)
@@ -173,7 +173,7 @@ def test_a_layer_that_asks_other_ranks_turns_it_off_and_one_line_says_so(capfd):
     model.compile(hvd.DistributedOptimizer(SGD(0.1)), "mse", jit_compile=True)
     fit(model, mine(x), mine(y), BATCH)
     said = capfd.readouterr().err.count(
-        "jit_compile is turned off for this model: Sequential asks other ranks"
+        "jit_compile is turned off for this model: Sequential communicates with other ranks"
     )
     assert said == (1 if hvd.rank() == 0 and hvd.size() > 1 else 0)
     assert model.jit_compile == (hvd.size() == 1)

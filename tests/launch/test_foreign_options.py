@@ -124,7 +124,7 @@ def test_a_value_that_is_no_number(words):
 def test_an_unknown_option_is_told_where_options_go():
     done = CliRunner().invoke(cli, ["run", "-np", "2", "--epochs", "3", "train.py"])
     assert done.exit_code == 2
-    assert "--epochs" in done.output and "--mpi-args" in done.output and "stand after it" in done.output
+    assert "--epochs" in done.output and "--mpi-args" in done.output and "after its name" in done.output
 
 
 def test_every_option_of_horovodrun_is_known(monkeypatch):

@@ -1,4 +1,4 @@
-"""Check that scripts written for a single process give the same results on several ranks, or are rejected."""
+"""Check that scripts written for one process give the same results on several ranks, or are rejected."""
 
 import json
 import math

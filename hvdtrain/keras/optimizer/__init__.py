@@ -1,1 +1,1 @@
-"""`DistributedOptimizer`: a subclass of the user's optimizer that averages gradients over ranks."""
+"""Average gradients over ranks in a subclass of the user's optimizer: `DistributedOptimizer`."""

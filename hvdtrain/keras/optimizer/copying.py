@@ -1,4 +1,4 @@
-"""A copy of an optimizer that is one in all respects: configuration, settings made later, and state."""
+"""Copy an optimizer with its configuration, the settings made after construction, and its state."""
 
 import re
 import types
@@ -6,24 +6,24 @@ from typing import Any
 
 import keras
 
-# Settings are of these types; whatever holds variables is made anew for each optimizer.
+# Settings have these types. Attributes with variables are not copied: each optimizer creates its own.
 _SETTINGS = (bool, int, float, str, tuple, set, frozenset, type(None), re.Pattern, types.FunctionType)
-_OWN = ("name", "built", "_lock")
+_NOT_COPIED = ("name", "built", "_lock")
 
 
-def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
-    """Make an optimizer of another class that goes on exactly where this one stands.
+def copy_optimizer(optimizer: Any, kind: type, **changes: Any) -> Any:
+    """Return an optimizer of another class that continues with the state of this one.
 
     Args:
-        optimizer: The optimizer to copy, built or not; it stays as it is.
-        kind: The class of the copy, whose constructor takes what the optimizer's own takes.
-        changes: Arguments of the constructor that the copy gets instead of the optimizer's.
+        optimizer: The optimizer to copy, built or not; it is not changed.
+        kind: The class of the copy, whose constructor takes the same arguments as that of the optimizer.
+        changes: Arguments of the constructor that differ from the optimizer's configuration.
 
     Returns:
-        The copy, with the optimizer's configuration, later settings and state.
+        The copy, with the optimizer's configuration, settings and state.
 
     Raises:
-        TypeError: If the optimizer's `get_config()` leaves out an argument that its constructor needs.
+        TypeError: If the optimizer's `get_config()` does not contain an argument that its constructor needs.
     """
     config = _configuration(optimizer)
     try:
@@ -33,7 +33,7 @@ def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
             f"{type(optimizer).__name__} cannot be copied from its own get_config(): {error}. Make its "
             "get_config() return every argument that its __init__ takes."
         ) from error
-    _carry_settings(optimizer, copy, changes)
+    _copy_settings(optimizer, copy, changes)
     if optimizer.built:
         copy.build(optimizer._trainable_variables)
     for target, source in zip(copy.variables, optimizer.variables, strict=True):
@@ -41,16 +41,16 @@ def copied(optimizer: Any, kind: type, **changes: Any) -> Any:
     return copy
 
 
-def _carry_settings(optimizer: Any, copy: Any, changes: dict[str, Any]) -> None:
-    """Give the copy what was set after construction, such as what `exclude_from_weight_decay` set."""
+def _copy_settings(optimizer: Any, copy: Any, changes: dict[str, Any]) -> None:
+    """Copy what was set after construction, for example by `exclude_from_weight_decay`."""
     for name, value in vars(optimizer).items():
-        own = name in _OWN or name in changes or name.startswith("_hvdtrain")
-        if isinstance(value, _SETTINGS) and not own and getattr(copy, name, None) != value:
+        excluded = name in _NOT_COPIED or name in changes or name.startswith("_hvdtrain")
+        if isinstance(value, _SETTINGS) and not excluded and getattr(copy, name, None) != value:
             object.__setattr__(copy, name, type(value)(value) if isinstance(value, set) else value)
 
 
 def _configuration(optimizer: Any) -> dict[str, Any]:
-    """Return the optimizer's configuration with the schedule itself, which need not be serializable."""
+    """Return the optimizer's configuration, with a schedule as an object: it may not be serializable."""
     rate = getattr(optimizer, "_learning_rate", None)
     if not callable(rate) or isinstance(rate, keras.Variable):
         return optimizer.get_config()

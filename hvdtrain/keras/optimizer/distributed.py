@@ -1,4 +1,4 @@
-"""`DistributedOptimizer`: the one place where a reduced gradient enters Keras."""
+"""Reduce the gradients of a Keras optimizer over ranks before they are applied: `DistributedOptimizer`."""
 
 import contextlib
 import functools
@@ -18,7 +18,7 @@ from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy, Verification
 from hvdtrain.keras.optimizer import saving
 from hvdtrain.keras.optimizer.accumulation import Window
-from hvdtrain.keras.optimizer.copying import copied
+from hvdtrain.keras.optimizer.copying import copy_optimizer
 from hvdtrain.runtime.process_sets import ProcessSet, engine_or_alone, global_process_set
 
 
@@ -38,50 +38,50 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     process_set: ProcessSet = global_process_set,
     scale_local_gradients: bool = True,
 ) -> keras.optimizers.Optimizer:
-    """Make an optimizer train one model on all ranks: each step applies the mean of all ranks' gradients.
+    """Return an optimizer that trains one model on all ranks: each step applies the mean of all ranks' gradients.
 
     N ranks with batch b then learn what one process learns with batch N*b. The mean is taken before
     clipping, weight decay and the update, and with `gradient_accumulation_steps=k` once every k steps.
-    The first applied step is verified (see HVDTRAIN_VERIFY): all ranks hold the same weights, and what is
-    applied is the mean.
+    The first applied step is verified (see HVDTRAIN_VERIFY): all ranks hold the same weights, and the applied
+    gradient is the mean.
 
-    The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html). The optimizer that is returned
-    has the method `register_local_var(variable)`: each rank then trains that variable by itself.
+    The API is Horovod's (https://horovod.readthedocs.io/en/stable/keras.html). The returned optimizer
+    has the method `register_local_var(variable)`, after which each rank trains that variable separately.
 
     Args:
         optimizer: Any `keras.optimizers.Optimizer`. It is copied, with its state if it has been built; the
-            copy has a class of the same name, so a saved model loads without hvdtrain. Of a
-            `LossScaleOptimizer` the inner optimizer is made distributed, and whether a gradient is finite
-            is decided for all ranks together.
-        name: Names the operations on the wire; by default made from the class.
-        device_dense: Where Horovod's operations on dense gradients are placed, such as "/cpu:0"; the mpi
-            engine works in host memory.
-        device_sparse: Likewise for sparse gradients.
-        compression: `hvd.Compression.none` (default), `fp16` or `bf16`, which halve what travels of float32, or
+            copy has a class of the same name, so a saved model loads without hvdtrain. In a
+            `LossScaleOptimizer` the inner optimizer is made distributed, and all ranks decide together
+            whether the gradients are finite.
+        name: Name of the operations, for messages and the timeline; by default derived from the class.
+        device_dense: Device of Horovod's operations on dense gradients, such as "/cpu:0"; the mpi engine
+            always works in host memory.
+        device_sparse: Device of Horovod's operations on sparse gradients.
+        compression: `hvd.Compression.none` (default), `fp16` or `bf16`, which halve the data sent for float32, or
             a class with the static methods `compress(tensor)` and `decompress(tensor, ctx)`. Beyond 65504 fp16
             overflows; bf16 does not.
-        sparse_as_dense: Sends gradients of embeddings as dense tensors. By default their rows are gathered
-            from all ranks, which is cheaper while batches touch few rows.
-        gradient_predivide_factor: Divides a mean in two steps: gradients by this before they are summed, the
-            sum by size over this afterwards.
+        sparse_as_dense: Whether to send gradients of embeddings as dense tensors. By default their rows are
+            gathered from all ranks, which is cheaper if batches use few rows.
+        gradient_predivide_factor: Factor that splits the division of the mean: gradients are divided by it
+            before they are summed, and the sum by size / factor afterwards.
         op: `hvd.Average` (default), `hvd.Sum`, or `hvd.Adasum`, which combines gradients by their angles.
-        backward_passes_per_step: Gradients of so many steps are added up on each rank, then reduced once
-            and applied once; in graphs as well. It becomes Keras' `gradient_accumulation_steps`.
-        average_aggregated_gradients: Divides what was added up by `backward_passes_per_step`.
-        num_groups: As an integer in `groups`.
-        groups: Into how many groups gradients are divided that travel as one, or a list of lists of the variables
-            of each. By default the engine fuses what fits.
-        process_set: The ranks that train together. On other ranks the optimizer trains by itself.
-        scale_local_gradients: Divides gradients of local variables by the number of ranks, as the mean does
-            with those of the others.
+        backward_passes_per_step: Number of steps whose gradients are summed on each rank, then reduced once
+            and applied once, also in graphs. It becomes Keras' `gradient_accumulation_steps`.
+        average_aggregated_gradients: Whether to divide that sum by `backward_passes_per_step`.
+        num_groups: The same as an integer in `groups`.
+        groups: Number of groups of gradients, where those of a group are sent together, or a list of lists of
+            variables, one list per group. By default the engine chooses the groups by size.
+        process_set: The ranks that train together. On other ranks the optimizer trains without reduction.
+        scale_local_gradients: Whether to divide gradients of local variables by the number of ranks, as the
+            mean does with the other gradients.
 
     Returns:
-        An optimizer for `model.compile`, or for `apply_gradients` and `apply` in a loop of your own.
+        An optimizer for `model.compile`, or for `apply_gradients` and `apply` in your own loop.
 
     Raises:
-        ValueError: If `hvd.init()` was not called, or `optimizer` is distributed already, or arguments do not fit
-            each other, or HVDTRAIN_VERIFY is not one of its values.
-        TypeError: If `optimizer` is not a Keras optimizer, or `compression` no compressor.
+        ValueError: If `hvd.init()` was not called, or `optimizer` is distributed already, or arguments contradict
+            each other, or HVDTRAIN_VERIFY has an unknown value.
+        TypeError: If `optimizer` is not a Keras optimizer, or `compression` is not a compressor.
     """
     options = ReduceOptions(
         name or f"Distributed{type(optimizer).__name__}",
@@ -95,9 +95,9 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         device_sparse,
     )
     runtime.engine()
-    _check(optimizer)
+    _check_optimizer(optimizer)
     window = Window.of(optimizer, backward_passes_per_step, average_aggregated_gradients)
-    return _made(optimizer, options, window, process_set)
+    return _make_distributed(optimizer, options, window, process_set)
 
 
 def PartialDistributedOptimizer(  # noqa: N802 - the name is Horovod's
@@ -116,23 +116,23 @@ def PartialDistributedOptimizer(  # noqa: N802 - the name is Horovod's
     backward_passes_per_step: int = 1,
     average_aggregated_gradients: bool = False,
 ) -> keras.optimizers.Optimizer:
-    """Trains most of a model on all ranks together, and some layers on each rank by itself.
+    """Return an optimizer that trains some layers on each rank separately, and the others on all ranks together.
 
-    Local layers serve parts of a model that differ between ranks on purpose, such as the shards of an embedding.
-    Give their variables to `BroadcastGlobalVariablesCallback(local_variables=...)` too.
+    Local layers are for parts of a model that are different on each rank on purpose, such as the shards of an
+    embedding. Pass their variables to `BroadcastGlobalVariablesCallback(local_variables=...)` too.
 
     Args:
-        optimizer: As for `DistributedOptimizer`, and so are the arguments not named here.
-        local_layers: A layer or several, built, whose trainable weights stay local.
+        optimizer: As for `DistributedOptimizer`, like all arguments that are not described here.
+        local_layers: A layer, or several, whose trainable weights stay local. They must be built.
 
     Returns:
-        An optimizer like that of `DistributedOptimizer`.
+        An optimizer like the one that `DistributedOptimizer` returns.
 
     Raises:
         ValueError: As `DistributedOptimizer`, and if a local layer has no weights yet.
-        TypeError: If `local_layers` holds something else than layers.
+        TypeError: If `local_layers` contains an object that is not a layer.
     """
-    made = DistributedOptimizer(
+    distributed = DistributedOptimizer(
         optimizer,
         name,
         device_dense,
@@ -148,55 +148,55 @@ def PartialDistributedOptimizer(  # noqa: N802 - the name is Horovod's
         scale_local_gradients=scale_local_gradients,
     )
     for variable in local_variables(local_layers):
-        made.register_local_var(variable)
-    return made
+        distributed.register_local_var(variable)
+    return distributed
 
 
 def local_variables(local_layers: Any) -> list[Any]:
-    """List the trainable variables of layers that are to stay local.
+    """Return the trainable variables of layers, and register all their variables as local.
 
     Args:
         local_layers: None, a layer, or several.
 
     Raises:
-        ValueError: If a layer is not built, so that nobody knows its variables.
-        TypeError: If something else than a layer is among them.
+        ValueError: If a layer is not built, so that it has no variables yet.
+        TypeError: If one of them is not a layer.
     """
     layers = [local_layers] if isinstance(local_layers, keras.layers.Layer) else list(local_layers or ())
-    for each in layers:
-        if not isinstance(each, keras.layers.Layer):
+    for layer in layers:
+        if not isinstance(layer, keras.layers.Layer):
             raise TypeError(
-                f"local_layers takes Keras layers. Received: {each!r} of type {type(each).__name__}."
+                f"local_layers takes Keras layers. Received: {layer!r} of type {type(layer).__name__}."
             )
-        if not each.built:
+        if not layer.built:
             raise ValueError(
-                f"The local layer {each.name} has no weights yet. Build the model first: give it a keras.Input or "
+                f"The local layer {layer.name} has no weights yet. Build the model first: give it a keras.Input or "
                 "call it on a batch."
             )
-    for each in layers:
-        for variable in each.weights:  # those that are frozen now as well
+    for layer in layers:
+        for variable in layer.weights:  # also those that are frozen now
             registry.note_local(variable)
-    return [variable for each in layers for variable in each.trainable_variables]
+    return [variable for layer in layers for variable in layer.trainable_variables]
 
 
-def _made(optimizer: Any, options: ReduceOptions, window: Window, process_set: ProcessSet) -> Any:
-    """Return the distributed copy; of a `LossScaleOptimizer`, a copy with a distributed optimizer inside."""
+def _make_distributed(optimizer: Any, options: ReduceOptions, window: Window, process_set: ProcessSet) -> Any:
+    """Return a distributed copy; for a `LossScaleOptimizer`, a copy with a distributed inner optimizer."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        inner = _made(optimizer.inner_optimizer, options, window, process_set)
-        copy = copied(optimizer, type(optimizer), inner_optimizer=inner)
+        inner = _make_distributed(optimizer.inner_optimizer, options, window, process_set)
+        copy = copy_optimizer(optimizer, type(optimizer), inner_optimizer=inner)
         for name in ("register_local_var", "process_set"):
             object.__setattr__(copy, name, getattr(inner, name))
         return copy
     base = type(optimizer)
-    chosen = {
+    attributes = {
         "_hvdtrain_options": options,
         "_hvdtrain_policy": Policy.from_environment(),
         "_hvdtrain_window": window,
         "process_set": process_set,
     }
-    distributed = type(base.__name__, (_Distributed, base), chosen)
+    distributed = type(base.__name__, (_Distributed, base), attributes)
     saving.save_as(distributed, base)
-    return copied(optimizer, distributed, **window.arguments)
+    return copy_optimizer(optimizer, distributed, **window.arguments)
 
 
 def is_distributed(optimizer: Any) -> bool:
@@ -204,8 +204,13 @@ def is_distributed(optimizer: Any) -> bool:
     return isinstance(getattr(optimizer, "inner_optimizer", optimizer), _Distributed)
 
 
+def trains_on_several_ranks(optimizer: Any) -> bool:
+    """Return whether an optimizer is distributed and `hvd.init()` has joined several ranks."""
+    return is_distributed(optimizer) and runtime.is_initialized() and runtime.engine().size > 1
+
+
 class _Distributed:
-    """Reduces exactly the gradients that are about to be applied. Mixed into the user's own class."""
+    """A mixin for the user's optimizer class that reduces the gradients immediately before they are applied."""
 
     process_set: ProcessSet
     _hvdtrain_options: ReduceOptions
@@ -214,10 +219,10 @@ class _Distributed:
     _hvdtrain_variables: Sequence[Any] | None = ()
 
     def register_local_var(self, var: Any) -> None:
-        """Let each rank train a variable by itself: its gradient is not reduced.
+        """Let each rank train a variable separately: its gradient is not reduced.
 
         Args:
-            var: One of the variables about to be trained.
+            var: One of the variables that the optimizer trains.
         """
         self._hvdtrain_reducer.keep_local(var)
 
@@ -229,23 +234,23 @@ class _Distributed:
 
     def apply_gradients(self, grads_and_vars: Any, **options: Any) -> Any:
         """Update the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
-        with self._hvdtrain_passed_through("apply_gradients"):
+        with self._hvdtrain_require_reduction("apply_gradients"):
             return super().apply_gradients(grads_and_vars, **options)  # type: ignore[misc]
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Update the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
         if len(grads) == 0:
             return super().apply(grads, trainable_variables)  # type: ignore[misc]
-        with self._hvdtrain_passed_through("apply"):
-            # Before Keras accumulates gradients: each step of a window has numbers of samples of its own.
+        with self._hvdtrain_require_reduction("apply"):
+            # Before Keras accumulates gradients, because the number of samples differs between the steps.
             return super().apply(weighted(grads), trainable_variables)  # type: ignore[misc]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        return copied(self, type(self))
+        return copy_optimizer(self, type(self))
 
     @contextlib.contextmanager
-    def _hvdtrain_passed_through(self, method: str) -> Iterator[None]:
-        """Make sure that the user's own class leads through Keras' update, where gradients are reduced."""
+    def _hvdtrain_require_reduction(self, method: str) -> Iterator[None]:
+        """Raise an error if the user's class does not call Keras' update, where gradients are reduced."""
         object.__setattr__(self, "_hvdtrain_variables", None)
         yield
         if self._hvdtrain_variables is None and engine_or_alone(self.process_set).size > 1:
@@ -257,26 +262,32 @@ class _Distributed:
 
     def _filter_empty_gradients(self, grads: Any, trainable_variables: Any) -> tuple[Any, Any]:
         grads, variables = super()._filter_empty_gradients(grads, trainable_variables)  # type: ignore[misc]
-        overwritten = [each.path for each in variables if getattr(each, "overwrite_with_gradient", False)]
+        overwritten = [
+            variable.path for variable in variables if getattr(variable, "overwrite_with_gradient", False)
+        ]
         if overwritten:
             raise NotImplementedError(
-                f"{overwritten[0]} is a float8 scale, which Keras overwrites on each rank with a value of its "
-                "own. hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
+                f"{overwritten[0]} is a float8 scale, which Keras overwrites with a different value on each rank. "
+                "hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
             )
-        # Not tracked by Keras: these belong to the model, not to the optimizer.
+        # Set so that Keras does not track them: they belong to the model, not to the optimizer.
         object.__setattr__(self, "_hvdtrain_variables", tuple(variables))
         return grads, variables
 
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
-        # Keras calls this once for each update, after its gradient accumulation and before clipping.
-        accumulated = {id(each) for each in getattr(self, "_accumulated_gradients", ())}
-        state = [each for each in self.variables if id(each) not in accumulated]  # type: ignore[attr-defined]
-        added_up = self._hvdtrain_window.added_up(grads)
-        reduced = self._hvdtrain_reducer(added_up, self._hvdtrain_variables or (), state)
+        # Keras calls this once per update, after its gradient accumulation and before clipping.
+        accumulators = {id(variable) for variable in getattr(self, "_accumulated_gradients", ())}
+        state = [
+            variable
+            for variable in self.variables  # type: ignore[attr-defined]
+            if id(variable) not in accumulators
+        ]
+        rescaled = self._hvdtrain_window.rescale(grads)
+        reduced = self._hvdtrain_reducer(rescaled, self._hvdtrain_variables or (), state)
         return super()._clip_gradients(reduced)  # type: ignore[misc]
 
 
-def _check(optimizer: Any) -> None:
+def _check_optimizer(optimizer: Any) -> None:
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "DistributedOptimizer takes an instance of keras.optimizers.Optimizer, such as "
@@ -284,5 +295,6 @@ def _check(optimizer: Any) -> None:
         )
     if is_distributed(optimizer):
         raise ValueError(
-            "This optimizer is distributed already. Wrapping it twice would average twice; pass the plain one."
+            "This optimizer is distributed already. Wrapping it twice would average twice. Pass the "
+            "original optimizer."
         )

@@ -1,18 +1,18 @@
-"""A saved model must load in plain Keras: the distributed class is saved under its base's name."""
+"""Save a distributed optimizer under the name of its base class, so that plain Keras can load the model."""
 
 from keras.src import api_export
 from keras.src.saving import object_registration
 
 
 def save_as(distributed: type, base: type) -> None:
-    """Make Keras write `distributed` into a file as if it were `base`, registered name included.
+    """Make Keras save `distributed` under the name of `base`, including a registered name.
 
-    Only the way from class to name is entered in Keras' tables. The way back, from a file's name to a class,
-    stays as it was, so that a loaded optimizer is the plain one everywhere.
+    Only Keras' tables from class to name are changed. The tables from name to class are not changed, so that a
+    loaded optimizer is always of the class `base`.
 
     Args:
         distributed: The class of a distributed optimizer.
-        base: The class it was made from.
+        base: Its base class, the class of the user's optimizer.
     """
     distributed.__module__ = base.__module__
     distributed.__qualname__ = base.__qualname__

@@ -1,4 +1,18 @@
-"""`model.fit` on several ranks: they begin alike, end alike, and none waits for one that has failed."""
+"""Compare the ranks during `Model.fit`, so that a difference or an error ends training on all ranks.
+
+Keras: `Model.fit` trains until the data of this process ends or an exception is raised in this process.
+
+On several ranks: if one rank has fewer steps or epochs, or raises an exception, the others wait for its
+gradients forever. If validation data, metrics or logs differ, callbacks such as EarlyStopping decide
+differently on each rank.
+
+Replacement: for a model with a distributed optimizer, `fit` compares the arguments before training, the
+position and the names of the logs after each epoch, the variables after the first epoch and at the end, and
+sends an exception of one rank to the others. With a single rank it only records epoch and step in the
+heartbeat. `hvd.callbacks.Checkpoint` restores and saves within this `fit`.
+
+Checked with Keras 3.5 to 3.15.
+"""
 
 import contextlib
 import inspect
@@ -28,15 +42,15 @@ from hvdtrain.keras.progress import Progress
 from hvdtrain.patching import replace_where_defined
 
 _STEPS = (
-    "Who comes to the end of training first would leave the others waiting. Give every rank the same number of "
+    "A rank that finishes training first would leave the others waiting. Give every rank the same number of "
     "batches and epochs: model.fit(hvd.shard((x, y), batch_size=...), ...) with the whole data on every rank, or "
     "cut all parts to the same length, or pass steps_per_epoch."
 )
 _VALIDATION = (
-    "What the ranks decide by their logs would differ. Give validation_data on every rank or on none: "
+    "Decisions based on the logs would differ between ranks. Give validation_data on every rank or on none: "
     "validation_data=hvd.shard((x, y), batch_size=..., shuffle=False) divides it among them."
 )
-_METRICS = "Their logs would differ. Compile the model with the same metrics on every rank."
+_METRICS = "The logs of the ranks would differ. Compile the model with the same metrics on every rank."
 _ADVICE = {
     "the number of steps an epoch": _STEPS,
     "the number of epochs": _STEPS,
@@ -51,26 +65,26 @@ _installed = False
 
 
 def install(check_data: bool = True) -> None:
-    """Make `fit` of models with a distributed optimizer keep the ranks together. Once is enough.
+    """Replace `Model.fit`, and the functions of `sharded_data.py`. A second call only sets `check_data`.
 
     Args:
-        check_data: Whether data that is the same on all ranks is worth a warning.
+        check_data: Whether to warn if all ranks train on the same data; False in one call turns it off permanently.
     """
     global _installed, _checks_data
     _checks_data = _checks_data and check_data
     if not _installed:
         _installed = True
         sharded_data.install()
-        replace_where_defined(keras.Model, "fit", _in_step)
+        replace_where_defined(keras.Model, "fit", _comparing_ranks)
 
 
 def let_each_validate() -> None:
-    """Let ranks validate each for itself, or not at all, as scripts written for Horovod may."""
+    """Allow ranks to have different validation data, or none, as scripts written for Horovod may."""
     global _checks_validation
     _checks_validation = False
 
 
-def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
+def _comparing_ranks(fit: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(fit)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -102,12 +116,12 @@ def _in_step(fit: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class InStep(keras.callbacks.Callback):
-    """Compares what the ranks are about to do, and where each of them is when an epoch or training ends.
+    """A callback that compares the ranks before training, and when an epoch or training ends.
 
     Args:
         engine: The ranks.
-        fingerprint: Notes what the ranks train on; None if that is not compared.
-        given: The arguments of the `fit`.
+        fingerprint: Records the first batches that this rank trains on; None if these are not compared.
+        given: The arguments of `fit`.
     """
 
     def __init__(self, engine: Engine, fingerprint: Fingerprint | None, given: Mapping[str, Any]) -> None:
@@ -117,19 +131,23 @@ class InStep(keras.callbacks.Callback):
         self._validates = given.get("validation_data") is not None or bool(given.get("validation_split"))
         self._first = given.get("initial_epoch", 0)
         self._asked = given.get("steps_per_epoch")
-        own = [data for name in ("x", "validation_data") if not isinstance(data := given.get(name), Sharded)]
-        self._caches = [path for data in own for path in caches.files_of(data)]
+        unsharded = [
+            data for name in ("x", "validation_data") if not isinstance(data := given.get(name), Sharded)
+        ]
+        self._caches = [path for data in unsharded for path in caches.files_of(data)]
         self._epoch = self._steps = 0
         self._train: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Make sure that all ranks will take the same steps.
+        """Raise an error unless all ranks will make the same steps.
 
         Raises:
-            MismatchError: On every rank, with what each has been given.
+            MismatchError: On every rank, with the arguments of each.
         """
-        optimizers = [getattr(each, "inner_optimizer", each) for each in optimizers_of(self.model)]
-        names = [each._hvdtrain_reducer.choose_name() for each in optimizers]
+        optimizers = [
+            getattr(optimizer, "inner_optimizer", optimizer) for optimizer in optimizers_of(self.model)
+        ]
+        names = [optimizer._hvdtrain_reducer.choose_name() for optimizer in optimizers]
         self._engine.agree(Call(f"start of model.fit with {', '.join(names)}"))
         steps, epochs = self._asked or self.params.get("steps"), self.params.get("epochs")
         facts = {
@@ -147,25 +165,25 @@ class InStep(keras.callbacks.Callback):
         self.model.train_function = self._step
 
     def leave(self, model: Any) -> None:
-        """Leave the model as it was before `fit`, whether that ended well or not."""
+        """Restore the training function that the model had before `fit`, also after an error."""
         if self._train is not None:
             model.train_function, self._train = self._train, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Begin to count steps."""
+        """Reset the number of steps."""
         self._epoch, self._steps = epoch, 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Compare the fingerprints as soon as they are complete."""
+        """Count the step, and compare the fingerprints when they are complete."""
         self._steps = batch + 1
         if self._steps >= BATCHES:
             self._compare_data()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Make sure that all ranks are here, with logs of the same names.
+        """Raise an error unless all ranks end this epoch, with logs of the same names.
 
         Raises:
-            MismatchError: On every rank, if some ranks are still at work, or have other logs.
+            MismatchError: On every rank, if some ranks continue the epoch, or have other logs.
         """
         self._agree_on_end(sorted({_base(name) for name in logs or {}}) if _checks_validation else [])
         self._compare_data()
@@ -173,19 +191,19 @@ class InStep(keras.callbacks.Callback):
             model_comparison.compare_model(self._engine, self.model, f"after epoch {epoch + 1}")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Make sure that all ranks end with the same model, before a callback of one rank may change it.
+        """Raise an error unless all ranks end training with the same model; later callbacks may change it.
 
         Raises:
-            MismatchError: On every rank, if some ranks are still at work, or hold other values.
+            MismatchError: On every rank, if some ranks continue training, or variables differ.
         """
         self._engine.agree(Call("end of training"))
-        # A script written for Horovod may take a single step to build its variables, and broadcast them then.
+        # A script written for Horovod may make a single step to build its variables, and then broadcast them.
         if self._epoch > self._first or self._steps > Policy.from_environment().first:
             model_comparison.compare_model(self._engine, self.model, "at the end of model.fit")
         model_comparison.forget_model(self.model)
 
     def _step(self, iterator: Any) -> Any:
-        """Stand before the model's own step, because of data that end early nobody else hears."""
+        """Run the model's training function, and tell the other ranks if the data of this rank ends early."""
         try:
             return self._train(iterator)
         except (StopIteration, tf.errors.OutOfRangeError):
@@ -194,42 +212,42 @@ class InStep(keras.callbacks.Callback):
 
     def _agree_on_end(self, details: list[str]) -> None:
         where = (
-            f"end of epoch {self._epoch + 1} after {self._steps} steps (give every rank as many batches: by "
-            f"hvd.shard, or steps_per_epoch={self._steps})"
+            f"end of epoch {self._epoch + 1} after {self._steps} steps (give every rank the same number of "
+            f"batches, with hvd.shard or steps_per_epoch={self._steps})"
         )
         self._engine.agree(Call(where, tuple(details)))
 
     def _compare_data(self) -> None:
         fingerprint, self._fingerprint = self._fingerprint, None
-        sentence = fingerprint.verdict(self._engine) if fingerprint is not None else None
-        if sentence:
-            self._engine.warn(sentence)
+        warning = fingerprint.verdict(self._engine) if fingerprint is not None else None
+        if warning:
+            self._engine.warn(warning)
 
 
 def _engine(model: Any) -> Engine:
-    """Return the ranks that train a model together; this rank alone if its optimizer is not distributed."""
-    if any(is_distributed(each) for each in vars(model).values()):
+    """Return the ranks that train a model together; only this rank if its optimizer is not distributed."""
+    if any(is_distributed(attribute) for attribute in vars(model).values()):
         return engine_of(model)
     return SingleEngine()
 
 
 def _compiled_metrics(model: Any) -> str:
-    """List the metrics that a model was compiled with, and where they are the same, the same on all ranks."""
+    """Return the names of the metrics a model was compiled with, in an order that is the same on all ranks."""
     compiled = model._compile_metrics
     given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
-    found = [each for each in keras.tree.flatten(given) if each is not None]
-    return ", ".join(sorted(_base(_name(each)) for each in found)) or "none"
+    found = [metric for metric in keras.tree.flatten(given) if metric is not None]
+    return ", ".join(sorted(_base(_name(metric)) for metric in found)) or "none"
 
 
 def _name(metric: Any) -> str:
-    named = getattr(metric, "name", None) or getattr(metric, "__name__", None)
-    return metric if isinstance(metric, str) else named or type(metric).__name__
+    name = getattr(metric, "name", None) or getattr(metric, "__name__", None)
+    return metric if isinstance(metric, str) else name or type(metric).__name__
 
 
 def _base(name: str) -> str:
-    """Leave out the number that Keras gives to the second metric of a kind in a process, and writes names out.
+    """Return a metric's full name without the number that Keras adds to the second metric of a kind in a process.
 
-    A model that was loaded calls "mean_absolute_error" what `compile` was told as "mae".
+    The name must be full because a loaded model has "mean_absolute_error" where `compile` was given "mae".
     """
     validation, short = re.fullmatch(r"(val_)?(.*?)(?:_\d+)?", name, re.DOTALL).groups("")  # type: ignore[union-attr]
     try:

@@ -1,4 +1,21 @@
-"""Where Keras learns to read what `hvd.shard` returns, and to start an epoch of any data without a pause."""
+"""Make Keras read the data that `hvd.shard` returns, and start each epoch without a pause.
+
+- `get_data_adapter`. Keras shuffles the batches of a `PyDataset` with the `random` module of each process, so
+  every rank would get another order, and refuses `class_weight` for data with sample weights. Replacement:
+  sharded data is read in its own order, the same on all ranks, and takes both weights. The first batches of
+  other data are recorded for the comparison in `model_fit.py`.
+- `Model.fit` and `Model.evaluate`. Keras averages over the batch of one process, but the ranks' parts of a
+  global batch may differ in size. Replacement: on several ranks the model's steps get the number of samples
+  of this rank and of the global batch.
+- `Mean.update_state` and `CompileMetrics.update_state`. Keras counts a batch also if this rank has no sample
+  of the global batch. Replacement: only samples are counted, see `data/global_batch.py`.
+- Losses. Keras divides by numbers of one process. Replacement: see `data/losses.py`.
+- `TFEpochIterator._get_iterator`. Keras lets `tf.data` tune itself, which delays the start of an epoch on one
+  rank, and the other ranks wait. Replacement: tuning is off, for data of all kinds; see `untuned` in
+  `data/adapters.py`.
+
+Checked with Keras 3.5 to 3.15.
+"""
 
 import contextlib
 import functools
@@ -37,48 +54,40 @@ _installed = False
 
 
 def install() -> None:
-    """Put the changes into Keras; once is enough.
-
-    - `get_data_adapter` shuffles the batches of a PyDataset with each process's own `random`, and refuses
-      `class_weight` where there are weights. Sharded data has its own order and takes both.
-    - `fit` and `evaluate` tell the model's steps how many samples of the global batch this rank holds.
-    - `TFEpochIterator` reads data of all kinds without the pause between epochs: see `adapters.untuned`.
-    - `Mean.update_state` and `CompileMetrics.update_state` count samples where a rank holds none: see
-      `global_batch.py`; losses are those of the global batch: see `losses.py`.
-    """
+    """Replace the functions that the docstring of this module lists. A second call has no effect."""
     global _installed
     if _installed:
         return
     _installed = True
-    replace(data_adapters, "get_data_adapter", _adapting)
-    replace_where_defined(keras.Model, "fit", _exactly)
-    replace_where_defined(keras.Model, "evaluate", _exactly)
+    replace(data_adapters, "get_data_adapter", _adapting_sharded_data)
+    replace_where_defined(keras.Model, "fit", _counting_samples)
+    replace_where_defined(keras.Model, "evaluate", _counting_samples)
     replace(TFEpochIterator, "_get_iterator", untuned)
     replace(keras.metrics.Mean, "update_state", mean_update)
     replace(compile_utils.CompileMetrics, "update_state", metrics_update)
     losses.install()
 
 
-def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
-    def choose(x: Any, *args: Any, **kwargs: Any) -> Any:
+def _adapting_sharded_data(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
+    def get_adapter(x: Any, *args: Any, **kwargs: Any) -> Any:
         if not isinstance(x, Sharded):
-            with warnings.catch_warnings(record=True) as told:
+            with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 adapter = get_data_adapter(x, *args, **kwargs)
-            for warning in told:  # Keras warns in the name of its caller, which is this function
+            for warning in caught:  # Keras would name its caller, which is this function
                 warnings.warn(warning.message, stacklevel=2)
-            return _watched(adapter)
+            return _record_batches(adapter)
         given = inspect.signature(get_data_adapter).bind(x, *args, **kwargs).arguments
         for name in ("y", "sample_weight"):
             if given.get(name) is not None:
                 raise ValueError(
-                    f"What hvd.shard returned holds its {name} already. Received {name} beside it: leave it "
-                    "out, or give it to hvd.shard((x, y, sample_weight), …)."
+                    f"The data that hvd.shard returned already contains {name}. Received another {name}: leave it "
+                    "out, or pass it to hvd.shard((x, y, sample_weight), …)."
                 )
         run = _run.get()
         training = x is run.training
         if training:
-            run.training = None  # so that the same data may be for validation, which comes second
+            run.training = None  # the same data may also be the validation data, whose adapter is made second
             (_watcher.get() or []).clear()
         position = x.position if training else Position(x.position.epoch)
         data = x.reading(position, run.window if training else None, run.dealt, given.get("class_weight"))
@@ -86,12 +95,18 @@ def _adapting(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
             return DatasetAdapter(data, data, training)
         return TFAdapter(data, x, training, run.window if training else None)
 
-    return choose
+    return get_adapter
 
 
 @dataclass
 class _Run:
-    """What a `fit` or `evaluate` tells the adapters that are made within it."""
+    """Settings of a `fit` or `evaluate`, for the data adapters that Keras creates within it.
+
+    Args:
+        dealt: Whether the steps of the model get the numbers of samples.
+        training: The sharded training data, until its adapter has been created.
+        window: `steps_per_epoch` of `fit`, if the sharded data has a length.
+    """
 
     dealt: bool = False
     training: Any = None
@@ -103,7 +118,7 @@ _run: ContextVar[_Run] = ContextVar("the fit or evaluate that runs", default=_Ru
 
 @contextlib.contextmanager
 def watching(fingerprint: Fingerprint) -> Iterator[None]:
-    """Note the first batches that a `fit` within this context trains on; needs `install()`."""
+    """Record the first batches that a `fit` within this context trains on; requires `install()`."""
     token = _watcher.set([fingerprint])
     try:
         yield
@@ -111,17 +126,17 @@ def watching(fingerprint: Fingerprint) -> Iterator[None]:
         _watcher.reset(token)
 
 
-def _watched(adapter: Any) -> Any:
+def _record_batches(adapter: Any) -> Any:
     watcher = _watcher.get()
     if watcher:
-        # Of a fit's two adapters the first is for training, the other for validation.
+        # `fit` creates two adapters: the first for training, the second for validation.
         fingerprint = watcher.pop()
         get_tf_dataset = adapter.get_tf_dataset
         adapter.get_tf_dataset = lambda: fingerprint.over(get_tf_dataset())
     return adapter
 
 
-def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
+def _counting_samples(method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
     trains = "epochs" in signature.parameters
 
@@ -131,24 +146,24 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
         sharded = [data for data in (x, validation) if isinstance(data, Sharded)]
         if not sharded:
             return method(self, *args, **kwargs)
-        if isinstance(x, Sharded) and not _run.get().dealt:  # within `fit`, Keras hands its own batch_size on
+        if isinstance(x, Sharded) and not _run.get().dealt:  # within `fit`, Keras passes its own batch_size
             _refuse_unused(method.__name__, given.arguments)
-        this = _Run(dealt=True)
-        several = runtime.engine().size > 1
-        if several:
+        new_run = _Run(dealt=True)
+        several_ranks = runtime.engine().size > 1
+        if several_ranks:
             together = trains or is_of_all_ranks(given.arguments.get("callbacks"))
             evaluated = validation if trains else x
             _attach(self, "test", _Setting(getattr(evaluated, "partial", False), together))
-        if several and trains:
+        if several_ranks and trains:
             _attach(self, "train", _Setting(getattr(x, "partial", False), together))
         if trains and isinstance(x, Sharded):
-            known = self.train_step.hvdtrain_losses if several else None
+            known = self.train_step.hvdtrain_losses if several_ranks else None
             given.arguments["callbacks"] = preceded(self, given.arguments.get("callbacks"), Follow(x, known))
-            this.training = x
+            new_run.training = x
             if x.steps is not None:
-                # Keras would go on with one reading of the data, which knows nothing of the next epoch's order.
-                this.window = given.arguments.pop("steps_per_epoch", None)
-        token = _run.set(this)
+                # Keras would continue one iterator over all epochs, which keeps the order of the first epoch.
+                new_run.window = given.arguments.pop("steps_per_epoch", None)
+        token = _run.set(new_run)
         try:
             return method(*given.args, **given.kwargs)
         finally:
@@ -158,21 +173,21 @@ def _exactly(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _refuse_unused(name: str, given: Mapping[str, Any]) -> None:
-    """Raise an error for arguments that only arrays can have, instead of leaving them out without a word."""
+    """Raise an error for arguments that apply only to arrays, instead of ignoring them silently."""
     if given.get("validation_split"):
         raise ValueError(
-            f"model.{name}: validation_split={given['validation_split']} cannot divide what hvd.shard returned. "
+            f"model.{name}: validation_split={given['validation_split']} cannot divide data of hvd.shard. "
             "Divide the arrays before hvd.shard, and give validation_data=hvd.shard((x_val, y_val), ...)."
         )
     if given.get("batch_size") is not None:
         raise ValueError(
-            f"model.{name}: batch_size={given['batch_size']} has no effect on what hvd.shard returned. Give the "
-            "global batch to hvd.shard(..., batch_size=...), and validation_batch_size for validation arrays."
+            f"model.{name}: batch_size={given['batch_size']} has no effect on data of hvd.shard. Pass the global "
+            "batch to hvd.shard(..., batch_size=...), and validation_batch_size for validation arrays."
         )
 
 
 def is_of_all_ranks(callbacks: Any) -> bool:
-    """Tell whether all ranks evaluate together: within a `fit`, or with a callback that combines their metrics."""
+    """Return whether all ranks evaluate together: in `fit`, or with a callback that combines their metrics."""
     if isinstance(callbacks, keras.callbacks.CallbackList):
         return True
     return any(getattr(callback, "combines_ranks", False) for callback in keras.tree.flatten(callbacks or []))
@@ -180,10 +195,10 @@ def is_of_all_ranks(callbacks: Any) -> bool:
 
 @dataclass
 class _Setting:
-    """What a model's steps depend on beside their batches.
+    """Settings of a model's steps, which are traced with these values.
 
     Args:
-        partial: Whether some global batch may be not full.
+        partial: Whether a global batch may not be full.
         together: Whether all ranks run the steps.
     """
 
@@ -192,12 +207,12 @@ class _Setting:
 
 
 def _attach(model: keras.Model, kind: str, setting: _Setting) -> None:
-    """Make a model's step take what `hvd.shard` deals; all other batches go through unchanged.
+    """Make a model's step accept the batches of `hvd.shard`; all other batches are passed on unchanged.
 
     Args:
         model: The model.
         kind: "train" or "test".
-        setting: What the step depends on.
+        setting: The settings of the step.
     """
     original = getattr(model, f"{kind}_step")
     known = getattr(original, "hvdtrain_losses", None) or losses.Losses()
@@ -205,12 +220,12 @@ def _attach(model: keras.Model, kind: str, setting: _Setting) -> None:
         return
     while hasattr(original, "hvdtrain_setting"):
         original = original.__wrapped__
-    setattr(model, f"{kind}_step", _on_dealt(model, original, setting, known))
-    # What was traced before goes on with the setting of then.
+    setattr(model, f"{kind}_step", _accepting_sharded_batches(model, original, setting, known))
+    # A function that was traced before would keep the old settings.
     setattr(model, f"{kind}_function", None)
 
 
-def _on_dealt(
+def _accepting_sharded_batches(
     model: keras.Model, original: Callable[[Any], Any], setting: _Setting, known: losses.Losses
 ) -> Callable[[Any], Any]:
     @functools.wraps(original)
@@ -219,10 +234,10 @@ def _on_dealt(
             return original(data)
         known.added = 0
         own, total = tf.unstack(tf.cast(tf.ensure_shape(data.samples, [2]), tf.int64))
-        this = GlobalBatch(
+        global_batch = GlobalBatch(
             model, runtime.engine(), data.batch, own, total, setting.partial, setting.together, known
         )
-        with during(this), weighted_statistics(this):
+        with during(global_batch), weighted_statistics(global_batch):
             return original(data.batch)
 
     step.hvdtrain_setting = setting  # type: ignore[attr-defined]

@@ -1,4 +1,15 @@
-"""Says once where Keras' `fit`, `evaluate` and `predict` of sharded data do not do what it was divided for."""
+"""Print a note if `fit`, `evaluate` or `predict` of sharded data does not compute what a script probably expects.
+
+Keras: `Model.fit`, `Model.evaluate` and `Model.predict` use the data of this process only.
+
+On several ranks: `evaluate` and `predict` of data from `hvd.shard` return the result of one rank's part,
+`fit` with an optimizer that is not distributed trains a different model on each rank, and the weights that
+`hvd.shard` adds to samples scale the displayed loss if the script changes the data further.
+
+Replacement: the three methods print each note once, on rank 0, and then do the same as Keras.
+
+Checked with Keras 3.5 to 3.15.
+"""
 
 import functools
 import inspect
@@ -18,72 +29,72 @@ from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches.sharded_data import is_of_all_ranks
 from hvdtrain.patching import replace_where_defined
 
-_SENTENCES = {
+_PARTIAL_RESULTS = {
     "evaluate": (
-        "model.evaluate with what hvd.shard returned measures each rank's part. hvd.evaluate(model, data) "
-        "measures the whole, on all ranks together."
+        "model.evaluate measures only each rank's part of the data that hvd.shard returned. "
+        "hvd.evaluate(model, data) measures the whole data, on all ranks together."
     ),
     "predict": (
-        "model.predict with what hvd.shard returned predicts each rank's part, in its own order. "
-        "hvd.predict(model, data), with the data as they were before hvd.shard, predicts all, in order."
+        "model.predict predicts only each rank's part of the data that hvd.shard returned, in its own order. "
+        "hvd.predict(model, data), with the data before hvd.shard, predicts all samples, in their order."
     ),
 }
-_ALONE = (
-    "this model's optimizer, {name}, is not distributed: each rank trains a model of its own on its part of what "
-    "hvd.shard returned. Type: model.compile(hvd.DistributedOptimizer(model.optimizer), …)."
+_NOT_DISTRIBUTED = (
+    "this model's optimizer, {name}, is not distributed: each rank trains its own model on its part of the data "
+    "that hvd.shard returned. Type: model.compile(hvd.DistributedOptimizer(model.optimizer), …)."
 )
-_MADE_OF_IT = (
-    "this data was made of what hvd.shard returned, by .map, .prefetch or the like: its samples come with weights, "
-    "by which the loss of a last batch that is not full is scaled on each rank. Call hvd.shard last, or with "
-    "remainder='drop'. What is learned is right."
+_DERIVED_DATA = (
+    "this data was derived from data that hvd.shard returned, by .map, .prefetch or a similar method. Its samples "
+    "have weights, which scale the displayed loss of a last batch that is not full. Call hvd.shard last, or with "
+    "remainder='drop'. Training is correct."
 )
 _installed = False
-_said: set[str] = set()
+_printed: set[str] = set()
 
 
 def install() -> None:
-    """Make `fit`, `evaluate` and `predict` speak; once is enough."""
+    """Replace `Model.fit`, `Model.evaluate` and `Model.predict`. A second call has no effect."""
     global _installed
     if _installed:
         return
     _installed = True
     for name in ("fit", "evaluate", "predict"):
-        replace_where_defined(keras.Model, name, functools.partial(_speaking, name))
+        replace_where_defined(keras.Model, name, functools.partial(_noting, name))
 
 
-def _speaking(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def _noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(method)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if runtime.is_initialized() and runtime.engine().size > 1:
             given = signature.bind(self, *args, **kwargs).arguments
-            for sentence in _sentences(self, given, name):
-                if sentence not in _said:
-                    _said.add(sentence)
-                    runtime.engine().say(sentence)
+            for note in _notes(self, given, name):
+                if note not in _printed:
+                    _printed.add(note)
+                    runtime.engine().say(note)
         return method(self, *args, **kwargs)
 
     return run
 
 
-def _sentences(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
+def _notes(model: Any, given: dict[str, Any], name: str) -> Iterator[str]:
     x = given.get("x")
     sharded = isinstance(x, Sharded)
-    if name in _SENTENCES and sharded and not is_of_all_ranks(given.get("callbacks")):
-        yield _SENTENCES[name]
+    if name in _PARTIAL_RESULTS and sharded and not is_of_all_ranks(given.get("callbacks")):
+        yield _PARTIAL_RESULTS[name]
     if name == "predict":
         return
-    made_of = dataset_graph.chain(x) if isinstance(x, tf.data.Dataset) and not sharded else ()
-    if any(isinstance(each, ShardedTFDataset) and each.partial for each in made_of):
-        yield _MADE_OF_IT
-    own_step = type(model).train_step is not keras.Model.train_step  # which may reduce gradients itself
+    sources = dataset_graph.chain(x) if isinstance(x, tf.data.Dataset) and not sharded else ()
+    if any(isinstance(source, ShardedTFDataset) and source.partial for source in sources):
+        yield _DERIVED_DATA
+    own_step = type(model).train_step is not keras.Model.train_step  # it may reduce gradients itself
     together = own_step or is_of_all_ranks(given.get("callbacks"))
-    if name == "fit" and sharded and not together and _plain(model):
-        registry.together = True  # a script that divides data among the ranks trains one model
-        yield _ALONE.format(name=type(model.optimizer).__name__)
+    if name == "fit" and sharded and not together and _averages_nothing(model):
+        registry.together = True  # a script that divides data among ranks should train one model
+        yield _NOT_DISTRIBUTED.format(name=type(model.optimizer).__name__)
 
 
-def _plain(model: Any) -> bool:
-    """Return whether a model is compiled, and with optimizers of which none is distributed."""
+def _averages_nothing(model: Any) -> bool:
+    """Return whether a model is compiled, and none of its optimizers is distributed."""
     optimizers = optimizers_of(model)
-    return bool(optimizers) and not any(is_distributed(each) for each in optimizers)
+    return bool(optimizers) and not any(is_distributed(optimizer) for optimizer in optimizers)
