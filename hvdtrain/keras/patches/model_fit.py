@@ -15,6 +15,7 @@ Checked with Keras 3.5 to 3.15.
 """
 
 import contextlib
+import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping
@@ -38,6 +39,7 @@ from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
 from hvdtrain.keras.checkpointing.callback_order import steps_passed_over
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches import sharded_data
+from hvdtrain.keras.patches.usage_warnings import usage_notes
 from hvdtrain.keras.progress import Progress
 from hvdtrain.patching import replace_where_defined
 
@@ -75,13 +77,21 @@ def install(check_data: bool = True) -> None:
     if not _installed:
         _installed = True
         sharded_data.install()
-        replace_where_defined(keras.Model, "fit", _comparing_ranks)
+        replace_where_defined(keras.Model, "fit", _distributed)
 
 
 def let_each_validate() -> None:
     """Allow ranks to have different validation data, or none, as scripts written for Horovod may."""
     global _checks_validation
     _checks_validation = False
+
+
+def _distributed(fit: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the one replacement of `fit`: print notes, then compare the ranks, then count samples."""
+    run = fit
+    for make in (sharded_data.counting_samples, _comparing_ranks, usage_notes("fit")):
+        run = functools.wraps(fit)(make(run))  # the next one reads the signature
+    return run
 
 
 def _comparing_ranks(fit: Callable[..., Any]) -> Callable[..., Any]:

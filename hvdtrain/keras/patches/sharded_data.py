@@ -4,9 +4,9 @@
   every rank would get another order, and refuses `class_weight` for data with sample weights. Replacement:
   sharded data is read in its own order, the same on all ranks, and takes both weights. The first batches of
   other data are recorded for the comparison in `model_fit.py`.
-- `Model.fit` and `Model.evaluate`. Keras averages over the batch of one process, but the ranks' parts of a
-  global batch may differ in size. Replacement: on several ranks the model's steps get the number of samples
-  of this rank and of the global batch.
+- `Model.evaluate`, and `Model.fit` as a part of `model_fit.py`. Keras averages over the batch of one process, but
+  the ranks' parts of a global batch may differ in size. Replacement: on several ranks the model's steps get the
+  number of samples of this rank and of the global batch.
 - `Mean.update_state` and `CompileMetrics.update_state`. Keras counts a batch also if this rank has no sample
   of the global batch. Replacement: only samples are counted, see `data/global_batch.py`.
 - Losses. Keras divides by numbers of one process. Replacement: see `data/losses.py`.
@@ -60,8 +60,7 @@ def install() -> None:
         return
     _installed = True
     replace(data_adapters, "get_data_adapter", _adapting_sharded_data)
-    replace_where_defined(keras.Model, "fit", _counting_samples)
-    replace_where_defined(keras.Model, "evaluate", _counting_samples)
+    replace_where_defined(keras.Model, "evaluate", counting_samples)
     replace(TFEpochIterator, "_get_iterator", untuned)
     replace(keras.metrics.Mean, "update_state", mean_update)
     replace(compile_utils.CompileMetrics, "update_state", metrics_update)
@@ -136,7 +135,8 @@ def _record_batches(adapter: Any) -> Any:
     return adapter
 
 
-def _counting_samples(method: Callable[..., Any]) -> Callable[..., Any]:
+def counting_samples(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fit` or `evaluate` that tells the model's steps how many samples this rank holds."""
     signature = inspect.signature(method)
     trains = "epochs" in signature.parameters
 

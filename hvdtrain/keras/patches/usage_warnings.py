@@ -53,13 +53,18 @@ _printed: set[str] = set()
 
 
 def install() -> None:
-    """Replace `Model.fit`, `Model.evaluate` and `Model.predict`. A second call has no effect."""
+    """Replace `Model.evaluate` and `Model.predict`. A second call has no effect."""
     global _installed
     if _installed:
         return
     _installed = True
-    for name in ("fit", "evaluate", "predict"):
-        replace_where_defined(keras.Model, name, functools.partial(_noting, name))
+    for name in ("evaluate", "predict"):
+        replace_where_defined(keras.Model, name, usage_notes(name))
+
+
+def usage_notes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Return the function that makes a method of that name print its notes; `model_fit.py` uses it for `fit`."""
+    return functools.partial(_noting, name)
 
 
 def _noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
