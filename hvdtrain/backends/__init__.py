@@ -1,1 +1,1 @@
-"""One bridge per framework: where a tensor becomes a buffer, and nowhere else."""
+"""Convert tensors to buffers, with one bridge per framework; no other folder does this."""

@@ -1,1 +1,1 @@
-"""The wire: one interface, one file an engine."""
+"""Run collective operations on NumPy arrays over all ranks: one interface, one implementation per engine."""

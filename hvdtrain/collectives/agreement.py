@@ -1,4 +1,4 @@
-"""What the ranks compare before an operation, and the sentence they all get when they do not agree."""
+"""Describe operations so that the ranks can compare them, and explain differences between the ranks."""
 
 import enum
 import functools
@@ -11,7 +11,7 @@ from hvdtrain.collectives.ops import Op
 
 Error = TypeVar("Error", bound=BaseException)
 
-# Kinds of calls that say by themselves what is done; any other names a place in the script, or a reducer.
+# Kinds of calls that name the operation itself; any other kind names a place in the script, or a reducer.
 _OPERATIONS = {
     *("allreduce", "grouped_allreduce", "reducescatter", "allgather", "alltoall", "broadcast", "barrier"),
     *("allgather_object", "gather_object", "broadcast_object", "join"),
@@ -19,39 +19,39 @@ _OPERATIONS = {
 
 
 class MismatchError(ValueError):
-    """The ranks do not ask for the same thing. Raised on every rank, with the same explanation."""
+    """The ranks request different operations. Raised on every rank, with the same explanation."""
 
 
 class Known(enum.Enum):
-    """What all ranks know of an error that has been shared among them."""
+    """State of an error that is already known on all ranks."""
 
     ORIGINAL = "raised by the work of this rank"
     REPORTED = "raised because another rank has failed"
 
 
 def mark(error: Error, known: Known) -> Error:
-    """Note that all ranks know of an error. What only reports another rank's must not end the job before that."""
+    """Mark an error as known on all ranks; one that only reports another rank's must not end the job first."""
     error.hvdtrain_known = known  # type: ignore[attr-defined]
     return error
 
 
 def known(error: BaseException) -> Known | None:
-    """Return what `mark` has noted, or None for an error of which this rank alone knows."""
+    """Return the mark that `mark` has set, or None for an error that only this rank knows."""
     return getattr(error, "hvdtrain_known", None)
 
 
 @dataclass(frozen=True)
 class StandIn:
-    """What a rank that has joined must do so that the others can go on: the same operations, with nothing in them.
+    """Operations that a joined rank runs so that the others can continue: the same ones, without data of its own.
 
     Args:
-        reduced: Dtype and shape of each array that is reduced, for which zeros are sent.
-        gathered: Dtype and later dimensions of each array that is gathered, to which no row is added.
-        op: How the reduced are combined; only of a sum or a mean are zeros no part.
-        groups: Which of the reduced travel as one, by their indices.
-        objects: True if the ranks exchange objects, of which this one gives None.
-        native: True if the engine's own graph operations move them, under the names that the call gives.
-        eager: True if these run outside a graph.
+        reduced: Dtype and shape of each array that is reduced; this rank sends zeros.
+        gathered: Dtype and later dimensions of each array that is gathered; this rank adds no row.
+        op: Operation of the reductions; zeros leave only a sum or a mean unchanged.
+        groups: Indices of the reduced arrays that are sent as one.
+        objects: True if the ranks exchange objects; this rank sends None.
+        native: True if the engine's own graph operations move the arrays, under the names in the call.
+        eager: True if these operations run outside a graph.
     """
 
     reduced: tuple[tuple[str, tuple[int, ...]], ...] = ()
@@ -64,20 +64,20 @@ class StandIn:
 
     @property
     def possible(self) -> bool:
-        """True if zeros leave the result as it is."""
+        """True if zeros leave the result unchanged."""
         return not self.reduced or self.op in (Op.SUM, Op.AVERAGE)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request to a collective, in words, so that ranks can compare what they ask for.
+    """One request for a collective operation, as text, so that the ranks can compare their requests.
 
     Args:
         kind: Name of the operation.
-        details: One line for each thing that must be the same on all ranks.
-        shown: The same lines as a person should read them, where they hold more than what must be the same.
-        stand_in: What a rank that has joined does instead; None where an operation needs every rank.
-        farewell: True if nothing is to be done: this rank tells why it leaves the others.
+        details: One line for each property that must be the same on all ranks.
+        shown: The same lines as shown to users, if these contain more than what must be the same.
+        stand_in: What a rank that has joined does instead; None if the operation needs every rank.
+        farewell: True if no operation follows: this rank only reports why it stops.
     """
 
     kind: str
@@ -94,7 +94,7 @@ class Call:
 
     @functools.cached_property
     def where(self) -> bytes:
-        """Where a rank is that waits in this call, as its heartbeat says it: "in allreduce of dense/kernel"."""
+        """Position of a rank that waits in this call, for its heartbeat: "in allreduce of dense/kernel"."""
         first = "".join((self.shown or self.details)[:1])
         if self.kind in _OPERATIONS:
             return f"in {self.kind} ({first})".replace(" ()", "").encode()
@@ -104,30 +104,30 @@ class Call:
         variables = first.partition(": ")[0] + more
         if self.kind.startswith("broadcast"):
             return f"in {self.kind}: {variables}".encode()
-        return f"in allreduce of {variables} ({self.kind})".encode()  # a reducer's own name
+        return f"in allreduce of {variables} ({self.kind})".encode()  # the name of a reducer
 
 
 JOIN = Call("join")
 
 
-def explained(calls: Sequence[Call], ranks: Sequence[int]) -> str:
-    """Say in one message who asked for what, beginning with the first difference between two ranks.
+def explain_mismatch(calls: Sequence[Call], ranks: Sequence[int]) -> str:
+    """Write the message that shows which ranks requested what, with the first difference between two ranks.
 
     Args:
-        calls: What each member of a process set asked for.
+        calls: The call of each member of a process set.
         ranks: The members' ranks in the world.
     """
     other = next((index for index, call in enumerate(calls) if call != calls[0]), 0)
     if other == 0:
         return f"join is not possible during {calls[0].kind}."
-    sides = _first_difference(calls[0], calls[other])
-    like_first = [ranks[index] for index, call in enumerate(calls) if call == calls[0]]
-    unlike = [ranks[index] for index, call in enumerate(calls) if call != calls[0]]
+    lines = _first_difference(calls[0], calls[other])
+    equal = [ranks[index] for index, call in enumerate(calls) if call == calls[0]]
+    different = [ranks[index] for index, call in enumerate(calls) if call != calls[0]]
     return (
         f"The ranks do not agree on their next operation ({calls[0].kind}).\n"
-        f"  {ranks_text(like_first)}: {sides[0]}\n"
-        f"  rank {ranks[other]}: {sides[1]}\n"
-        f"  ({ranks_text(unlike)} differ{'s' if len(unlike) == 1 else ''} from rank {ranks[0]}.)\n"
+        f"  {ranks_text(equal)}: {lines[0]}\n"
+        f"  rank {ranks[other]}: {lines[1]}\n"
+        f"  ({ranks_text(different)} differ{'s' if len(different) == 1 else ''} from rank {ranks[0]}.)\n"
         f"{_advice(calls)}"
     )
 
@@ -135,7 +135,7 @@ def explained(calls: Sequence[Call], ranks: Sequence[int]) -> str:
 def _advice(calls: Sequence[Call]) -> str:
     if JOIN in calls:
         return (
-            "A rank that has called join stands in for sums, means, gathers and barriers only: every other "
+            "A rank that has called join takes part in sums, means, gathers and barriers only: every other "
             "operation needs all ranks. Move it before the join, or give all ranks the same number of batches."
         )
     if any(call.farewell for call in calls):
@@ -148,19 +148,19 @@ def _advice(calls: Sequence[Call]) -> str:
     )
 
 
-def _first_difference(ours: Call, theirs: Call) -> tuple[str, str]:
-    if ours.kind != theirs.kind:
-        return ours.kind, theirs.kind
+def _first_difference(call: Call, other: Call) -> tuple[str, str]:
+    if call.kind != other.kind:
+        return call.kind, other.kind
     index = next(
-        (i for i, pair in enumerate(zip(ours.details, theirs.details, strict=False)) if pair[0] != pair[1]),
-        min(len(ours.details), len(theirs.details)),
+        (i for i, pair in enumerate(zip(call.details, other.details, strict=False)) if pair[0] != pair[1]),
+        min(len(call.details), len(other.details)),
     )
-    first, second = ((call.shown or call.details)[index:][:1] for call in (ours, theirs))
+    first, second = ((item.shown or item.details)[index:][:1] for item in (call, other))
     return "".join(first) or "nothing more", "".join(second) or "nothing more"
 
 
 def ranks_text(ranks: Sequence[int]) -> str:
-    """Write a list of ranks as people say it: 'rank 3', 'ranks 0-2, 5'."""
+    """Write a list of ranks for a message: 'rank 3', 'ranks 0-2, 5'."""
     runs: list[list[int]] = []
     for rank in ranks:
         if runs and rank == runs[-1][-1] + 1:

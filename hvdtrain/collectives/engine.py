@@ -1,7 +1,7 @@
-"""The wire: what every engine can do, and the agreement of all ranks that precedes each operation.
+"""Define the interface of all engines, and compare the calls of all ranks before each operation.
 
-The public methods are the same for all engines: they check their arguments, make sure that every rank
-asks for the same thing, and then hand contiguous buffers to the few methods that an engine implements.
+The public methods are the same for all engines: they check their arguments, make sure that all ranks
+request the same operation, and then pass contiguous buffers to the few methods that an engine implements.
 """
 
 import contextlib
@@ -30,21 +30,21 @@ from hvdtrain.collectives.agreement import (
     ranks_text,
 )
 from hvdtrain.collectives.ops import Op, Pair, carrier, described, inner, operand, reducible
-from hvdtrain.collectives.overlap import Beside
+from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.messages import logger
 
 _PHASES = {
-    each: each.upper() for each in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
+    kind: kind.upper() for kind in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
 }
 
-_MOST_WORDS = 600  # characters of an error of which other ranks are told
+_MOST_CHARACTERS = 600  # characters of an error that are sent to the other ranks
 
 __all__ = ["Call", "Engine", "MismatchError", "Op", "StandIn", "World", "ranks_text"]
 
 
 @dataclass(frozen=True)
 class World:
-    """Where this process stands: among all, among those of its host, and among its like on other hosts."""
+    """Position of this process: among all, on its host, and among those with its local rank on other hosts."""
 
     rank: int = 0
     size: int = 1
@@ -58,23 +58,25 @@ class World:
 class Engine(ABC):
     """Collective operations on NumPy arrays over all ranks of one world, or of one process set in it.
 
-    Every operation must be called by all its ranks, in the same order, with arguments that fit together; if
-    they do not, all of them raise `MismatchError` and the message tells who asked for what.
+    All ranks must call every operation in the same order and with matching arguments. If they do not, all of
+    them raise `MismatchError`, and the message shows which ranks requested what.
     """
 
     name: str
     library: str
     world: World
     closed: bool = False
-    beside: Beside | None = None  # where gradients travel while backprop goes on; None where they do not
-    last_error: Exception | None = None  # what a graph's executor wraps so deep that nobody would find it
-    timeline: Any = None  # a `Timeline`, while one is written
-    has_joined = False  # True once all ranks have called `join`, some of them maybe earlier than others
-    _joined: AbstractSet[int] = frozenset()  # the ranks that had joined when the ranks last disagreed
+    background: BackgroundThread | None = None  # sends gradients during backprop, or None
+    last_error: Exception | None = None  # kept, because TensorFlow replaces an error by one of its own
+    timeline: Any = None  # a `Timeline` while one is written
+    has_joined = False  # True once all ranks have called `join`, perhaps at different times
+    _joined: AbstractSet[int] = (
+        frozenset()
+    )  # the ranks that had joined when the calls of the ranks last differed
     _members: tuple[int, ...] | None = None
     _doing: str = ""
     _where: bytes = b""
-    _among: bytes = b""  # the members of a process set, in words
+    _members_text: bytes = b""  # the members of a process set, as text
 
     @property
     def rank(self) -> int:
@@ -83,19 +85,19 @@ class Engine(ABC):
 
     @property
     def size(self) -> int:
-        """Number of processes that take part."""
+        """Number of participating processes."""
         return self.world.size
 
     @property
     def ranks(self) -> tuple[int, ...]:
-        """The ranks that take part, as the whole world numbers them; a root_rank is one of these."""
+        """The participating ranks, as numbered in the whole world; a root_rank is one of these."""
         return self._members or tuple(range(self.size))
 
-    # What an engine implements.
+    # Methods that an engine implements.
 
     @abstractmethod
-    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
-        """Return on all ranks alike whether all passed the same number of at most 63 bits, and the largest wish."""
+    def _compared(self, number: int, value: int = 0) -> tuple[bool, int]:
+        """Return on all ranks whether all passed the same `number` of at most 63 bits, and the largest `value`."""
 
     @abstractmethod
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
@@ -103,19 +105,19 @@ class Engine(ABC):
 
     @abstractmethod
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
-        """Join all ranks' arrays along the first dimension; also returns each rank's first dimension."""
+        """Join all ranks' arrays along the first dimension; also return each rank's first dimension."""
 
     @abstractmethod
     def _broadcast(self, array: np.ndarray, root_rank: int) -> np.ndarray:
-        """Return root_rank's array; the others' has the same shape and dtype."""
+        """Return the array of `root_rank`; those of the other ranks have the same shape and dtype."""
 
     @abstractmethod
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
-        """Reduce over all ranks and returns this rank's `rows[rank]` rows of the result; never AVERAGE."""
+        """Reduce over all ranks and return this rank's `rows[rank]` rows of the result; never AVERAGE."""
 
     @abstractmethod
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        """Send `splits[r]` rows to each rank r; returns what came and how many rows from whom."""
+        """Send `splits[r]` rows to each rank r; return the received rows, and their number from each rank."""
 
     @abstractmethod
     def _subset(self, ranks: Sequence[int]) -> "Engine | None":
@@ -123,14 +125,14 @@ class Engine(ABC):
 
     @abstractmethod
     def shutdown(self) -> None:
-        """Give back what the engine holds; no operation may follow."""
+        """Free the resources of the engine; no operation may follow."""
 
     @abstractmethod
     def abort(self, code: int) -> None:
         """End the processes of all ranks at once with this exit code."""
 
     def _reduce_all(self, pairs: Sequence[Pair], op: Op) -> None:
-        """Reduce arrays of one dtype, each as `_reduce` does; an engine may take them as one."""
+        """Reduce arrays of one dtype, each as `_reduce` does; an engine may combine them."""
         for send, receive in pairs:
             self._reduce(send, receive, op)
 
@@ -139,22 +141,22 @@ class Engine(ABC):
         return None
 
     def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
-        """Let the engine's own core record to a file; returns what ends that, or None where it has no core."""
+        """Let the engine's core record to a file; return a function that stops it, or None if there is no core."""
         return None
 
-    # What a caller uses.
+    # Methods for callers.
 
     def allreduce(
         self, array: Any, op: Op | int | str = Op.AVERAGE, out: np.ndarray | None = None
     ) -> np.ndarray:
-        """Combine one array over all ranks, with the same result, to the bit, on each.
+        """Combine one array over all ranks, with the same result, bit by bit, on each.
 
         Args:
             array: Array of the same shape and dtype on all ranks: float16, bfloat16, float32, float64, any
                 integer, or bool. The 16-bit floats are summed in float32 and rounded once.
             op: AVERAGE (default; of integers, rounded toward zero), SUM, MIN, MAX or PRODUCT. A bool takes
-                MIN (all), MAX (any) and PRODUCT. MIN and MAX need not see a NaN; SUM and AVERAGE do.
-            out: Contiguous array that takes the result; may be `array` itself, which saves the copy.
+                MIN (all), MAX (any) and PRODUCT. SUM and AVERAGE propagate a NaN; MIN and MAX may not.
+            out: Contiguous array for the result; may be `array` itself, which saves the copy.
 
         Returns:
             `out`, or a new array of the shape and dtype of `array`.
@@ -185,15 +187,15 @@ class Engine(ABC):
         call: Call | None = None,
         in_place: Sequence[bool] = (),
     ) -> list[np.ndarray]:
-        """Combine many arrays at the price of a few operations: small ones travel together.
+        """Combine many arrays in a few operations: small ones are sent together.
 
         Args:
             arrays: Arrays as for `allreduce`, of any shapes and dtypes, the same list on all ranks.
             op: As for `allreduce`.
-            call: What the ranks compare before they start; built from the arrays by default. A caller that
+            call: The call that the ranks compare before they start; built from the arrays by default. A caller that
                 reduces the same arrays in each step builds it once and can name the arrays in it.
-            in_place: For each array whether its result is to lie where the array lies, which must be contiguous
-                and writable; nowhere by default.
+            in_place: For each array whether the result replaces it, in which case it must be contiguous and
+                writable; by default no array is replaced.
 
         Returns:
             Arrays of the shapes and dtypes of `arrays`. New ones may share memory with each other.
@@ -205,7 +207,7 @@ class Engine(ABC):
         op = Op.of(op)
         operands = [reducible(array, op, "grouped_allreduce") for array in arrays]
         if call is None:
-            details = (op.name.lower(), *(described(each) for each in operands))
+            details = (op.name.lower(), *(described(array) for array in operands))
             call = Call("grouped_allreduce", details, stand_in=_stand_in(operands, op))
         self.agree(call)
         return reduction.combine(self, operands, op, in_place or [False] * len(operands))
@@ -231,11 +233,11 @@ class Engine(ABC):
             return self._gather(array)[0]
 
     def broadcast(self, array: Any, root_rank: int = 0) -> np.ndarray:
-        """Give every rank the array of one.
+        """Send the array of one rank to all ranks.
 
         Args:
             array: Array of the same shape and dtype on all ranks.
-            root_rank: The rank whose values all receive, as the world numbers it.
+            root_rank: The rank whose array is sent, as numbered in the whole world.
 
         Returns:
             New array with the values of `root_rank`.
@@ -251,10 +253,10 @@ class Engine(ABC):
             return self._broadcast(array, root)
 
     def reducescatter(self, array: Any, op: Op | int | str = Op.AVERAGE) -> np.ndarray:
-        """Combine one array over all ranks and gives each rank its part of the rows.
+        """Combine one array over all ranks and give each rank its part of the rows.
 
         Args:
-            array: As for `allreduce`, with at least one dimension. If the first dimension does not divide
+            array: As for `allreduce`, with at least one dimension. If the first dimension is not divisible
                 by the number of ranks, the first ranks get one row more.
             op: As for `allreduce`.
 
@@ -284,19 +286,19 @@ class Engine(ABC):
         return reduction.averaged(mine, op, self.size).astype(array.dtype, copy=False)
 
     def alltoall(self, array: Any, splits: Sequence[int] | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Send a part of the rows to each rank and receives a part from each.
+        """Send a part of the rows to each rank and receive a part from each.
 
         Args:
             array: Array with at least one dimension; dtype and later dimensions are the same on all ranks.
-            splits: How many rows go to each rank; by default equal parts, for which the first dimension
-                must divide by the number of ranks.
+            splits: Number of rows for each rank; by default equal parts, for which the first dimension
+                must be divisible by the number of ranks.
 
         Returns:
-            The received rows in the order of their senders, and an int32 array of shape (size,): how many
-            rows came from each. It is int64 where a number of rows does not fit int32.
+            The received rows in the order of their senders, and an int32 array of shape (size,): the number of
+            rows from each. It is int64 if a number of rows does not fit int32.
 
         Raises:
-            ValueError: If `splits` does not fit the array.
+            ValueError: If `splits` does not match the array.
             MismatchError: If dtype or later dimensions differ between ranks.
         """
         array = operand(array, "alltoall")
@@ -307,7 +309,7 @@ class Engine(ABC):
         return received, np.array(counts, np.int32 if max(counts) < 1 << 31 else np.int64)
 
     def allgather_object(self, value: Any) -> list[Any]:
-        """Return the picklable values of all ranks, in their order, on every rank; of one that joined, None.
+        """Return the picklable values of all ranks, in their order, on every rank; None for a rank that joined.
 
         Raises:
             TypeError: If this rank's value cannot be pickled. All other ranks get a `MismatchError`.
@@ -331,7 +333,7 @@ class Engine(ABC):
         return values if self.rank == root else None
 
     def broadcast_object(self, value: Any = None, root_rank: int = 0) -> Any:
-        """Return the picklable value of `root_rank` on every rank; what the others pass is ignored.
+        """Return the picklable value of `root_rank` on every rank; the values of the others are ignored.
 
         Raises:
             TypeError: On `root_rank`, if its value cannot be pickled. All other ranks get a `MismatchError`.
@@ -346,22 +348,22 @@ class Engine(ABC):
         return pickle.loads(data.data)
 
     def barrier(self) -> None:
-        """Wait until every rank has come here."""
+        """Wait until every rank has called this."""
         self.agree(Call("barrier", stand_in=StandIn()))
 
     def join(self) -> int:
-        """Let the other ranks finish their batches: until all have called this, zeros are sent for this one.
+        """Let the other ranks finish their batches: until all have called this, this rank sends zeros.
 
-        A mean still divides by the number of all ranks, those that have joined included. Sums, means, gathers
-        (to which this rank adds nothing) and barriers go on; any other operation raises on all ranks.
+        A mean is still divided by the number of all ranks, including those that have joined. Sums, means, gathers
+        (to which this rank adds nothing) and barriers continue; any other operation raises on all ranks.
 
         Returns:
-            The rank that joined last; of several, the highest.
+            The rank that joined last; the highest one if several did.
 
         Raises:
             MismatchError: On every rank, if another operation needs this rank.
         """
-        self._catch_up()
+        self._finish_background()
         last = join.wait_for_all(self)
         self.has_joined = True
         return last
@@ -370,14 +372,14 @@ class Engine(ABC):
         """Make an engine for a process set. All ranks of this one call it, with the same ranks.
 
         Args:
-            ranks: Which ranks take part, without repetition; their order in the set is theirs in the world.
+            ranks: The participating ranks, without repetition; they keep their order in the world.
 
         Returns:
-            An engine like this one on the ranks that take part, None on the others.
+            An engine like this one on the participating ranks, None on the others.
 
         Raises:
             ValueError: If there are no such ranks.
-            MismatchError: If the ranks do not ask for the same set.
+            MismatchError: If the ranks do not request the same set.
         """
         ordered = sorted(set(ranks))
         if not ordered or len(ordered) != len(ranks) or not set(ordered) <= set(range(self.size)):
@@ -389,11 +391,11 @@ class Engine(ABC):
         part = self._subset(ordered)
         if part is not None:
             part.timeline = self.timeline
-            part._among = ranks_text(part.ranks).encode()
+            part._members_text = ranks_text(part.ranks).encode()
         return part
 
     def check_root(self, root_rank: int, function: str) -> int:
-        """Return the place of a rank among those that take part; raises ValueError if it is not one of them."""
+        """Return the index of a rank among those that take part; raise ValueError if it is not one of them."""
         if root_rank not in self.ranks:
             raise ValueError(
                 f"{function}: root_rank must be a rank that takes part: {ranks_text(self.ranks)}. "
@@ -402,53 +404,53 @@ class Engine(ABC):
         return self.ranks.index(root_rank)
 
     def tell(self, what: str, error: BaseException) -> None:
-        """Let all other ranks know, at whatever they do together next, why this one does not come.
+        """Report an error of this rank to all other ranks, at their next operation.
 
-        They get a `MismatchError` that quotes the error. Nothing is told of an error that all ranks know.
+        They get a `MismatchError` that quotes the error. An error that all ranks know already is not reported.
 
         Args:
-            what: What raised the error.
+            what: The function that raised the error.
             error: The error, which the caller raises.
         """
         if self.size == 1 or self.is_known(error):
             return
         mark(error, Known.ORIGINAL)
-        words = " ".join(str(error).split())
-        if len(words) > _MOST_WORDS:  # TensorFlow puts the cause behind a long stack
-            words = f"{words[: _MOST_WORDS // 3]} … {words[-_MOST_WORDS * 2 // 3 :]}"
+        text = " ".join(str(error).split())
+        if len(text) > _MOST_CHARACTERS:  # TensorFlow puts the cause behind a long stack
+            text = f"{text[: _MOST_CHARACTERS // 3]} … {text[-_MOST_CHARACTERS * 2 // 3 :]}"
         with contextlib.suppress(MismatchError):
-            self.agree(Call(f"{what} raised {type(error).__name__}: {words}", farewell=True))
+            self.agree(Call(f"{what} raised {type(error).__name__}: {text}", farewell=True))
 
     def is_known(self, error: BaseException) -> bool:
-        """Return whether all ranks know of an error, be it within one that TensorFlow made of it."""
+        """Return whether all ranks know an error, which TensorFlow may have replaced by one of its own."""
         error = self.original(error)
         return isinstance(error, MismatchError) or known(error) is not None
 
     def original(self, error: BaseException) -> BaseException:
-        """Return the error of this engine of which TensorFlow has made another one, or `error` itself."""
+        """Return the error of this engine that TensorFlow has replaced by `error`, or `error` itself."""
         hidden = self.last_error
-        # TensorFlow hands on nothing but the text, with text of its own around it.
+        # TensorFlow passes on nothing but the text, with other text before and after it.
         return hidden if hidden is not None and str(hidden) in str(error) else error
 
-    def say(self, sentence: str) -> None:
-        """Log a message for a person, on rank 0 only; see `hvdtrain.messages`."""
+    def say(self, message: str) -> None:
+        """Log a message for the user, on rank 0 only; see `hvdtrain.messages`."""
         if self.rank == 0:
-            logger.info(sentence)
+            logger.info(message)
 
-    def warn(self, sentence: str) -> None:
-        """Log a warning for a person, on rank 0 only; see `hvdtrain.messages`."""
+    def warn(self, message: str) -> None:
+        """Log a warning for the user, on rank 0 only; see `hvdtrain.messages`."""
         if self.rank == 0:
-            logger.warning(sentence)
+            logger.warning(message)
 
-    def agree(self, call: Call, wish: int = 0) -> int:
+    def agree(self, call: Call, value: int = 0) -> int:
         """Make sure that all ranks make this call now, before any of them may wait for another.
 
         Args:
-            call: What this rank is about to do.
-            wish: A number of which all ranks learn the largest, at no further cost.
+            call: The next operation of this rank.
+            value: A number; the largest one of all ranks is returned, at no further cost.
 
         Returns:
-            The largest wish of all ranks.
+            The largest `value` of all ranks.
 
         Raises:
             MismatchError: On every rank, if one rank's call differs; the message names ranks and calls.
@@ -457,27 +459,27 @@ class Engine(ABC):
             raise ValueError(
                 f"{call.kind}: hvd.shutdown() was called. Call hvd.init() again, and wrap the optimizer again."
             )
-        self._catch_up()
+        self._finish_background()
         self._doing, self._where = call.kind, call.where
         with self.span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
             if self.size == 1:
-                return wish
-            same, largest = self._compared(call.digest, wish)
+                return value
+            same, largest = self._compared(call.digest, value)
             if not same:
                 join.settle(self, call)
             return largest
 
-    def _catch_up(self) -> None:
-        """Wait for what a step that was broken off has left at work, before the ranks are asked anything else."""
-        if self.beside is not None and self.beside.is_busy and not self.beside.is_here:
-            self.beside.finish()
+    def _finish_background(self) -> None:
+        """Wait for operations left by an interrupted step, before the ranks compare their next call."""
+        if self.background is not None and self.background.is_busy and not self.background.is_current:
+            self.background.finish()
 
     def leave_to_core(self) -> None:
-        """Note that the engine's own graph operations now do what the ranks have agreed on."""
-        heartbeat.left_to_core(self._where, self._among)
+        """Note that the engine's own graph operations now run the operation that the ranks have agreed on."""
+        heartbeat.left_to_core(self._where, self._members_text)
 
     def _picklable(self, value: Any, function: str) -> np.ndarray:
-        """Pickle a value before any rank waits for it; where that fails, all ranks learn why."""
+        """Pickle a value before any rank waits for it; an error is reported to all ranks."""
         try:
             return _pickled(value)
         except Exception as error:
@@ -489,7 +491,7 @@ class Engine(ABC):
             raise raised from error
 
     def _gather_objects(self, data: np.ndarray) -> list[Any]:
-        """Return the objects of all ranks, of which `data` holds this rank's, pickled."""
+        """Return the objects of all ranks; `data` is the pickled object of this rank."""
         joined, lengths = self._gather(data)
         ends = np.cumsum(lengths)
         return [
@@ -517,31 +519,33 @@ class Engine(ABC):
         return splits
 
     def span(self, phase: str) -> AbstractContextManager[Any]:
-        """Note a phase of the operation in hand: in the heartbeat, and in the timeline while one is written."""
-        timeline = self.timeline  # another thread may end it
+        """Note a phase of the current operation: in the heartbeat, and in the timeline while one is written."""
+        timeline = self.timeline  # read once, because another thread may set it to None
         if timeline is None:
             return self.waiting()
-        whose = f" of {ranks_text(self.ranks)}" if self._members else ""
-        both = contextlib.ExitStack()
-        both.enter_context(timeline.span(self._doing + whose, phase))
-        both.enter_context(self.waiting())
-        return both
+        members = f" of {ranks_text(self.ranks)}" if self._members else ""
+        contexts = contextlib.ExitStack()
+        contexts.enter_context(timeline.span(self._doing + members, phase))
+        contexts.enter_context(self.waiting())
+        return contexts
 
     def waiting(self) -> AbstractContextManager[Any]:
-        """Note for who may ask that this rank is in the operation in hand and needs the others."""
-        return heartbeat.Waiting(self._where, self._among) if self.size > 1 else contextlib.nullcontext()
+        """Note in the heartbeat that this rank waits for the others in the current operation."""
+        return (
+            heartbeat.Waiting(self._where, self._members_text) if self.size > 1 else contextlib.nullcontext()
+        )
 
 
-@functools.lru_cache(1024)  # to put it into words takes longer than a small sum
+@functools.lru_cache(1024)  # building the text takes longer than a small sum
 def _allreduce(dtype: np.dtype, shape: tuple[int, ...], op: Op) -> Call:
     stand_in = StandIn(((dtype.name, shape),), op=op)
     return Call("allreduce", (f"{dtype} of shape {shape}, op={op.name.lower()}",), stand_in=stand_in)
 
 
 def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:
-    return StandIn(tuple((each.dtype.name, each.shape) for each in arrays), op=op)
+    return StandIn(tuple((array.dtype.name, array.shape) for array in arrays), op=op)
 
 
 def _pickled(value: Any) -> np.ndarray:
-    # Functions defined in a script travel too, as they do with Horovod.
+    # cloudpickle, because functions that are defined in a script can be sent too, as with Horovod.
     return np.frombuffer(cloudpickle.dumps(value), np.uint8)

@@ -1,4 +1,4 @@
-"""Small arrays travel together: which ones, in which buffer, and where each lies in it."""
+"""Pack small arrays into shared buffers, so that few operations send them all."""
 
 import sys
 from collections.abc import Sequence
@@ -9,25 +9,25 @@ from hvdtrain.collectives.ops import Op
 
 # At 16 MiB MPI_Allreduce over shared memory is at its fastest; larger buffers leave the caches.
 BUCKET_BYTES = 16 << 20
-# From here on, the copy into a shared buffer costs more than the extra operation it saves.
+# From this size on, the copy into a shared buffer costs more than the extra operation it saves.
 ALONE_BYTES = 256 << 10
-# From here on, halving what travels is worth the two operations that it takes.
+# From this size on, sending half the bytes saves more time than the second operation costs.
 HALVED_BYTES = 256 << 10
-# TensorFlow takes over a NumPy array without copying it only if it starts on such a boundary.
+# TensorFlow uses the memory of a NumPy array without a copy only if it starts at a multiple of so many bytes.
 ALIGNMENT = 64
-# After so many requests for other sizes a size is forgotten; many steps of any model.
-_MEMORY = 4096
+# A size that was not requested in this many requests is removed from the pool; many steps of any model.
+_REQUESTS_KEPT = 4096
 
 
 def plan(arrays: Sequence[np.ndarray]) -> list[list[int]]:
-    """Groups arrays so that few operations move them all and no large one is copied.
+    """Group arrays so that few operations move them all and no large one is copied.
 
     Args:
         arrays: Arrays of any shapes and dtypes.
 
     Returns:
-        Lists of indices. Arrays of a list have one dtype and together at most `BUCKET_BYTES`; an array of
-        `ALONE_BYTES` or more is alone in its list. The same on all ranks.
+        Lists of indices, the same on all ranks. The arrays of a list have one dtype and together at most
+        `BUCKET_BYTES`; an array of `ALONE_BYTES` or more is alone in its list.
     """
     buckets: list[list[int]] = []
     filling: dict[np.dtype, tuple[list[int], int]] = {}
@@ -66,35 +66,35 @@ def pack(arrays: Sequence[np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
 
 
 def worth_halving(array: np.ndarray, op: Op) -> bool:
-    """Return whether 16-bit floats should travel as they are, instead of in one reduction of 32-bit floats."""
+    """Return whether 16-bit floats should be sent as such, instead of in one reduction of 32-bit floats."""
     narrow = array.dtype.name in ("float16", "bfloat16")
     return narrow and op in (Op.SUM, Op.AVERAGE) and array.nbytes >= HALVED_BYTES
 
 
 def aligned_like(array: np.ndarray) -> np.ndarray:
-    """Return an uninitialised array of the shape and dtype of `array` that TensorFlow need not copy."""
+    """Return an uninitialized array of the shape and dtype of `array` that TensorFlow need not copy."""
     return _POOL.take(array.nbytes).view(array.dtype).reshape(array.shape)
 
 
 class _Pool:
-    """Buffers that are used again as soon as nobody looks at them any more.
+    """Buffers that are reused as soon as no array refers to them.
 
-    New memory for each step would cost a page fault every 4 KiB. NumPy keeps a buffer's owner alive
-    through each view of it, so its reference count tells whether a result of an earlier step still is in use.
-    A size that nobody has asked for in a long while is forgotten.
+    New memory for each step would cost a page fault every 4 KiB. Each view of a buffer keeps a reference to the
+    array that owns the memory, so the reference count of the owner shows whether a result of an earlier step is
+    still in use. Sizes that were not requested for a long time are removed.
     """
 
     def __init__(self) -> None:
         self._owners: dict[int, list[np.ndarray]] = {}
-        self._asked: dict[int, int] = {}
+        self._last_request: dict[int, int] = {}
         self._requests = 0
 
     def take(self, nbytes: int) -> np.ndarray:
         """Return `nbytes` aligned bytes."""
         self._requests += 1
-        self._asked[nbytes] = self._requests
-        if self._requests % _MEMORY == 0:
-            self._forget()
+        self._last_request[nbytes] = self._requests
+        if self._requests % _REQUESTS_KEPT == 0:
+            self._remove_unused_sizes()
         owners = self._owners.setdefault(nbytes, [])
         free = next((owner for owner in owners if sys.getrefcount(owner) == _UNUSED), None)
         if free is None:
@@ -103,13 +103,15 @@ class _Pool:
         offset = -free.ctypes.data % ALIGNMENT
         return free[offset : offset + nbytes]
 
-    def _forget(self) -> None:
-        for nbytes in [each for each, asked in self._asked.items() if asked <= self._requests - _MEMORY]:
-            del self._asked[nbytes], self._owners[nbytes]
+    def _remove_unused_sizes(self) -> None:
+        for nbytes in [
+            size for size, last in self._last_request.items() if last <= self._requests - _REQUESTS_KEPT
+        ]:
+            del self._last_request[nbytes], self._owners[nbytes]
 
 
 def _reference_count_when_unused() -> int:
-    """Count the references that the pool's own search for a free buffer holds; it depends on the Python."""
+    """Return how many references the search in `take` holds to a free buffer; it depends on the Python version."""
     owners = [np.empty(1, np.uint8)]
     return next(sys.getrefcount(owner) for owner in owners)
 

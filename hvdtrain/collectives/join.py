@@ -1,4 +1,4 @@
-"""Let ranks that have joined take part with zeros in what the others still do, as Horovod's `join` does."""
+"""Let ranks that have joined take part with zeros in the remaining operations, as Horovod's `join` does."""
 
 import pickle
 from typing import TYPE_CHECKING
@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvdtrain.collectives import reduction
-from hvdtrain.collectives.agreement import JOIN, Call, Known, MismatchError, StandIn, explained, mark
+from hvdtrain.collectives.agreement import JOIN, Call, Known, MismatchError, StandIn, explain_mismatch, mark
 
 if TYPE_CHECKING:
     from hvdtrain.collectives.engine import Engine
@@ -29,14 +29,14 @@ def wait_for_all(engine: "Engine") -> int:
 
 
 def settle(engine: "Engine", call: Call) -> Call:
-    """Find out what the ranks do when not all ask for the same: only ranks that have joined may differ.
+    """Find the operation of the ranks when their calls differ: only calls of ranks that have joined may differ.
 
     Args:
         engine: The ranks.
-        call: What this rank asks for.
+        call: The call of this rank.
 
     Returns:
-        What the ranks do that have not joined; the engine keeps which ranks have.
+        The call of the ranks that have not joined; the engine stores which ranks have joined.
 
     Raises:
         MismatchError: On every rank, if the others differ, or if they need the ranks that have joined.
@@ -46,7 +46,7 @@ def settle(engine: "Engine", call: Call) -> Call:
     working = [other for other in calls if other != JOIN]
     stand_in = working[0].stand_in if engine._joined else None
     if stand_in is None or not stand_in.possible or any(other != working[0] for other in working):
-        error = MismatchError(explained(calls, engine.ranks))
+        error = MismatchError(explain_mismatch(calls, engine.ranks))
         if any(other.farewell for other in calls) and not call.farewell:
             mark(error, Known.REPORTED)
         raise error
@@ -60,7 +60,7 @@ def _all_have_joined(engine: "Engine") -> bool:
 
 
 def _stand_in(engine: "Engine", call: Call) -> None:
-    """Take part in what the others do, with zeros and without rows."""
+    """Take part in the operations of the other ranks, with zeros and without rows."""
     work = call.stand_in or StandIn()
     if work.native:
         engine.native_tensors().stand_in(call.kind, work)

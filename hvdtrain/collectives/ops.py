@@ -1,4 +1,4 @@
-"""What can travel: the operations of a reduction, the dtypes it takes, and arrays made ready for the wire."""
+"""Define the operations of a reduction and the dtypes it accepts, and prepare arrays for sending."""
 
 import enum
 import functools
@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-# What is combined over ranks, and where the result goes, which may be the same array.
+# The array that is combined over the ranks, and the array for the result, which may be the same.
 Pair = tuple[np.ndarray, np.ndarray]
 
 
 class Op(enum.IntEnum):
-    """What a reduction does with the values of all ranks; the numbers are Horovod's."""
+    """Operations of a reduction, with the numbers that Horovod uses."""
 
     AVERAGE = 0
     SUM = 1
@@ -39,8 +39,8 @@ REDUCIBLE = FLOATS | {
 
 
 def operand(array: Any, function: str) -> np.ndarray:
-    """Return what can travel: a contiguous array in this machine's byte order, without Python objects."""
-    if type(array) is np.ndarray and array.flags.c_contiguous and _travels(array.dtype):
+    """Return an array that can be sent: contiguous, in this machine's byte order, without Python objects."""
+    if type(array) is np.ndarray and array.flags.c_contiguous and _can_be_sent(array.dtype):
         return array
     if np.ma.isMaskedArray(array):
         raise TypeError(
@@ -50,25 +50,25 @@ def operand(array: Any, function: str) -> np.ndarray:
     array = array.astype(array.dtype.newbyteorder("="), copy=False)
     if array.dtype.hasobject:
         raise TypeError(
-            f"{function}: arrays of Python objects cannot travel. Received dtype {array.dtype}. "
+            f"{function}: arrays of Python objects cannot be sent. Received dtype {array.dtype}. "
             "Use broadcast_object or allgather_object."
         )
     return array
 
 
 def reducible(array: Any, op: Op, function: str) -> np.ndarray:
-    """Return what can be reduced with `op`, or raises TypeError in the name of `function`."""
+    """Return an array that can be reduced with `op`, or raise a TypeError that names `function`."""
     array = operand(array, function)
     _check_reducible(array.dtype, op, function)
     return array
 
 
 @functools.lru_cache(256)
-def _travels(dtype: np.dtype) -> bool:
+def _can_be_sent(dtype: np.dtype) -> bool:
     return dtype.isnative and not dtype.hasobject
 
 
-@functools.lru_cache(256)  # a dtype's name takes NumPy longer than a small sum takes MPI
+@functools.lru_cache(256)  # NumPy needs longer for the name of a dtype than MPI for a small sum
 def _check_reducible(dtype: np.dtype, op: Op, function: str) -> None:
     if dtype.name not in REDUCIBLE:
         raise TypeError(
@@ -80,13 +80,16 @@ def _check_reducible(dtype: np.dtype, op: Op, function: str) -> None:
         )
     if op is Op.ADASUM and dtype.name not in FLOATS:
         raise TypeError(
-            f"{function}: Adasum looks at the angle between gradients, so it takes floats. Received dtype {dtype}."
+            f"{function}: Adasum uses the angle between gradients, so it needs floats. Received dtype {dtype}."
         )
 
 
 @functools.lru_cache(256)
 def carrier(dtype: np.dtype, op: Op) -> np.dtype:
-    """Return the dtype in which values are summed: 16-bit floats lose bits, means of small integers overflow."""
+    """Return the dtype in which values are summed.
+
+    It is wider for 16-bit floats, whose sums lose bits, and for means of small integers, whose sums overflow.
+    """
     if dtype.name in ("float16", "bfloat16"):
         return np.dtype(np.float32)
     if op is Op.AVERAGE and dtype.kind in "iu" and dtype.itemsize < 8:
@@ -95,10 +98,10 @@ def carrier(dtype: np.dtype, op: Op) -> np.dtype:
 
 
 def described(array: np.ndarray) -> str:
-    """Write dtype and shape as an error message shows them."""
+    """Return dtype and shape as text for an error message."""
     return f"{array.dtype} of shape {array.shape}"
 
 
 def inner(array: np.ndarray) -> str:
-    """Write the dimensions after the first, which must be the same on all ranks that join their rows."""
+    """Return the dimensions after the first as text; they must be the same on all ranks that join their rows."""
     return ", ".join(str(dimension) for dimension in array.shape[1:])

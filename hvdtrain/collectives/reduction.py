@@ -18,7 +18,7 @@ warned_of_zeros = False
 def combine(
     engine: "Engine", arrays: Sequence[np.ndarray], op: Op, in_place: Sequence[bool]
 ) -> list[np.ndarray]:
-    """Combine many arrays; small ones travel together.
+    """Combine many arrays; small ones are sent together.
 
     Args:
         engine: Moves the arrays; its ranks have agreed on the operation.
@@ -29,11 +29,11 @@ def combine(
     Returns:
         The combined arrays. New ones may share memory with each other.
     """
-    results: list[Any] = [array if stays else None for array, stays in zip(arrays, in_place, strict=True)]
+    results: list[Any] = [array if reuse else None for array, reuse in zip(arrays, in_place, strict=True)]
     pairs: list[Pair] = []
     packed: list[tuple[int, np.ndarray]] = []
     for bucket in fusion.plan(arrays):
-        if len(bucket) == 1 or op is Op.ADASUM:  # Adasum looks at each array by itself
+        if len(bucket) == 1 or op is Op.ADASUM:  # Adasum combines each array separately
             for index in bucket:
                 if results[index] is None:
                     results[index] = fusion.aligned_like(arrays[index])
@@ -69,11 +69,11 @@ def reduce_pairs(engine: "Engine", pairs: Sequence[Pair], op: Op) -> None:
 def _reduce_wide(engine: "Engine", send: np.ndarray, receive: np.ndarray, op: Op) -> None:
     wide = carrier(send.dtype, op)
     if op is Op.ADASUM:
-        receive[...] = adasum.combined(
+        receive[...] = adasum.combine(
             send.astype(wide),
             engine.rank,
             engine.size,
-            lambda array, partner: _swapped(engine, array, partner),
+            lambda array, partner: _exchange_whole(engine, array, partner),
         )
     elif fusion.worth_halving(send, op):
         receive[...] = _sum_of_halves(engine, send, op)
@@ -85,7 +85,7 @@ def _reduce_wide(engine: "Engine", send: np.ndarray, receive: np.ndarray, op: Op
     else:
         copy = send.astype(wide)
         engine._reduce(copy, copy, op)
-        with np.errstate(over="ignore"):  # what is too large becomes infinite, as in any sum of floats
+        with np.errstate(over="ignore"):  # values that are too large become infinite, as in any sum of floats
             receive[...] = copy
 
 
@@ -102,14 +102,14 @@ def _warn_of_zeros(engine: "Engine", total: np.ndarray, mean: np.ndarray) -> Non
 
 
 def _sum_of_halves(engine: "Engine", array: np.ndarray, op: Op) -> np.ndarray:
-    """Sum 16-bit floats in float32 while only 16-bit floats travel: each rank sums one part of the array."""
+    """Sum 16-bit floats in float32 but send only 16-bit floats: each rank sums one part of the array."""
     received, _ = engine._exchange(array.reshape(-1), rows_of_ranks(array.size, engine.size))
     total = received.reshape(engine.size, -1).astype(np.float32).sum(axis=0)
     mine = averaged(total, op, engine.size).astype(array.dtype)
     return engine._gather(mine)[0].reshape(array.shape)
 
 
-def _swapped(engine: "Engine", array: np.ndarray, partner: int) -> np.ndarray:
+def _exchange_whole(engine: "Engine", array: np.ndarray, partner: int) -> np.ndarray:
     """Return the array of another rank, which must be of the same shape."""
     flat = array.reshape(-1)
     splits = [flat.size if rank == partner else 0 for rank in range(engine.size)]
@@ -117,7 +117,7 @@ def _swapped(engine: "Engine", array: np.ndarray, partner: int) -> np.ndarray:
 
 
 def reduce_and_take(engine: "Engine", array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
-    """Combine whole arrays and return this rank's rows, where an engine cannot scatter them."""
+    """Combine whole arrays and return this rank's rows, for engines that cannot scatter them."""
     whole = np.empty_like(array)
     engine._reduce(array, whole, op)
     start = sum(rows[: engine.rank])
@@ -132,11 +132,11 @@ def averaged(total: np.ndarray, op: Op, size: int) -> np.ndarray:
             total //= total.dtype.type(size)
         elif size & (size - 1):
             np.divide(total, total.dtype.type(size), out=total)
-        else:  # a power of two: as exact, and faster
+        else:  # for a power of two this is as exact, and faster
             np.multiply(total, total.dtype.type(1 / size), out=total)
     return total
 
 
 def rows_of_ranks(count: int, size: int) -> list[int]:
-    """Divide a number of rows among the ranks; the first ones get one more where it does not divide."""
+    """Divide a number of rows among the ranks; the first ranks get one more if it is not divisible."""
     return [count // size + (rank < count % size) for rank in range(size)]

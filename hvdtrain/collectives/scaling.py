@@ -1,4 +1,4 @@
-"""Reductions between two factors: what Horovod calls prescaling and postscaling."""
+"""Multiply arrays before and after a reduction: Horovod's prescaling and postscaling."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,11 +13,11 @@ _SCALED_IN = {"float16": np.float32, "bfloat16": np.float32, "float32": np.float
 
 @dataclass(frozen=True)
 class Reduction:
-    """How a reduction combines values.
+    """An operation with its two factors.
 
     Args:
         op: Any `Op`.
-        prescale: Factor applied to each rank's values before they travel.
+        prescale: Factor applied to each rank's values before they are sent.
         postscale: Factor applied to the result.
     """
 
@@ -38,22 +38,22 @@ def reduced(
     arrays: Sequence[np.ndarray],
     reduce: Callable[[Engine, Sequence[np.ndarray], Op], list[np.ndarray]],
 ) -> list[np.ndarray]:
-    """Reduce between the two scalings, which the ranks compare only where there are any."""
+    """Scale, reduce and scale again; the ranks compare the factors only if one differs from 1."""
     if not reduction.scales:
         return reduce(engine, arrays, reduction.op)
     factors = f"prescale_factor={reduction.prescale}, postscale_factor={reduction.postscale}"
     engine.agree(Call(kind, (factors,), stand_in=StandIn()))
-    scaled = [_scaled(each, reduction.prescale) for each in arrays]
+    scaled = [_scaled(array, reduction.prescale) for array in arrays]
     if reduction.op is not Op.AVERAGE or reduction.postscale == 1.0:
-        return [_scaled(each, reduction.postscale) for each in reduce(engine, scaled, reduction.op)]
-    # A mean of integers would lose what the factor could still make whole.
-    sums = reduce(engine, [_wide(each) for each in scaled], Op.SUM)
+        return [_scaled(array, reduction.postscale) for array in reduce(engine, scaled, reduction.op)]
+    # A mean of integers is rounded, so the factor is applied to the sum.
+    sums = reduce(engine, [_wide(array) for array in scaled], Op.SUM)
     factor = reduction.postscale / engine.size
-    return [_scaled(total, factor).astype(each.dtype) for total, each in zip(sums, arrays, strict=True)]
+    return [_scaled(total, factor).astype(array.dtype) for total, array in zip(sums, arrays, strict=True)]
 
 
 def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
-    """Multiply; integers are cut off toward zero, as Horovod does."""
+    """Multiply an array; integers are rounded toward zero, as in Horovod."""
     if factor == 1.0:
         return array
     wide = np.dtype(_SCALED_IN.get(array.dtype.name, np.float64))
@@ -61,5 +61,5 @@ def _scaled(array: np.ndarray, factor: float) -> np.ndarray:
 
 
 def _wide(array: np.ndarray) -> np.ndarray:
-    """Make room for the sum of small integers."""
+    """Cast small integers to int64, so that their sum does not overflow."""
     return array.astype(np.int64) if array.dtype.kind in "iu" and array.dtype.itemsize < 8 else array

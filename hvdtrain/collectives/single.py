@@ -1,4 +1,4 @@
-"""One process: every operation is its own result, and MPI is never touched."""
+"""Run without other processes: every operation returns its input, and MPI is not loaded."""
 
 from collections.abc import Sequence
 
@@ -8,7 +8,7 @@ from hvdtrain.collectives.engine import Engine, Op, World
 
 
 class SingleEngine(Engine):
-    """A world of one. Costs nothing and needs nothing, so a script runs unchanged without a launcher."""
+    """A world of one rank, so that a script runs unchanged without a launcher."""
 
     name = "single"
     library = "no MPI"
@@ -16,8 +16,8 @@ class SingleEngine(Engine):
     def __init__(self) -> None:
         self.world = World()
 
-    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
-        return True, wish
+    def _compared(self, number: int, value: int = 0) -> tuple[bool, int]:
+        return True, value
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         if receive is not send:
@@ -39,7 +39,7 @@ class SingleEngine(Engine):
         return SingleEngine()
 
     def shutdown(self) -> None:
-        """Do nothing: a world of one holds nothing."""
+        """Do nothing: a world of one has no resources to free."""
 
     def abort(self, code: int) -> None:
-        """Do nothing: the process that asks is the only one, and is ending already."""
+        """Do nothing: the calling process is the only one, and it is already ending."""

@@ -1,1 +1,1 @@
-"""From backprop to update."""
+"""Combine gradients over the ranks, between backprop and update."""

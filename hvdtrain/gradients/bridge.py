@@ -1,4 +1,4 @@
-"""Define what the path of a gradient needs from a framework's tensors."""
+"""Define the operations on a framework's tensors that the exchange of gradients needs."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
@@ -76,11 +76,11 @@ class Bridge(ABC):
         """Combine the gradients of one step over the ranks.
 
         Args:
-            exchange: What happens to them as NumPy arrays.
+            exchange: The operations on them as NumPy arrays.
             dense: Tensors to combine, in the order of the variables.
             rows: Tensors to join along their first dimension: values and indices of each sparse gradient in turn.
-            groups: Which of `dense` travel as one, by their indices; the engine decides about the rest.
-            devices: Where graph operations of the engine's own are placed: those that reduce, those that gather.
+            groups: Indices of the tensors of `dense` that are sent as one; the engine decides about the others.
+            devices: Devices for the engine's own graph operations: those that reduce, and those that gather.
         """
 
     @abstractmethod
@@ -95,7 +95,7 @@ class Bridge(ABC):
         """Call `compare` on the host if a step is due to be verified.
 
         Args:
-            engine: Keeps an error that `compare` raises.
+            engine: Stores an error that `compare` raises.
             due: Bool tensor.
             compare: Takes the arrays of the variables, then all parts of the gradients.
             variables: The variables.
@@ -107,7 +107,7 @@ class Bridge(ABC):
 
     @abstractmethod
     def after(self, dependency: Tensor, gradients: Sequence[Gradient]) -> list[Gradient]:
-        """Return the gradients in such a way that nobody uses them before a tensor exists."""
+        """Return the gradients such that they are used only after a tensor has been computed."""
 
     @abstractmethod
     def readable(self, variables: Iterable[Variable]) -> list[Variable]:

@@ -1,11 +1,11 @@
-"""Define how a gradient is compressed while it travels, in Horovod's form of two methods."""
+"""Define how a gradient is compressed before it is sent, with Horovod's interface of two methods."""
 
 from abc import ABC, abstractmethod
 from typing import Any
 
 
 class Compressor(ABC):
-    """What `compression=` takes: a class of two static methods, or one of your own with the same two.
+    """Base class for `compression=`: two static methods, which your own class may define too.
 
     The API is Horovod's (https://horovod.readthedocs.io/en/stable/api.html).
     """
@@ -13,23 +13,23 @@ class Compressor(ABC):
     @staticmethod
     @abstractmethod
     def compress(tensor: Any) -> tuple[Any, Any]:
-        """Make a tensor ready to travel.
+        """Compress a tensor before it is sent.
 
         Args:
             tensor: A gradient.
 
         Returns:
-            The tensor to send, of the same shape on all ranks, and what `decompress` needs to know.
+            The tensor to send, of the same shape on all ranks, and the context for `decompress`.
         """
 
     @staticmethod
     @abstractmethod
     def decompress(tensor: Any, ctx: Any) -> Any:
-        """Return the gradient that the combined tensor stands for."""
+        """Restore the gradient from the combined tensor."""
 
 
 class NoneCompressor(Compressor):
-    """Sends gradients as they are."""
+    """Sends gradients unchanged."""
 
     @staticmethod
     def compress(tensor: Any) -> tuple[Any, Any]:

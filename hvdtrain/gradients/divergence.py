@@ -1,4 +1,4 @@
-"""Compare trained variables over the ranks after the training, also those that nobody averages."""
+"""Compare trained variables over the ranks after the training, including those that are not averaged."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,11 +12,11 @@ from hvdtrain.gradients.projection import checksum, precision, projected
 from hvdtrain.gradients.trained_variables import Key, Trained, key_of, registry
 from hvdtrain.gradients.verification import Policy
 
-# On hosts with different CPUs an update may round differently; so many times that is no reason to end a job.
+# On hosts with different CPUs an update may round differently; so many rounding errors do not end a job.
 _ROUNDINGS = 1000
 
 _PLAIN = (
-    "Expected: the same values, but {who} with gradients that are not averaged over the ranks. Give it "
+    "Expected: the same values, but {updater} with gradients that are not averaged over the ranks. Give it "
     "hvd.DistributedOptimizer(...), or take the gradients from hvd.DistributedGradientTape(tape). If each "
     "rank is to train its own, register it: optimizer.register_local_var(variable) of a "
     "hvd.DistributedOptimizer, or tape.register_local_source(variable)."
@@ -40,12 +40,12 @@ _PERHAPS = (
 
 @dataclass(frozen=True)
 class Difference:
-    """A variable that differs.
+    """A variable that differs between ranks.
 
     Args:
-        one: The variable, as the first of its ranks knows it.
+        one: The record of the variable on the first of its ranks.
         others: The ranks that differ from the first one.
-        rounded: Whether no more than rounding may be the cause.
+        rounded: Whether rounding alone may be the cause.
     """
 
     one: Trained
@@ -58,16 +58,16 @@ def compare(engine: Engine, variables: Iterable[Any], when: str) -> None:
 
     Args:
         engine: The ranks that train the model together.
-        variables: The variables, the same list on all ranks; local ones are left out.
-        when: The moment, for the message: "after the first epoch".
+        variables: The variables, the same list on all ranks; local ones are not compared.
+        when: The time of the comparison, for the message: "after the first epoch".
 
     Raises:
         MismatchError: On every rank, if one of them differs.
     """
     if Policy.from_environment().never:
         return
-    compared = [one for each in variables if (one := _in_model(engine, each)) is not None]
-    numbered = {replace(one.key, number=number): one for number, one in enumerate(compared)}
+    compared = [trained for variable in variables if (trained := _in_model(engine, variable)) is not None]
+    numbered = {replace(trained.key, number=number): trained for number, trained in enumerate(compared)}
     differences = _differences(engine, numbered)
     _judge(engine, differences, when)
     if not differences:
@@ -75,7 +75,7 @@ def compare(engine: Engine, variables: Iterable[Any], when: str) -> None:
 
 
 def compare_at_end(engine: Engine) -> None:
-    """Compare all trained variables that are left when all ranks have come to the end of the script.
+    """Compare all trained variables that still exist when all ranks have reached the end of the script.
 
     Args:
         engine: The world.
@@ -84,11 +84,15 @@ def compare_at_end(engine: Engine) -> None:
         MismatchError: On every rank, if variables differ that should be the same.
     """
     compared = [] if Policy.from_environment().never else registry.alive()
-    _judge(engine, _differences(engine, {one.key: one for one in compared}), "at the end of the script")
+    _judge(
+        engine,
+        _differences(engine, {trained.key: trained for trained in compared}),
+        "at the end of the script",
+    )
 
 
 def _in_model(engine: Engine, variable: Any) -> Trained | None:
-    """Return what is known of a variable of a model; None if this engine's ranks may hold different values."""
+    """Return the record of a variable of a model; None if this engine's ranks may have different values."""
     if registry.is_local(variable):
         return None
     known = registry.find(variable)
@@ -99,51 +103,51 @@ def _in_model(engine: Engine, variable: Any) -> Trained | None:
     return replace(known, key=key_of(engine, variable, known.key.averaged), expected=True, verified=False)
 
 
-def _differences(engine: Engine, mine: Mapping[Key, Trained]) -> list[Difference]:
-    """Find the variables that differ among all ranks that should hold the same values."""
-    sums = _by_rank(engine, {key: checksum(_value(one)) for key, one in mine.items()})
+def _differences(engine: Engine, own: Mapping[Key, Trained]) -> list[Difference]:
+    """Find the variables that differ among all ranks that should have the same values."""
+    sums = _by_rank(engine, {key: checksum(_value(trained)) for key, trained in own.items()})
     known = dict.fromkeys(key for of_rank in sums.values() for key in of_rank)
     wrong = [key for key in known if _differ([sums[rank].get(key) for rank in key.ranks])]
     if not wrong:
         return []
-    accounts = _by_rank(engine, {key: _account(mine[key]) for key in wrong if key in mine})
+    summaries = _by_rank(engine, {key: _summary(own[key]) for key in wrong if key in own})
     return [
-        _difference(key, [(sums[rank][key], *accounts[rank][key]) for rank in key.ranks]) for key in wrong
+        _difference(key, [(sums[rank][key], *summaries[rank][key]) for rank in key.ranks]) for key in wrong
     ]
 
 
-def _by_rank(engine: Engine, mine: dict[Key, Any]) -> dict[int, dict[Key, Any]]:
-    return dict(zip(engine.ranks, engine.allgather_object(mine), strict=True))
+def _by_rank(engine: Engine, own: dict[Key, Any]) -> dict[int, dict[Key, Any]]:
+    return dict(zip(engine.ranks, engine.allgather_object(own), strict=True))
 
 
 def _differ(sums: Sequence[int | None]) -> bool:
-    """Tell whether checksums differ; not if some ranks lack the variable, which they then do not train."""
+    """Return whether checksums differ; False if some ranks lack the variable, because they do not train it."""
     return None not in sums and len(set(sums)) > 1
 
 
-def _account(one: Trained) -> tuple[Trained, tuple[float, float, float]]:
-    """Return what the other ranks have to know of a variable that differs."""
-    value = _value(one)
+def _summary(trained: Trained) -> tuple[Trained, tuple[float, float, float]]:
+    """Return the record, projection, magnitude and precision of a variable that differs."""
+    value = _value(trained)
     eps = precision(value.dtype) if value.dtype.kind not in "iub" else 0.0
-    return replace(one, variable=None), (*projected(value), eps)
+    return replace(trained, variable=None), (*projected(value), eps)
 
 
-def _difference(key: Key, accounts: Sequence[tuple[int, Trained, tuple[float, float, float]]]) -> Difference:
-    first, one, (projection, magnitude, eps) = accounts[0]
-    farthest = max(abs(account[2][0] - projection) for account in accounts)
-    others = tuple(rank for rank, account in zip(key.ranks, accounts, strict=True) if account[0] != first)
-    return Difference(one, others, key.averaged and farthest <= _ROUNDINGS * eps * magnitude)
+def _difference(key: Key, summaries: Sequence[tuple[int, Trained, tuple[float, float, float]]]) -> Difference:
+    expected, trained, (projection, magnitude, eps) = summaries[0]
+    largest = max(abs(summary[2][0] - projection) for summary in summaries)
+    others = tuple(rank for rank, summary in zip(key.ranks, summaries, strict=True) if summary[0] != expected)
+    return Difference(trained, others, key.averaged and largest <= _ROUNDINGS * eps * magnitude)
 
 
 def _judge(engine: Engine, differences: Sequence[Difference], when: str) -> None:
-    """Raise for what is certainly wrong, and warn of what may be right."""
-    averaged = [each for each in differences if each.one.key.averaged]
-    plain = [each for each in differences if not each.one.key.averaged]
-    parted = [each for each in averaged if not each.rounded]
-    wrong = [each for each in parted if not each.one.verified]
-    if not parted and registry.together:
-        # Were the averaged ones different now, one rank might have loaded another model after the training.
-        wrong = [each for each in plain if each.one.expected]
+    """Raise an error for differences that are certainly wrong, and warn about those that may be intended."""
+    averaged = [difference for difference in differences if difference.one.key.averaged]
+    plain = [difference for difference in differences if not difference.one.key.averaged]
+    diverged = [difference for difference in averaged if not difference.rounded]
+    wrong = [difference for difference in diverged if not difference.one.verified]
+    if not diverged and registry.together:
+        # Only if the averaged ones are equal: otherwise one rank may have loaded another model after the training.
+        wrong = [difference for difference in plain if difference.one.expected]
     if wrong and not engine.has_joined:
         raise MismatchError(f"{_named(wrong, when)} {_reason(wrong[0].one)}")
     if differences:
@@ -151,20 +155,24 @@ def _judge(engine: Engine, differences: Sequence[Difference], when: str) -> None
         engine.warn(f"{_named([*averaged, *plain], when)} {advice}")
 
 
-def _reason(one: Trained) -> str:
-    if one.key.averaged:
+def _reason(trained: Trained) -> str:
+    if trained.key.averaged:
         return _AVERAGED
-    who = (
-        f"an optimizer that is not distributed ({one.optimizer}) updates them"
-        if one.optimizer
+    updater = (
+        f"an optimizer that is not distributed ({trained.optimizer}) updates them"
+        if trained.optimizer
         else "something updates them"
     )
-    return _PLAIN.format(who=who)
+    return _PLAIN.format(updater=updater)
 
 
 def _named(differences: Sequence[Difference], when: str) -> str:
     first = differences[0]
-    more = f", as well as {_listed([each.one.name for each in differences[1:]])}" if differences[1:] else ""
+    more = (
+        f", as well as {_listed([difference.one.name for difference in differences[1:]])}"
+        if differences[1:]
+        else ""
+    )
     verb = "differs" if len(first.others) == 1 else "differ"
     return (
         f"The ranks hold different values of trained variables {when}: {first.one.name} on "
@@ -178,15 +186,15 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def _warn_of_plain(engine: Engine, compared: Sequence[Trained]) -> None:
-    plain = [one for one in compared if one.optimizer and not one.key.averaged]
+    plain = [trained for trained in compared if trained.optimizer and not trained.key.averaged]
     if plain and not registry.warned:
         registry.warned = True
         engine.warn(
-            f"the gradients of {_listed([one.name for one in plain])} are not averaged over the ranks, as "
+            f"the gradients of {_listed([trained.name for trained in plain])} are not averaged over the ranks, as "
             f"{plain[0].optimizer} is not distributed. The variables are the same on all ranks so far. Give it "
             f"hvd.DistributedOptimizer({plain[0].optimizer}(...)), unless train_step averages them itself."
         )
 
 
-def _value(one: Trained) -> np.ndarray:
-    return np.asarray(one.variable())
+def _value(trained: Trained) -> np.ndarray:
+    return np.asarray(trained.variable())

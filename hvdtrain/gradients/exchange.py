@@ -11,12 +11,12 @@ from hvdtrain.gradients.verification import Verification
 
 @dataclass(frozen=True)
 class Exchange:
-    """What happens to one step's gradients once they are NumPy arrays.
+    """The operations on one step's gradients as NumPy arrays.
 
     Args:
         engine: Moves the arrays.
         op: SUM, AVERAGE or ADASUM.
-        call: What the ranks compare before anything is sent; its kind also names the operations.
+        call: The call that the ranks compare before anything is sent; its kind also names the operations.
         verification: Counts the steps and records gradients of steps that are verified; None for no verification.
         factor: The gradients have been multiplied by this.
     """
@@ -32,10 +32,10 @@ class Exchange:
         return self.verification is not None and self.verification.begin()
 
     def record(self, places: Sequence[int], arrays: Sequence[np.ndarray]) -> None:
-        """Record gradients before they are reduced where they lie.
+        """Record gradients before they are reduced in place.
 
         Args:
-            places: Their places among the dense gradients.
+            places: Their indices among the dense gradients.
             arrays: The gradients.
         """
         if self.verification is not None:

@@ -1,4 +1,4 @@
-"""What variables are called: by people, and between ranks."""
+"""Name variables for users, and for comparisons between ranks."""
 
 import re
 from collections.abc import Sequence
@@ -13,8 +13,8 @@ def variable_name(variable: Any) -> str:
 
 
 def plain_variable(variable: Any) -> Any:
-    """Return TensorFlow's own variable, which a Keras variable only holds."""
-    # Not `value`, which casts inside of an autocast scope.
+    """Return TensorFlow's own variable, which a Keras variable contains."""
+    # Not `value`, which casts inside an autocast scope.
     return getattr(variable, "_value", variable)
 
 
@@ -28,21 +28,21 @@ def described_call(
 ) -> Call:
     """Describe an operation on variables so that ranks can compare it.
 
-    Keras numbers layers as they are made, so a rank that has built one model more calls the same layer
-    `dense_2` instead of `dense`; and of a model that one rank loads from a file, paths may lack the model's own
-    name. So numbers, and what stands before layer and weight, are shown but not compared.
+    Keras numbers layers in the order of their creation, so on a rank that has built one more model the same layer
+    is `dense_2` instead of `dense`; and if one rank loads a model from a file, its paths may lack the name of the
+    model. Therefore numbers, and the part of a path before layer and weight, are shown but not compared.
 
     Args:
         kind: Name of the operation.
-        variables: What it is about, in order.
-        details: A text for each variable that must be the same on all ranks.
-        weights_only: False if optimizers' variables are among them, whose names hold whole paths of weights:
-            then only the last word of a name is compared, such as kernel or momentum.
+        variables: The variables, in order.
+        details: A text for each variable, which must be the same on all ranks.
+        weights_only: False if there are variables of optimizers, whose names contain whole paths of weights: then
+            only the last word of a name is compared, such as kernel or momentum.
 
     Returns:
         The call, with one line for each variable.
     """
-    named = [(variable_name(each), detail) for each, detail in zip(variables, details, strict=True)]
+    named = [(variable_name(variable), detail) for variable, detail in zip(variables, details, strict=True)]
     return Call(
         kind,
         tuple(f"{_compared(name, weights_only)}: {detail}" for name, detail in named),

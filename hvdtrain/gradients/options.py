@@ -1,4 +1,4 @@
-"""How gradients are combined: one record, checked once, that goes all the way down."""
+"""Define and check the options for combining gradients, in one record."""
 
 import itertools
 from collections.abc import Sequence
@@ -11,20 +11,20 @@ from hvdtrain.gradients.compression import NoneCompressor
 
 @dataclass(frozen=True)
 class ReduceOptions:
-    """How gradients are combined.
+    """Options for combining gradients.
 
     Args:
-        name: Names the operations.
+        name: Prefix for the names of the operations.
         op: `Op.AVERAGE`, `Op.SUM` or `Op.ADASUM`.
-        sparse_as_dense: Makes sparse gradients dense before they travel, instead of gathering their rows.
-        compression: A `Compressor`, or a class with the same two methods; sparse gradients travel as they are.
-        predivide_factor: Of a mean over n ranks, gradients are divided by this before they are summed, and
-            the sum by n over this: smaller numbers where 16-bit floats might overflow.
-        groups: Into how many groups the gradients are divided that travel as one, or lists of the variables
-            of each group; what is in none is left to the engine.
-        scale_local: Divides gradients of local variables by the number of ranks, as those of the others are.
-        device_dense: Where the engine's own graph operations on dense gradients are placed.
-        device_sparse: Likewise for sparse gradients.
+        sparse_as_dense: Makes sparse gradients dense before they are sent, instead of gathering their rows.
+        compression: A `Compressor`, or a class with the same two methods; sparse gradients are not compressed.
+        predivide_factor: For a mean over n ranks, gradients are divided by this factor before they are summed, and
+            the sum is divided by n / factor: the numbers are smaller where 16-bit floats might overflow.
+        groups: Number of groups of gradients, each of which is sent as one, or lists of the variables of each
+            group; the engine decides about variables in no group.
+        scale_local: Divides gradients of local variables by the number of ranks, like those of the others.
+        device_dense: Device for the engine's own graph operations on dense gradients.
+        device_sparse: Device for those on sparse gradients.
     """
 
     name: str
@@ -59,7 +59,7 @@ class ReduceOptions:
 def _check_groups(groups: Any) -> None:
     """Raise ValueError if `groups` is neither a number of groups nor lists of variables."""
     counted = groups is None or (isinstance(groups, int) and not isinstance(groups, bool) and groups >= 0)
-    listed = isinstance(groups, list | tuple) and all(isinstance(each, list | tuple) for each in groups)
+    listed = isinstance(groups, list | tuple) and all(isinstance(group, list | tuple) for group in groups)
     if not counted and not listed:
         raise ValueError(
             "groups is a number of groups, 0 for none, or a list of lists of variables. Received: "
@@ -68,23 +68,23 @@ def _check_groups(groups: Any) -> None:
 
 
 def groups_of(variables: Sequence[Any], groups: int | Sequence[Sequence[Any]] | None) -> list[list[int]]:
-    """Divide gradients into the groups that a user asked for.
+    """Divide gradients into the groups that the user requested.
 
     Args:
-        variables: What the gradients belong to.
+        variables: The variables of the gradients.
         groups: As in `ReduceOptions`.
 
     Returns:
-        For each group the indices of its gradients; variables that have none this time are left out.
+        For each group the indices of its gradients; groups without a gradient are omitted.
     """
     if not groups:
         return []
     if isinstance(groups, int):
         ends = [round(len(variables) * part / groups) for part in range(groups + 1)]
-        made = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
+        divided = [list(range(start, end)) for start, end in itertools.pairwise(ends)]
     else:
-        made = [
-            [index for index, each in enumerate(variables) if any(each is member for member in group)]
+        divided = [
+            [index for index, variable in enumerate(variables) if any(variable is member for member in group)]
             for group in groups
         ]
-    return [members for members in made if members]
+    return [members for members in divided if members]

@@ -10,16 +10,16 @@ _PIECE = 1 << 20
 
 
 def checksum(array: np.ndarray) -> int:
-    """Return a number of an array's bytes, of which no copy is made: they may be much of what memory there is."""
+    """Return a checksum of an array's bytes, without a copy: the array may fill most of the memory."""
     return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def projected(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[float, float]:
-    """Project an array on fixed signs, one a row times one a column.
+    """Project an array on fixed signs, one per row times one per column.
 
     Args:
         values: The array, or the values of a sparse gradient.
-        rows: Which rows the values belong to, if not all in order.
+        rows: The rows to which the values belong; by default all rows in order.
 
     Returns:
         The projection and the sum of magnitudes, in float64.
@@ -31,20 +31,20 @@ def projected(values: np.ndarray, rows: np.ndarray | None = None) -> tuple[float
     step = max(_PIECE // max(table.shape[1], 1), 1)
     for start in range(0, len(table), step):
         piece = table[start : start + step].astype(np.float64)
-        # Not by BLAS, which would start threads on cores that belong to other ranks.
+        # Not with BLAS, which would start threads on cores that belong to other ranks.
         total += float(np.einsum("i,ij,j", of_rows[start : start + step], piece, of_columns))
         magnitude += float(np.abs(piece).sum())
     return total, magnitude
 
 
 def _signs(numbers: np.ndarray) -> np.ndarray:
-    """Draws +1 or -1 for each number, the same on every rank (Knuth's multiplicative hash)."""
+    """Return +1 or -1 for each number, the same on every rank (Knuth's multiplicative hash)."""
     mixed = numbers.astype(np.uint64) * np.uint64(2654435761) >> np.uint64(15)
     return 1.0 - 2.0 * (mixed & np.uint64(1)).astype(np.float64)
 
 
 def smallest(dtype: np.dtype) -> float:
-    """Return below what magnitude a float dtype rounds coarsely or to zero."""
+    """Return the magnitude below which a float dtype rounds coarsely or to zero."""
     if dtype.name == "bfloat16":
         return float(np.finfo(np.float32).tiny)
     limits = np.finfo(dtype)

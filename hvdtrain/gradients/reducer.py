@@ -12,22 +12,22 @@ from hvdtrain.gradients.options import ReduceOptions, groups_of
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Verification
 
-# Reducers are used in the same order on all ranks, so a number at first use tells them apart alike everywhere.
+# Reducers are used in the same order on all ranks, so a number at first use identifies them on every rank.
 _numbers = itertools.count()
 
 
 class GradientReducer:
-    """Combines the gradients of one optimizer, step by step, and proves the first step.
+    """A function that combines the gradients of one optimizer, step by step, and verifies the first step.
 
     Args:
         engine: The engine that moves them.
         bridge: The framework of the gradients.
         options: How they are combined.
-        verification: Verifies that the result is right.
+        verification: Verifies that the result is correct.
 
     Attributes:
-        verification: May be exchanged between steps.
-        name: What the operations are called on the wire; chosen at first use if nobody does it before.
+        verification: May be replaced between steps.
+        name: Name of the operations, the same on all ranks; chosen at first use, or before by `choose_name`.
     """
 
     def __init__(
@@ -41,20 +41,20 @@ class GradientReducer:
         self._local: list[Any] = []
 
     def choose_name(self) -> str:
-        """Return the name, chosen now if that has not happened: at a moment that all ranks share."""
+        """Return the name, and choose it now if there is none; all ranks must do this in the same order."""
         if not self.name:
             self.name = f"{self._options.name}.{next(_numbers)}"
         return self.name
 
     def keep_local(self, variable: Any) -> None:
-        """Leave the gradients of a variable, which each rank then trains by itself, on their rank."""
-        if not any(variable is each for each in self._local):
+        """Keep the gradients of a variable on their rank, so that each rank trains it separately."""
+        if not any(variable is local for local in self._local):
             self._local.append(variable)
             registry.note_local(variable)
 
     def is_local(self, variable: Any) -> bool:
-        """Return whether each rank trains a variable by itself."""
-        return any(variable is each for each in self._local)
+        """Return whether each rank trains a variable separately."""
+        return any(variable is local for local in self._local)
 
     def __call__(
         self, gradients: Sequence[Gradient], variables: Sequence[Variable], state: Sequence[Variable]
@@ -64,14 +64,14 @@ class GradientReducer:
         Args:
             gradients: Dense tensors or sparse gradients, one for each of `variables`.
             variables: The variables about to be updated; all ranks pass the same, in the same order.
-            state: The optimizer's own variables, which must be as equal on all ranks as the weights.
+            state: The optimizer's own variables, which must be equal on all ranks like the weights.
 
         Returns:
             A list like `gradients`, the same on all ranks except for local variables.
 
         Raises:
-            MismatchError: On every rank, if the ranks do not hold the same variables. Inside a graph it
-                comes as TensorFlow's InvalidArgumentError with the same text.
+            MismatchError: On every rank, if the ranks do not have the same variables. Inside a graph it is
+                raised as TensorFlow's InvalidArgumentError with the same text.
         """
         if self._engine.size == 1:
             return [self._dense_if_asked(gradient) for gradient in gradients]
@@ -100,7 +100,7 @@ class GradientReducer:
             )
             compressed.append(small)
             contexts.append(context)
-        # The verification of this trace: another may be in place by the time the graph runs.
+        # The verification of this trace: the attribute may have changed when the graph runs.
         verification = self.verification
         reduced, exchanged = self._exchanged(compressed, variables, verification)
         if not verification.never:
@@ -154,7 +154,7 @@ class GradientReducer:
         return bridge.check(self._engine, due, compare, [*variables, *state], [*unrecorded, *applied])
 
     def _factors(self) -> tuple[float, float, Op]:
-        """Return by what gradients are multiplied before and after they are combined, and how that is done."""
+        """Return the factors before and after gradients are combined, and the operation that combines them."""
         factor = self._options.predivide_factor
         if factor == 1.0:
             return 1.0, 1.0, self._options.op

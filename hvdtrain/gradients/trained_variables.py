@@ -9,7 +9,7 @@ from typing import Any
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.gradients.naming import compared_name, plain_variable, variable_name
 
-# What to say where variables are broadcast and there are none.
+# The warning if a list of variables to broadcast is empty.
 NOTHING = (
     "broadcast_variables was given no variables, so nothing was broadcast. A model that is not built has "
     "none: give it a keras.Input, or call it once on a batch, before the broadcast."
@@ -18,14 +18,14 @@ NOTHING = (
 
 @dataclass(frozen=True)
 class Key:
-    """What identifies a variable on all ranks.
+    """Identity of a variable on all ranks.
 
     Args:
-        ranks: The ranks that should hold the same values.
+        ranks: The ranks that should have the same values.
         name: The variable's name, without the numbers that Keras gives to layers.
         shape: Its shape.
         averaged: Whether its gradient is averaged.
-        number: Counts the variables of which all of this is the same.
+        number: Number of this variable among those for which all of this is the same.
     """
 
     ranks: tuple[int, ...]
@@ -41,11 +41,11 @@ class Trained:
 
     Args:
         variable: A weak reference to TensorFlow's variable.
-        key: What identifies it on all ranks.
-        name: Its name, for people.
+        key: Its identity on all ranks.
+        name: Its name, for messages.
         optimizer: The class of the optimizer that updates it without averaging, if one does.
-        expected: Whether the ranks should certainly hold the same values.
-        verified: Whether the ranks were seen to hold the same values.
+        expected: Whether the ranks certainly should have the same values.
+        verified: Whether a verification found the same values on the ranks.
     """
 
     variable: Any
@@ -57,13 +57,13 @@ class Trained:
 
 
 class Registry:
-    """The trained variables of this process; it keeps none of them alive.
+    """The trained variables of this process, as weak references.
 
     Only variables whose values can be read later are noted: see `Bridge.readable`.
 
     Attributes:
         together: Whether anything was averaged or broadcast, so that the ranks are meant to train one model.
-        warned: Whether a warning was given of variables that nobody averages.
+        warned: Whether a warning was given about variables that are not averaged.
     """
 
     def __init__(self) -> None:
@@ -79,16 +79,16 @@ class Registry:
 
     def alive(self) -> list[Trained]:
         """List the variables that still exist."""
-        return [one for one in self._known.values() if one.variable() is not None]
+        return [trained for trained in self._known.values() if trained.variable() is not None]
 
     def find(self, variable: Any) -> Trained | None:
-        """Return what is known of a variable; None for one that was never noted."""
+        """Return the record of a variable; None if it was never noted."""
         plain = plain_variable(variable)
         known = self._known.get(id(plain))
         return known if known is not None and known.variable() is plain else None
 
     def is_local(self, variable: Any) -> bool:
-        """Tell whether each rank keeps its own values of a variable."""
+        """Return whether each rank keeps its own values of a variable."""
         plain = plain_variable(variable)
         local = self._local.get(id(plain))
         return local is not None and local() is plain
@@ -110,7 +110,7 @@ class Registry:
             engine: The world.
             variables: The variables.
             optimizer: Class of the optimizer.
-            expected: Whether the whole world should hold the same values.
+            expected: Whether the whole world should have the same values.
         """
         for variable in variables:
             known = self.find(variable)
@@ -118,30 +118,30 @@ class Registry:
                 self._note(engine, variable, averaged=False, optimizer=optimizer, expected=expected)
 
     def note_broadcast(self, engine: Engine, variables: Iterable[Any]) -> None:
-        """Note variables that were given the same values on the ranks of an engine and may be trained then."""
+        """Note variables that were broadcast to the ranks of an engine and may be trained later."""
         self.together = True
         for variable in variables:
             trainable = getattr(variable, "trainable", False) and _is_float(variable)
             if trainable and self.find(variable) is None:
-                # TensorFlow's own variables are trainable by default, whatever they are for.
+                # TensorFlow's own variables are trainable by default, whatever their use.
                 from_keras = plain_variable(variable) is not variable
                 self._note(engine, variable, averaged=False, expected=from_keras)
 
     def note_local(self, variable: Any) -> None:
-        """Note a variable of which each rank keeps its own values."""
+        """Note a variable for which each rank keeps its own values."""
         plain = plain_variable(variable)
         self._local[id(plain)] = weakref.ref(plain)
         self._known.pop(id(plain), None)
 
     def note_verified(self, variables: Iterable[Any]) -> None:
-        """Note that the ranks were seen to hold the same values of these variables."""
+        """Note that a verification found the same values of these variables on the ranks."""
         for variable in variables:
             known = self.find(variable)
             if known is not None:
                 known.verified = True
 
     def forget(self, variables: Iterable[Any]) -> None:
-        """Leave variables out of the comparison at the end."""
+        """Exclude variables from the comparison at the end."""
         for variable in variables:
             self._known.pop(id(plain_variable(variable)), None)
 
@@ -160,7 +160,7 @@ def _is_float(variable: Any) -> bool:
 
 
 def key_of(engine: Engine, variable: Any, averaged: bool, number: int = 0) -> Key:
-    """Return what identifies a variable among the ranks of an engine."""
+    """Return the identity of a variable among the ranks of an engine."""
     return Key(engine.ranks, compared_name(variable_name(variable)), tuple(variable.shape), averaged, number)
 
 

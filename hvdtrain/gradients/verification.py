@@ -1,4 +1,4 @@
-"""Verify a step: all ranks hold the same weights, and the gradient applied is the mean of all ranks' gradients."""
+"""Verify a step: all ranks have the same weights, and the applied gradient is the mean of all ranks' gradients."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ from hvdtrain.gradients.trained_variables import registry
 
 @dataclass(frozen=True)
 class Policy:
-    """When a step is verified: the first only, every N-th, or never.
+    """Which steps are verified: the first only, every N-th, or none.
 
     Args:
-        every: Distance between two verified steps; None for one step only, 0 for never.
+        every: Distance between two verified steps; None for one step only, 0 for no step.
         first: The first verified step, counted from 0.
-        strict: Whether ranks that differ are refused, or only reported.
-        again: Whether steps 10, 100, 1000 and so on are verified too; there ranks that differ are refused.
+        strict: Whether different weights are an error, or only reported.
+        again: Whether steps 10, 100, 1000 and so on are verified too; there different weights are an error.
     """
 
     every: int | None = None
@@ -61,7 +61,7 @@ class Policy:
         return chosen or self._again(step)
 
     def is_strict(self, step: int) -> bool:
-        """Tell whether ranks that differ at a step are refused."""
+        """Return whether different weights are an error at a step, counted from 0."""
         return self.strict or (self.again and step >= 9)
 
     def _again(self, step: int) -> bool:
@@ -74,14 +74,14 @@ class Policy:
 
 
 class Verification:
-    """Compares weights over the ranks, and the applied gradient with an independent account of the mean.
+    """A comparison of weights over the ranks, and of the applied gradient with an independent result for the mean.
 
-    Each rank projects its own gradient on fixed signs, in float64: a few numbers a variable. The mean of
-    the ranks' projections must be the projection of what is applied. This costs one pass over the
+    Each rank projects its own gradient on fixed signs, in float64: a few numbers per variable. The mean of
+    the ranks' projections must be the projection of the applied gradient. This costs one pass over the
     gradients and does not grow with the number of ranks.
 
     Args:
-        engine: The engine whose work is checked.
+        engine: The engine whose results are checked.
         op: How gradients are combined.
         policy: Which steps are checked.
     """
@@ -93,8 +93,8 @@ class Verification:
         self._step = 0
         self._due = False
         self._recorded: dict[int, tuple[float, ...]] = {}
-        self._told = ""
-        self._unproved = False  # True while nothing could be said of the gradients
+        self._announced = ""
+        self._unproved = False  # True while no gradient could be compared
 
     def begin(self) -> bool:
         """Count a step.
@@ -108,10 +108,10 @@ class Verification:
         return self._due
 
     def record(self, place: int, gradient: np.ndarray, factor: float) -> None:
-        """Record the projection of a gradient, which is then reduced where it lies.
+        """Record the projection of a gradient, which is then reduced in place.
 
         Args:
-            place: Its place among the dense gradients.
+            place: Its index among the dense gradients.
             gradient: The gradient about to be sent.
             factor: The gradient has been multiplied by this.
         """
@@ -132,12 +132,12 @@ class Verification:
             variables: The weights about to be updated.
             state: The optimizer's variables.
             dense: Whether the gradient of each of `variables` is dense.
-            parts: Of how many arrays each gradient consists: first the gradients that were not passed to `record`,
-                then the gradients about to be applied.
+            parts: Number of arrays of each gradient: first the gradients that were not passed to `record`, then the
+                gradients about to be applied.
 
         Returns:
             A function of the arrays of `variables` and `state`, and of all parts of these gradients. It returns an
-            array of one bool: whether the ranks hold the same weights. It raises MismatchError on every rank if
+            array of one bool: whether the ranks have the same weights. It raises MismatchError on every rank if
             they do not and the policy is strict, or if a gradient is wrong.
         """
         trained = [variable_name(variable) for variable in variables]
@@ -151,9 +151,9 @@ class Verification:
             ends = len(stored) + np.cumsum(parts)
             gradients = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
             proof = None
-            if self._op is not Op.ADASUM:  # no sum of projections tells what Adasum makes of the angles
-                ours = self._projections(dense, gradients[:unrecorded])
-                proof = self._compare_gradients(trained, ours, gradients[unrecorded:])
+            if self._op is not Op.ADASUM:  # Adasum uses angles, so its result has no known projection
+                own = self._projections(dense, gradients[:unrecorded])
+                proof = self._compare_gradients(trained, own, gradients[unrecorded:])
             self._announce(self._step, len(trained), proof)
             return [np.array(True)]
 
@@ -176,13 +176,15 @@ class Verification:
         return True
 
     def _compare_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
-        mine = np.array([[checksum(each) for each in arrays]], np.int64)
-        every = self._engine.allgather(mine)
-        wrong = np.argwhere((every != every[0]).any(axis=0)).reshape(-1)
+        own = np.array([[checksum(array) for array in arrays]], np.int64)
+        checksums = self._engine.allgather(own)
+        wrong = np.argwhere((checksums != checksums[0]).any(axis=0)).reshape(-1)
         if len(wrong):
             first = wrong[0]
             ranks = self._engine.ranks
-            others = ranks_text([ranks[row] for row in np.flatnonzero(every[:, first] != every[0, first])])
+            others = ranks_text(
+                [ranks[row] for row in np.flatnonzero(checksums[:, first] != checksums[0, first])]
+            )
             raise MismatchError(
                 f"The ranks do not hold the same weights: {names[first]} differs from rank {ranks[0]} on {others}"
                 f"{f', and so do {len(wrong) - 1} further variables' if len(wrong) > 1 else ''}. "
@@ -193,25 +195,27 @@ class Verification:
             )
 
     def _compare_gradients(
-        self, names: Sequence[str], ours: np.ndarray, applied: Sequence[Sequence[np.ndarray]]
+        self, names: Sequence[str], own: np.ndarray, applied: Sequence[Sequence[np.ndarray]]
     ) -> Proof:
-        expected, scale = self._engine.allreduce(ours, self._op).T
+        expected, scale = self._engine.allreduce(own, self._op).T
         dtypes = [parts[0].dtype for parts in applied]
         proof = Proof(
             expected,
             np.array([projected(*parts)[0] for parts in applied]),
             scale,
-            np.array([precision(each) for each in dtypes]),
-            np.array([parts[0].size * smallest(each) for parts, each in zip(applied, dtypes, strict=True)]),
-            tuple(each.name for each in dtypes),
+            np.array([precision(dtype) for dtype in dtypes]),
+            np.array([parts[0].size * smallest(dtype) for parts, dtype in zip(applied, dtypes, strict=True)]),
+            tuple(dtype.name for dtype in dtypes),
             self._engine.size,
         )
         wrong = proof.wrong()[:1]
-        mine = [self._wrong_gradient(names[index], proof.have[index], expected[index]) for index in wrong]
-        # A rank that has joined tells nothing.
-        told = [text for texts in self._engine.allgather_object(mine) for text in texts or ()]
-        if told:
-            raise MismatchError(told[0])
+        own_errors = [
+            self._wrong_gradient(names[index], proof.applied[index], expected[index]) for index in wrong
+        ]
+        # A rank that has joined sends None.
+        errors = [text for texts in self._engine.allgather_object(own_errors) for text in texts or ()]
+        if errors:
+            raise MismatchError(errors[0])
         return proof
 
     def _wrong_gradient(self, name: str, have: float, expected: float) -> str:
@@ -224,12 +228,12 @@ class Verification:
         )
 
     def _announce(self, step: int, variables: int, proof: Proof | None) -> None:
-        """Say what was proved: once, and before that once if nothing could be proved of the gradients."""
+        """Report the result: once, and once before if no gradient could be compared."""
         self._unproved = proof is not None and not proof.compared.any()
-        told = "nothing" if self._unproved else "all"
-        if self._told in ("all", told):
+        announced = "nothing" if self._unproved else "all"
+        if self._announced in ("all", announced):
             return
-        self._told = told
+        self._announced = announced
         applied = proof.sentence(self._op.name.lower()) if proof else "."
         self._engine.say(
             f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks{applied}"

@@ -1,4 +1,4 @@
-"""The one mutable global: which engine is in use, and the proof that its world is the one launched."""
+"""Hold the engine in use, and check that its world is the one that was launched."""
 
 import atexit
 import contextlib
@@ -17,34 +17,34 @@ from hvdtrain.runtime import self_watch
 
 CHOICES = ("auto", "horovod", "mpi", "single")
 
-# What a rank waits for that only reports another one's failure: to be ended by that rank, which shows its error.
+# The call of a rank that only reports the failure of another one: it waits until that rank ends all ranks.
 _LEAVES = Call("the end of a rank that cannot go on, because another one has failed", farewell=True)
-# What a rank waits for at its end: another that is still training is told so, instead of waiting for ever.
+# The call of a rank at its end: a rank that is still training gets an error instead of waiting forever.
 _END = Call("end of the script")
 
 
 _engine: Engine | None = None
 _checks: list[Callable[[Engine], None]] = []
 _checked = False
-# Of each process set by its number: its ranks, and its engine or None where this rank is no member.
+# For each process set, by its number: its ranks, and its engine, or None if this rank is not a member.
 engines_of_sets: dict[int, tuple[tuple[int, ...], Engine | None]] = {}
 
 
 def init(comm: Any = None) -> Engine:
-    """Join this process to the world it was launched in. Calling it again changes nothing.
+    """Connect this process to the world in which it was launched. Further calls do nothing.
 
-    `HVDTRAIN_ENGINE` chooses the engine: `auto` (default) takes Horovod where it is built for exactly this
-    TensorFlow and MPI, else mpi, and `single` in a process that no launcher started.
+    `HVDTRAIN_ENGINE` chooses the engine: `auto` (default) uses Horovod if it is built for exactly this
+    TensorFlow and MPI, else mpi, and `single` in a process that was started without a launcher.
 
     Args:
-        comm: The world, if it is not all that was launched: an mpi4py communicator, or ranks of MPI's world.
+        comm: The world, if it is a part of the launched ranks: an mpi4py communicator, or ranks of MPI's world.
 
     Returns:
         The engine in use.
 
     Raises:
-        RuntimeError: On every rank, if the launcher started another number of processes than MPI sees: each
-            would train alone and believe it is all there is.
+        RuntimeError: On every rank, if the number of processes that the launcher started differs from the size of
+            MPI's world: otherwise each rank would train alone.
         ValueError: If HVDTRAIN_ENGINE is not one of its four values.
     """
     global _engine, _checked
@@ -57,7 +57,7 @@ def init(comm: Any = None) -> Engine:
             engine = _open(choice, place, comm)
         _check_world(engine, None if comm else place)
         if engine.size == 1 and choice != "single":
-            _tell_if_alone_in_a_job(place)
+            _report_if_alone_in_job(place)
         _end_all_on_error(engine)
         atexit.register(_end_together, engine)
         self_watch.start(engine)
@@ -66,10 +66,10 @@ def init(comm: Any = None) -> Engine:
 
 
 def shutdown() -> None:
-    """Leave the world, when all ranks do; what needs it raises afterwards, until `init()` is called again.
+    """Leave the world; all ranks call this. Collectives raise ValueError until `init()` is called again.
 
     Raises:
-        MismatchError: On every rank, if some ranks are still at work.
+        MismatchError: On every rank, if some ranks are still running.
     """
     global _engine
     if _engine is not None:
@@ -80,16 +80,16 @@ def shutdown() -> None:
             engine.timeline.close()
         parts = _engines_of_sets()
         engines_of_sets.clear()
-        for each in (*parts, engine):
-            each.closed = True
-            each.shutdown()
+        for open_engine in (*parts, engine):
+            open_engine.closed = True
+            open_engine.shutdown()
 
 
 def before_end(check: Callable[[Engine], None]) -> None:
-    """Let a function compare the ranks when all of them have come to their end.
+    """Register a function that compares the ranks when all of them have reached their end.
 
     Args:
-        check: Takes the world's engine, and is called on all ranks. What it raises ends the job.
+        check: Takes the world's engine, and is called on all ranks. An error that it raises ends the job.
     """
     _checks.append(check)
 
@@ -98,13 +98,13 @@ def finish() -> None:
     """Wait for all ranks at the end of the script, and compare them while an error can still be reported.
 
     Raises:
-        MismatchError: On every rank, if some ranks are still at work, or a check finds that the ranks differ.
+        MismatchError: On every rank, if some ranks are still running, or a check finds that the ranks differ.
     """
     if _engine is not None:
         try:
             _engine.agree(_END)
         except MismatchError as error:
-            # The ranks that are still at work show where; this one has no more to say.
+            # The ranks that are still running show their position; this rank has nothing to add.
             raise mark(error, Known.REPORTED) from None
         _check(_engine)
 
@@ -159,7 +159,7 @@ def _mpi_engine(comm: Any) -> Engine:
 
 
 def _communicator(comm: Any) -> Any:
-    """Return the communicator that a script asks for, which may write it as ranks of MPI's world."""
+    """Return the communicator that a script requests, either directly or as ranks of MPI's world."""
     if comm is None or hasattr(comm, "Get_group"):
         return comm
     from hvdtrain.collectives.mpi.engine import load_mpi
@@ -169,7 +169,7 @@ def _communicator(comm: Any) -> Any:
 
 
 def _horovod_serves(place: topology.Place | None) -> bool:
-    """Decide for `auto`, and says on rank 0 why a Horovod that is there is not taken."""
+    """Return whether `auto` uses Horovod; report on rank 0 why an installed Horovod is not used."""
     from hvdtrain.collectives.horovod import engine as horovod
     from hvdtrain.collectives.mpi import engine as mpi
 
@@ -191,12 +191,12 @@ def _check_world(engine: Engine, place: topology.Place | None) -> None:
     raise RuntimeError(
         f"Rank {place.rank}: {place.launcher} started {place.size} processes, but the {engine.name} engine "
         f"({engine.library}) sees a world of {engine.size}. Each process would train a model of its own.\n"
-        f"{_cure(engine, place)} `hvdtrain doctor` shows which MPI is where."
+        f"{_advice(engine, place)} `hvdtrain doctor` shows which MPI is where."
     )
 
 
-def _tell_if_alone_in_a_job(place: topology.Place | None) -> None:
-    """Print a line where a Slurm job has several tasks, and srun has not started this process as one of them."""
+def _report_if_alone_in_job(place: topology.Place | None) -> None:
+    """Print a message if a Slurm job has several tasks and srun has not started this process as one of them."""
     tasks = topology.slurm_tasks()
     alone = place is None or (place.launcher == "Slurm" and place.size == 1)
     if alone and tasks > 1:
@@ -208,8 +208,8 @@ def _tell_if_alone_in_a_job(place: topology.Place | None) -> None:
         )
 
 
-def _cure(engine: Engine, place: topology.Place) -> str:
-    """Say what to type, by the launcher and the MPI that do not fit each other."""
+def _advice(engine: Engine, place: topology.Place) -> str:
+    """Return the command to type, for a launcher and an MPI that do not match."""
     if engine.name == "single":
         return "HVDTRAIN_ENGINE=single is for one process: unset it, or start the script without a launcher."
     if place.launcher == "Slurm":
@@ -227,26 +227,26 @@ def _cure(engine: Engine, place: topology.Place) -> str:
 
 
 def last_words(error: BaseException) -> str:
-    """Return the sentence that TensorFlow has buried in an error of its own, to be repeated at the end.
+    """Return the message of an engine's error that TensorFlow has replaced, to be repeated at the end.
 
     Args:
-        error: What ends this process.
+        error: The error that ends this process.
 
     Returns:
-        The sentence of the engine's own error, or nothing if `error` says it already or there is none.
+        The message of the engine's error; empty if `error` is that error itself or there is none.
     """
     hidden = _original(error)
     return f"hvdtrain: {hidden}" if hidden is not error else ""
 
 
 def await_cause(error: BaseException) -> None:
-    """Wait for the rank that failed, if an error only reports its failure: its own error is the one to fix.
+    """Wait for the rank that failed, if an error only reports its failure: the error of that rank must be fixed.
 
-    That rank shows its error and then ends all ranks. Should it go on instead, it learns at its next operation that
-    this one has left, and this one goes on to show the error.
+    That rank shows its error and then ends all ranks. If it continues instead, it gets an error at its next
+    operation, and this rank shows its own error.
 
     Args:
-        error: What ends this process.
+        error: The error that ends this process.
     """
     if _engine is not None and _engine.size > 1 and _is_reported(error):
         with contextlib.suppress(Exception):
@@ -254,7 +254,7 @@ def await_cause(error: BaseException) -> None:
 
 
 def _is_reported(error: BaseException | None) -> bool:
-    """Return whether another rank's failure is what an error, or what it was raised from or during, reports."""
+    """Return whether an error, or one from which or during which it was raised, reports another rank's failure."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if known(_original(error)) is Known.REPORTED:
@@ -265,8 +265,8 @@ def _is_reported(error: BaseException | None) -> bool:
 
 
 def _original(error: BaseException) -> BaseException:
-    found = (each.original(error) for each in _engines())
-    return next((each for each in found if each is not error), error)
+    originals = (engine.original(error) for engine in _engines())
+    return next((original for original in originals if original is not error), error)
 
 
 def _engines() -> list[Engine]:
@@ -278,7 +278,7 @@ def _engines_of_sets() -> list[Engine]:
 
 
 def _end_all_on_error(engine: Engine) -> None:
-    """Make an uncaught error in one rank end all: the others would wait for it for ever."""
+    """Let an uncaught error in one rank end all ranks: otherwise the others would wait forever."""
     previous: Callable = sys.excepthook
 
     def end_all(kind: type[BaseException], value: BaseException, traceback: TracebackType | None) -> None:
@@ -295,7 +295,7 @@ def _end_all_on_error(engine: Engine) -> None:
 
 
 def _end_together(engine: Engine) -> None:
-    """End this rank when all ranks end; one that has left its training early is named on all of them."""
+    """End this rank when all ranks end; if one has left its training early, all ranks name it."""
     if engine is not _engine:
         return
     try:

@@ -1,4 +1,4 @@
-"""What the engine was built with: the questions by which scripts for Horovod choose their way."""
+"""Return what the engine was built with, through the functions that scripts for Horovod call."""
 
 import importlib.util
 from typing import Any
@@ -12,7 +12,7 @@ def mpi_built(verbose: bool = False) -> bool:
 
 
 def mpi_enabled() -> bool:
-    """Return whether MPI moves the bytes of this world.
+    """Return whether this world communicates over MPI.
 
     Raises:
         ValueError: If `hvd.init()` was not called.
@@ -21,7 +21,7 @@ def mpi_enabled() -> bool:
 
 
 def mpi_threads_supported() -> bool:
-    """Return whether the script may use MPI from threads of its own, beside the engine.
+    """Return whether the script may use MPI from its own threads, at the same time as the engine.
 
     Raises:
         ValueError: If `hvd.init()` was not called.
@@ -46,7 +46,7 @@ def gloo_enabled() -> bool:
 
 def nccl_built(verbose: bool = False) -> int:
     """Return the version of NCCL that Horovod was built with, on the horovod engine; else 0."""
-    return int(_told_by_horovod("nccl_built"))
+    return int(_call_horovod("nccl_built"))
 
 
 def ddl_built(verbose: bool = False) -> bool:
@@ -56,22 +56,22 @@ def ddl_built(verbose: bool = False) -> bool:
 
 def ccl_built(verbose: bool = False) -> bool:
     """Return whether Horovod was built with Intel's oneCCL, on the horovod engine."""
-    return bool(_told_by_horovod("ccl_built"))
+    return bool(_call_horovod("ccl_built"))
 
 
 def cuda_built(verbose: bool = False) -> bool:
     """Return whether Horovod was built with CUDA, on the horovod engine."""
-    return bool(_told_by_horovod("cuda_built"))
+    return bool(_call_horovod("cuda_built"))
 
 
 def rocm_built(verbose: bool = False) -> bool:
     """Return whether Horovod was built with ROCm, on the horovod engine."""
-    return bool(_told_by_horovod("rocm_built"))
+    return bool(_call_horovod("rocm_built"))
 
 
-def _told_by_horovod(question: str) -> Any:
-    """Ask the Horovod that the engine has loaded; importing it by name could find something else."""
+def _call_horovod(function: str) -> Any:
+    """Call a function of the Horovod that the engine has loaded; an import by name could find another module."""
     if not runtime.is_initialized():
         return 0
     horovod = getattr(runtime.engine(), "horovod", None)
-    return getattr(horovod, question)() if horovod is not None else 0
+    return getattr(horovod, function)() if horovod is not None else 0

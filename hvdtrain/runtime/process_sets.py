@@ -1,4 +1,4 @@
-"""Process sets: some of the ranks, on which collectives and whole trainings run without the others."""
+"""Define process sets: groups of ranks that run collectives and whole trainings without the others."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -9,14 +9,14 @@ from hvdtrain.collectives.single import SingleEngine
 
 
 class ProcessSet:
-    """Lets some ranks work together: average gradients, gather, broadcast, without waiting for the rest.
+    """Some ranks that average gradients, gather and broadcast without waiting for the others.
 
     Give it to `hvd.init(process_sets=[...])` or `hvd.add_process_set(...)` on all ranks, then pass it as
-    `process_set=` to whatever communicates. Sets may overlap. Ranks, also a root_rank, are always those of the
-    whole world. The API is Horovod's (https://horovod.readthedocs.io/en/stable/process_set.html).
+    `process_set=` to each function that communicates. Sets may overlap. All ranks, including a root_rank, are
+    numbered as in the whole world. The API is Horovod's (https://horovod.readthedocs.io/en/stable/process_set.html).
 
     Args:
-        ranks_or_comm: Ranks of the world, or an mpi4py communicator, of which each rank passes its own.
+        ranks_or_comm: Ranks of the world, or an mpi4py communicator; each rank passes its own.
     """
 
     process_set_id: int | None = None
@@ -30,7 +30,7 @@ class ProcessSet:
 
     @property
     def ranks(self) -> list[int] | None:
-        """The ranks of the world that belong to this set; None where that is not known yet."""
+        """The ranks of the world that belong to this set; None if they are not known yet."""
         if self.process_set_id == 0:
             return list(range(runtime.engine().size)) if runtime.is_initialized() else None
         return self._ranks
@@ -44,7 +44,7 @@ class ProcessSet:
         return len(self.ranks or ()) if self._in_use() else None
 
     def rank(self) -> int | None:
-        """Return this process's number within the set, or None if it is no member or the set is not in use."""
+        """Return the rank of this process within the set; None if it is not a member or the set is not in use."""
         return (self.ranks or []).index(runtime.engine().rank) if self.included() else None
 
     def included(self) -> bool | None:
@@ -77,17 +77,17 @@ def add_process_set(process_set: ProcessSet | Sequence[int]) -> ProcessSet:
         The set, with its `process_set_id`.
 
     Raises:
-        ValueError: If the ranks are none of this world, or a set of the same ranks exists, or `hvd.init()` was
-            not called.
+        ValueError: If the ranks are not in this world, a set of the same ranks exists, or `hvd.init()` was not
+            called.
         MismatchError: On every rank, if the ranks do not pass the same set.
     """
-    made = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
-    register([made])
-    return made
+    added = process_set if isinstance(process_set, ProcessSet) else ProcessSet(process_set)
+    register([added])
+    return added
 
 
 def remove_process_set(process_set: ProcessSet) -> bool:
-    """Give a process set back. All ranks of the world call this.
+    """Remove a process set. All ranks of the world call this.
 
     Args:
         process_set: A set that was added.
@@ -109,34 +109,40 @@ def remove_process_set(process_set: ProcessSet) -> bool:
 
 
 def register(sets: Sequence[ProcessSet]) -> None:
-    """Make process sets usable, those of `hvd.init` or a later one; all ranks of the world call this.
+    """Make process sets usable, from `hvd.init` or later; all ranks of the world call this.
 
     Args:
-        sets: The sets. Those made from communicators may differ between ranks, the others may not.
+        sets: The sets. Only sets of communicators may differ between ranks.
     """
     world = runtime.engine()
-    for each in sets:
-        if not isinstance(each, ProcessSet):
+    for process_set in sets:
+        if not isinstance(process_set, ProcessSet):
             raise TypeError(
-                f"A process set is made by hvd.ProcessSet([0, 1]). Received: {each!r}, a {type(each).__name__}."
+                "A process set is made by hvd.ProcessSet([0, 1]). "
+                f"Received: {process_set!r}, a {type(process_set).__name__}."
             )
-    wanted = [_ranks_of(each, world) for each in sets]
-    everywhere = world.allgather_object(wanted)
-    split = any(world.allgather_object(any(each.mpi_comm is not None for each in sets)))
-    if not split and any(asked != everywhere[0] for asked in everywhere):
-        told = "; ".join(
-            f"rank {rank}: {[list(each) for each in asked]}" for rank, asked in enumerate(everywhere)
+    wanted = [_ranks_of(process_set, world) for process_set in sets]
+    wanted_everywhere = world.allgather_object(wanted)
+    from_communicators = any(
+        world.allgather_object(any(process_set.mpi_comm is not None for process_set in sets))
+    )
+    if not from_communicators and any(ranks != wanted_everywhere[0] for ranks in wanted_everywhere):
+        received = "; ".join(
+            f"rank {rank}: {[list(ranks) for ranks in wanted_there]}"
+            for rank, wanted_there in enumerate(wanted_everywhere)
         )
-        raise MismatchError(f"All ranks must add the same process sets, members or not. Received on {told}.")
-    _refuse_doubles(wanted, world)
-    distinct = dict.fromkeys(ranks for asked in everywhere for ranks in asked)
-    numbers = {ranks: _opened(ranks, world) for ranks in distinct}
-    for each, ranks in zip(sets, wanted, strict=True):
-        each.process_set_id, each.ranks = numbers[ranks], ranks
+        raise MismatchError(
+            f"All ranks must add the same process sets, members or not. Received on {received}."
+        )
+    _reject_duplicates(wanted, world)
+    distinct = dict.fromkeys(ranks for wanted_there in wanted_everywhere for ranks in wanted_there)
+    numbers = {ranks: _open(ranks, world) for ranks in distinct}
+    for process_set, ranks in zip(sets, wanted, strict=True):
+        process_set.process_set_id, process_set.ranks = numbers[ranks], ranks
 
 
 def engine_of(process_set: ProcessSet | None = None) -> Engine:
-    """Return the engine that serves a process set.
+    """Return the engine of a process set.
 
     Args:
         process_set: The set; None for the whole world.
@@ -162,7 +168,7 @@ def engine_of(process_set: ProcessSet | None = None) -> Engine:
 
 
 def engine_or_alone(process_set: ProcessSet | None = None) -> Engine:
-    """Return the engine that serves a process set, or that of a world of one where this rank is no member."""
+    """Return the engine of a process set, or that of a world of one rank if this rank is not a member."""
     outside = process_set is not None and process_set.included() is False
     return SingleEngine() if outside else engine_of(process_set)
 
@@ -170,11 +176,11 @@ def engine_or_alone(process_set: ProcessSet | None = None) -> Engine:
 def _ranks_of(process_set: ProcessSet, world: Engine) -> tuple[int, ...]:
     if process_set.mpi_comm is None:
         return tuple(process_set.ranks or ())
-    # A communicator numbers its processes in its own way; the world's numbers are asked for.
+    # A communicator has its own numbering, so each process sends its rank in the world.
     return tuple(sorted(process_set.mpi_comm.allgather(world.rank)))
 
 
-def _refuse_doubles(wanted: Sequence[tuple[int, ...]], world: Engine) -> None:
+def _reject_duplicates(wanted: Sequence[tuple[int, ...]], world: Engine) -> None:
     known = [tuple(range(world.size)), *(ranks for ranks, _ in runtime.engines_of_sets.values())]
     for ranks in wanted:
         if ranks in known:
@@ -185,7 +191,7 @@ def _refuse_doubles(wanted: Sequence[tuple[int, ...]], world: Engine) -> None:
         known.append(ranks)
 
 
-def _opened(ranks: tuple[int, ...], world: Engine) -> int:
+def _open(ranks: tuple[int, ...], world: Engine) -> int:
     number = max(runtime.engines_of_sets, default=0) + 1
     runtime.engines_of_sets[number] = ranks, world.subset(ranks)
     return number

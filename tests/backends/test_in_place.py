@@ -9,7 +9,7 @@ import tensorflow as tf
 from hvdtrain.backends.tensorflow import bridge
 from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.collectives.engine import Call, Op
-from hvdtrain.collectives.overlap import Beside
+from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.gradients.exchange import Exchange
 
 pytestmark = pytest.mark.ranks
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.ranks
 SHAPE = (300, 400)  # large enough to travel alone
 
 
-@pytest.fixture(params=["at once", "beside"], autouse=True)
+@pytest.fixture(params=["at once", "during backprop"], autouse=True)
 def way(request, engine, monkeypatch):
     """Each test with all gradients in one call, and with each part on its way while the next is computed."""
-    monkeypatch.setattr(engine, "beside", None)
-    if request.param == "beside":
+    monkeypatch.setattr(engine, "background", None)
+    if request.param == "during backprop":
         if engine.name != "mpi":
             pytest.skip("Horovod's core has its own thread")
-        monkeypatch.setattr(engine, "beside", Beside())
+        monkeypatch.setattr(engine, "background", BackgroundThread())
 
 
 def reduced(engine, gradients):
@@ -167,24 +167,24 @@ def test_large_and_small_in_loops_and_branches(engine):
 
 
 def test_parts_go_in_the_order_of_backprop_and_an_error_comes_to_who_waits(engine, way):
-    if engine.beside is None or engine.size == 1:
-        pytest.skip("only beside backprop")
+    if engine.background is None or engine.size == 1:
+        pytest.skip("only during backprop")
     done = []
     for number in range(3):
-        engine.beside.start(lambda number=number: done.append(number))
-    assert engine.beside.finish() == [None] * 3 and done == [0, 1, 2]
+        engine.background.start(lambda number=number: done.append(number))
+    assert engine.background.finish() == [None] * 3 and done == [0, 1, 2]
 
     def fail():
         raise ValueError("broken")
 
-    engine.beside.start(fail)
-    engine.beside.start(lambda: done.append("after the error"))
+    engine.background.start(fail)
+    engine.background.start(lambda: done.append("after the error"))
     with pytest.raises(ValueError, match="broken"):
-        engine.beside.finish()
+        engine.background.finish()
     assert done == [0, 1, 2]
-    engine.beside.start(lambda: engine.allreduce(np.ones(3), Op.SUM))
+    engine.background.start(lambda: engine.allreduce(np.ones(3), Op.SUM))
     engine.barrier()  # whatever else is asked for comes after
-    assert not engine.beside.is_busy
+    assert not engine.background.is_busy
 
 
 def test_many_parts_of_mixed_sizes(engine):
@@ -243,7 +243,7 @@ def test_a_step_that_is_broken_off_leaves_nothing_to_the_next(engine):
     @tf.function
     def step(x, limit):
         first = x * 1.0
-        if engine.beside is None or engine.size == 1:
+        if engine.background is None or engine.size == 1:
             tf.debugging.assert_less(limit, 1.0, "broken off")
             return reduced(engine, [first])
         started = reduced(engine, [first, tf.where(limit < 1.0, x[:2] * 1.0, x[:2])])

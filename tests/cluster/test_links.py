@@ -17,7 +17,7 @@ model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
 data = np.random.default_rng(hvd.rank()).standard_normal((16, 1000)).astype("float32")
 model.fit(data, data, batch_size=8, epochs=2, verbose=0)
 weights = b"".join(each.numpy().tobytes() for each in model.trainable_variables)
-print("CRC", zlib.crc32(weights), any(each.name == "hvdtrain-beside" for each in threading.enumerate()))
+print("CRC", zlib.crc32(weights), any(each.name == "hvdtrain-background" for each in threading.enumerate()))
 """
 
 

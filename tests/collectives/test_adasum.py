@@ -55,7 +55,7 @@ def test_zeros(engine):
 
 
 def test_integers_are_refused(engine):
-    with pytest.raises(TypeError, match="takes floats"):
+    with pytest.raises(TypeError, match="needs floats"):
         engine.allreduce(np.arange(3), Op.ADASUM)
 
 
@@ -63,4 +63,4 @@ def test_a_number_of_ranks_that_is_no_power_of_two():
     from hvdtrain.collectives import adasum
 
     with pytest.raises(NotImplementedError, match=r"3 ranks\. Start 2 or 4"):
-        adasum.combined(np.ones(2), 0, 3, lambda array, _: array)
+        adasum.combine(np.ones(2), 0, 3, lambda array, _: array)

@@ -57,6 +57,6 @@ def test_a_buffer_in_use_is_never_given_out_again():
 
 def test_sizes_out_of_use_are_forgotten():
     pool = fusion._Pool()
-    for size in range(3 * fusion._MEMORY):
+    for size in range(3 * fusion._REQUESTS_KEPT):
         pool.take(size)
-    assert len(pool._owners) <= 2 * fusion._MEMORY
+    assert len(pool._owners) <= 2 * fusion._REQUESTS_KEPT

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from hvdtrain.collectives.engine import Op
-from hvdtrain.collectives.mpi.hierarchical import LEAST_IN_MEMORY, LEAST_PART_BYTES, Rings, made_for
-from hvdtrain.collectives.mpi.ring import Ring, Stride, in_mpi
+from hvdtrain.collectives.mpi.hierarchical import LEAST_IN_MEMORY, LEAST_PART_BYTES, Rings, choose_rings
+from hvdtrain.collectives.mpi.ring import Pipelining, Ring, in_mpi
 
 pytestmark = pytest.mark.ranks
 
@@ -24,7 +24,7 @@ def ring_of():
     def ring(segment_bytes, ahead=2, comm=None):
         from mpi4py import MPI  # it starts MPI, which a process by itself has no need of
 
-        made.append(Ring(MPI, (comm or MPI.COMM_WORLD).Dup(), Stride(segment_bytes, ahead)))
+        made.append(Ring(MPI, (comm or MPI.COMM_WORLD).Dup(), Pipelining(segment_bytes, ahead)))
         return made[-1]
 
     yield ring
@@ -96,7 +96,7 @@ def test_after_a_sum_that_was_broken_off_there_is_no_other(engine, ring_of):
     ring, array = ring_of(24), held_by(engine.rank, 100, "float64")
     with pytest.raises(KeyboardInterrupt):
         ring.reduce([(array, array)], interrupt, lambda segment: None)
-    with pytest.raises(RuntimeError, match="was broken off in its middle"):
+    with pytest.raises(RuntimeError, match="was interrupted by Ctrl-C or by an error"):
         ring.reduce([(array, array)], np.add, lambda segment: None)
 
 
@@ -154,7 +154,7 @@ def test_ways_between_hosts_are_tried_and_sum_right(engine, hosts):
         pytest.skip("one rank has nothing to send")
     from mpi4py import MPI
 
-    ways = made_for(MPI, Cluster(MPI.COMM_WORLD, HOSTS[hosts]))
+    ways = choose_rings(MPI, Cluster(MPI.COMM_WORLD, HOSTS[hosts]))
     count = len({HOSTS[hosts](rank) for rank in range(engine.size)})
     assert (0 < ways.link < np.inf) == (count > 1)
     assert (

@@ -183,7 +183,7 @@ model.compile(hvd.DistributedOptimizer(keras.optimizers.SGD(0.01)), "mse")
 data = np.random.default_rng(rank).standard_normal((32, 700)).astype("float32")
 model.fit(data, data, batch_size=8, epochs=2, verbose=0)
 weights = b"".join(each.numpy().tobytes() for each in model.trainable_variables)
-print(zlib.crc32(weights), any(each.name == "hvdtrain-beside" for each in threading.enumerate()))
+print(zlib.crc32(weights), any(each.name == "hvdtrain-background" for each in threading.enumerate()))
 """
 
 

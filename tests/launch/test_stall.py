@@ -187,7 +187,7 @@ def test_without_a_launcher_each_rank_that_waits_says_so_and_ends_the_job(watch)
         "hvdtrain: rank 0 of 2 waits in allreduce (float64 of shape (3,), op=sum) at step 4 since "
         in watched.text
     )
-    assert "A rank that says no such thing is the one that is waited for." in watched.text
+    assert "The other ranks wait for a rank that prints no such message." in watched.text
     assert "longer than HVDTRAIN_STALL_ABORT_SECONDS=2 allows, so the job ends here" in watched.text
     assert " in _compared" in watched.files()[0].read_text()
 

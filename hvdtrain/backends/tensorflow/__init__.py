@@ -1,1 +1,1 @@
-"""TensorFlow: tensors as buffers, calls of the host in a graph, differentiable collectives."""
+"""Connect TensorFlow: tensors as buffers, host calls in a graph, differentiable collectives."""

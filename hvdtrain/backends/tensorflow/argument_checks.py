@@ -1,4 +1,4 @@
-"""What one rank asks for and cannot have, found before anything is sent."""
+"""Check the arguments of a collective on one rank, before anything is sent."""
 
 from typing import Any
 
@@ -9,9 +9,9 @@ from hvdtrain.collectives.engine import Engine
 
 
 class ArgumentError(ValueError, tf.errors.InvalidArgumentError):
-    """What one rank asks for is not possible. Both TensorFlow's error and Python's, as scripts catch either."""
+    """An argument on one rank is invalid. Derived from TensorFlow's and Python's errors: scripts catch either."""
 
-    # With these arguments, and no others, TensorFlow can raise it again out of a function that it traces.
+    # Only with these arguments can TensorFlow raise the error again from a function that it traces.
     def __init__(self, node_def: Any, op: Any, message: str, *args: Any) -> None:
         tf.errors.InvalidArgumentError.__init__(self, node_def, op, message, *args)
 
@@ -20,12 +20,12 @@ class ArgumentError(ValueError, tf.errors.InvalidArgumentError):
 
 
 def refused(message: str) -> ArgumentError:
-    """Return the error that says why a call is not possible."""
+    """Return the error for an invalid call."""
     return ArgumentError(None, None, message)
 
 
 def check_root(engine: Engine, root_rank: int) -> None:
-    """Raise ArgumentError if there is no such rank among those that take part."""
+    """Raise ArgumentError if `root_rank` is not one of the participating ranks."""
     try:
         engine.check_root(root_rank, "broadcast")
     except ValueError as error:
@@ -33,12 +33,12 @@ def check_root(engine: Engine, root_rank: int) -> None:
 
 
 def rank_in_world(engine: Engine) -> int:
-    """Return this process's number in the world, which is what people know it by."""
+    """Return this process's rank in the world, which messages show to users."""
     return engine.ranks[engine.rank]
 
 
 def equal_splits(engine: Engine, array: np.ndarray) -> list[int]:
-    """Divide rows among the ranks; raises ArgumentError if they do not divide."""
+    """Divide rows equally among the ranks; raise ArgumentError if they are not divisible."""
     if len(array) % engine.size:
         raise refused(
             f"alltoall: without `splits` the first dimension must divide by the {engine.size} ranks. "
@@ -48,8 +48,8 @@ def equal_splits(engine: Engine, array: np.ndarray) -> list[int]:
 
 
 def checked_splits(engine: Engine, array: np.ndarray, splits: np.ndarray) -> list[int]:
-    """Read how many rows go to each rank; raises ArgumentError if they do not fit the array."""
-    counts = [int(each) for each in splits.reshape(-1)]
+    """Return the number of rows for each rank; raise ArgumentError if `splits` does not match the array."""
+    counts = [int(count) for count in splits.reshape(-1)]
     if splits.ndim != 1 or len(counts) != engine.size or min(counts) < 0 or sum(counts) > len(array):
         raise refused(
             f"alltoall: `splits` must hold one count for each of the {engine.size} ranks, which add up to at "

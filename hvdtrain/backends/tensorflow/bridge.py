@@ -1,4 +1,4 @@
-"""Exchange TensorFlow's gradients: in the engine's own core, in one call of the host, or beside backprop."""
+"""Exchange TensorFlow's gradients: in the engine's own core, in one host call, or during backprop."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -11,13 +11,13 @@ import tensorflow as tf
 from hvdtrain.backends.tensorflow import in_place
 from hvdtrain.backends.tensorflow.host_calls import on_host
 from hvdtrain.collectives.engine import Call, Engine, Op, StandIn
-from hvdtrain.collectives.overlap import Beside
+from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.gradients.bridge import Bridge, Exchanged
 from hvdtrain.gradients.exchange import Exchange
 from hvdtrain.gradients.naming import plain_variable
 
-# Beside backprop, gradients travel in parts of at least this size, those that are ready first at first. On a link
-# of 1 Gbit/s a part takes 30 ms, and the comparison of the ranks before it a thirtieth of that.
+# During backprop, gradients are sent in parts of at least this size, in the order in which they are computed. On a
+# link of 1 Gbit/s a part takes 30 ms, and the comparison of the ranks before it a thirtieth of that.
 PART_BYTES = 4 << 20
 
 
@@ -52,7 +52,8 @@ class TensorFlowBridge(Bridge):
         """Return the name of a gradient's dtype, such as "float32"."""
         return gradient.dtype.name
 
-    # AutoGraph rewrites what a user's function calls; beside backprop the rewritten code takes five times as long.
+    # AutoGraph rewrites the functions that a user's function calls; the code of `during_backprop` takes five times
+    # as long when it is rewritten.
     @tf.autograph.experimental.do_not_convert
     def exchange(
         self,
@@ -69,8 +70,8 @@ class TensorFlowBridge(Bridge):
         rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
         parts = [*groups, rest] if rest or not groups else list(groups)
         on_numpy = _OnNumpy(exchange, dense, rows)
-        if engine.beside is not None and not tf.executing_eagerly():
-            return on_numpy.beside(engine.beside, _ready_first(dense, parts))
+        if engine.background is not None and not tf.executing_eagerly():
+            return on_numpy.during_backprop(engine.background, _parts_in_backprop_order(dense, parts))
         return on_numpy.at_once(parts)
 
     @tf.autograph.experimental.do_not_convert
@@ -94,7 +95,7 @@ class TensorFlowBridge(Bridge):
         return tf.cond(due, checked, lambda: tf.constant(True))
 
     def after(self, dependency: Any, gradients: Sequence[Any]) -> list[Any]:
-        """Return the gradients in such a way that nobody uses them before a tensor exists."""
+        """Return the gradients such that they are used only after a tensor has been computed."""
         with tf.control_dependencies([dependency]):
             return tf.nest.map_structure(tf.identity, list(gradients), expand_composites=True)
 
@@ -122,8 +123,8 @@ def _in_core(
         engine.leave_to_core()
         return [np.array(exchange.begin())]
 
-    # Not before backprop has begun: a rank whose data end here must not have promised to take part. The last
-    # variable's gradient is the first one there, so what Horovod overlaps with backprop it still does.
+    # Not before backprop has begun: a rank whose data ends here must not have agreed to take part. The gradient of
+    # the last variable is computed first, so Horovod still overlaps its reductions with backprop.
     with tf.control_dependencies(list(dense[-1:] or rows[-1:])):
         # Indices are known before backprop, so that this does not wait for the values.
         sizes = [
@@ -154,7 +155,7 @@ class _OnNumpy:
     """Exchange gradients as NumPy arrays; large ones are reduced in TensorFlow's memory.
 
     Args:
-        exchange: What happens to the arrays.
+        exchange: The operations on the arrays.
         dense: The tensors to combine.
         rows: The tensors to join.
     """
@@ -162,41 +163,41 @@ class _OnNumpy:
     def __init__(self, exchange: Exchange, dense: Sequence[Any], rows: Sequence[Any]) -> None:
         self._exchange, self._dense, self._rows = exchange, dense, rows
         # Where the memory of a tensor cannot be taken over, its entry is None.
-        self._owned = [in_place.ours(tensor) for tensor in dense]
-        self._stays = [owned is not None for owned in self._owned]
+        self._owned = [in_place.take_over(tensor) for tensor in dense]
+        self._is_owned = [owned is not None for owned in self._owned]
         self._given = [
             tensor if owned is None else owned for tensor, owned in zip(dense, self._owned, strict=True)
         ]
 
     def at_once(self, parts: Sequence[Sequence[int]]) -> Exchanged:
-        """Send everything in one call of the host, when all gradients are there."""
+        """Send everything in one host call, when all gradients have been computed."""
         order = [index for members in parts for index in members]
         calls = self._calls(parts)
 
         def send(*arrays: np.ndarray) -> list[Any]:
             due = self._exchange.begin()
             self._exchange.record(order, arrays[: len(order)])
-            lying = self._lying(order, arrays[: len(order)])
+            buffers = self._buffers(order, arrays[: len(order)])
             reduced: dict[int, np.ndarray] = {}
             for members, call in zip(parts, calls, strict=True):
-                reduced.update(zip(members, self._reduced(members, call, lying), strict=True))
+                reduced.update(zip(members, self._reduced(members, call, buffers), strict=True))
             return [np.array(due), *self._returned(reduced), *self._exchange.join(arrays[len(order) :])]
 
         given = [self._given[index] for index in order]
         due, *results = self._on_host(send, [*given, *self._rows], [tf.bool, *self._dtypes()])
         return self._exchanged(due, due, results)
 
-    def beside(self, thread: Beside, parts: Sequence[Sequence[int]]) -> Exchanged:
-        """Send each part as soon as its gradients are there, while backprop computes the next ones."""
+    def during_backprop(self, thread: BackgroundThread, parts: Sequence[Sequence[int]]) -> Exchanged:
+        """Send each part as soon as its gradients have been computed, while backprop computes the next ones."""
         calls = self._calls(parts)
 
         def start(turn: int, *arrays: np.ndarray) -> list[Any]:
             if turn == 0 and thread.is_busy:
-                thread.finish()  # a step was broken off: raise the error of its thread now
+                thread.finish()  # a step was interrupted: raise the error of its thread now
             due = turn == 0 and self._exchange.begin()
             self._exchange.record(parts[turn], arrays)
-            lying = self._lying(parts[turn], arrays, outlive=True)
-            thread.start(lambda: self._reduced(parts[turn], calls[turn], lying))
+            buffers = self._buffers(parts[turn], arrays, keep=True)
+            thread.start(lambda: self._reduced(parts[turn], calls[turn], buffers))
             return [np.array(due)]
 
         def finish(*arrays: np.ndarray) -> list[Any]:
@@ -218,47 +219,50 @@ class _OnNumpy:
     ) -> list[Any]:
         return on_host(self._exchange.engine, function, tensors, dtypes)
 
-    def _lying(
-        self, order: Sequence[int], arrays: Sequence[np.ndarray], outlive: bool = False
+    def _buffers(
+        self, order: Sequence[int], arrays: Sequence[np.ndarray], keep: bool = False
     ) -> dict[int, np.ndarray]:
-        """Return the arrays to send, by their place.
+        """Return the arrays to send, by the index of their gradient.
 
         Args:
-            order: The places.
+            order: The indices.
             arrays: The arrays.
-            outlive: Whether they are used after the host's call has returned. Arrays in memory that was not taken
+            keep: Whether they are used after the host call has returned. Arrays in memory that was not taken
                 over are copied then, because TensorFlow may reuse their memory.
         """
-        stays = [self._stays[index] for index in order]
-        if outlive:
-            arrays = [array if stay else array.copy() for array, stay in zip(arrays, stays, strict=True)]
-        return dict(zip(order, in_place.writable(arrays, stays), strict=True))
+        is_owned = [self._is_owned[index] for index in order]
+        if keep:
+            arrays = [array if owned else array.copy() for array, owned in zip(arrays, is_owned, strict=True)]
+        return dict(zip(order, in_place.writable(arrays, is_owned), strict=True))
 
     def _calls(self, parts: Sequence[Sequence[int]]) -> list[Call | None]:
-        """Return what the ranks compare before each part: before the first one all gradients, with their names."""
+        """Return the calls that the ranks compare before each part; that of the first part names all gradients."""
         stand_in = _stand_in([self._dense[index] for index in parts[0]], self._exchange.op)
         return [replace(self._exchange.call, stand_in=stand_in), *[None] * (len(parts) - 1)]
 
     def _reduced(
-        self, members: Sequence[int], call: Call | None, lying: dict[int, np.ndarray]
+        self, members: Sequence[int], call: Call | None, buffers: dict[int, np.ndarray]
     ) -> list[np.ndarray]:
-        stays = [self._stays[index] for index in members]
-        return self._exchange.reduce([lying[index] for index in members], call, stays)
+        is_owned = [self._is_owned[index] for index in members]
+        return self._exchange.reduce([buffers[index] for index in members], call, is_owned)
 
     def _returned(self, reduced: dict[int, np.ndarray]) -> list[np.ndarray]:
-        """Return the results that TensorFlow gets as new tensors; the others lie in memory it has already."""
-        return [reduced[index] for index, stay in enumerate(self._stays) if not stay]
+        """Return the results that TensorFlow gets as new tensors; the others are in memory that it already has."""
+        return [reduced[index] for index, owned in enumerate(self._is_owned) if not owned]
 
     def _dtypes(self) -> list[Any]:
-        moved = [tensor for tensor, stay in zip(self._dense, self._stays, strict=True) if not stay]
+        moved = [tensor for tensor, owned in zip(self._dense, self._is_owned, strict=True) if not owned]
         return [tensor.dtype for tensor in (*moved, *self._rows)]
 
     def _exchanged(self, due: Any, finished: Any, results: list[Any]) -> Exchanged:
-        """Put together returned tensors and those changed in place, which nobody may use before `finished`."""
+        """Collect the returned tensors, and those changed in place, which are not used before `finished`."""
         due.set_shape(())
         returned = iter(results)
         with tf.control_dependencies([] if tf.executing_eagerly() else [finished]), tf.device("CPU:0"):
-            dense = [next(returned) if owned is None else in_place.changed(owned) for owned in self._owned]
+            dense = [
+                next(returned) if owned is None else in_place.read_after_change(owned)
+                for owned in self._owned
+            ]
         joined = list(returned)
         for result, tensor in zip(dense, self._dense, strict=True):
             result.set_shape(tensor.shape)
@@ -267,8 +271,8 @@ class _OnNumpy:
         return Exchanged(dense, joined, due, recorded=True)
 
 
-def _ready_first(dense: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[list[int]]:
-    """Divide the gradients into parts in the order of backprop: the last variable's is the first one there."""
+def _parts_in_backprop_order(dense: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Divide the gradients into parts in the order of backprop: that of the last variable is computed first."""
     ordered = sorted(
         (sorted(members, reverse=True) for members in groups), key=partial(max, default=-1), reverse=True
     )
@@ -288,12 +292,12 @@ def _ready_first(dense: Sequence[Any], groups: Sequence[Sequence[int]]) -> list[
 def _stand_in(
     dense: Sequence[Any], op: Op, rows: Sequence[Any] = (), groups: Sequence[Any] = (), native: bool = False
 ) -> StandIn | None:
-    """Describe what a rank that has joined sends; nothing where the shapes show only as the graph runs."""
-    if not all(each.shape.is_fully_defined() for each in dense):
+    """Describe what a rank that has joined sends; None if shapes are known only when the graph runs."""
+    if not all(tensor.shape.is_fully_defined() for tensor in dense):
         return None
     return StandIn(
-        tuple((each.dtype.name, tuple(each.shape)) for each in dense),
-        tuple((each.dtype.name, tuple(each.shape[1:])) for each in rows),
+        tuple((tensor.dtype.name, tuple(tensor.shape)) for tensor in dense),
+        tuple((tensor.dtype.name, tuple(tensor.shape[1:])) for tensor in rows),
         op,
         tuple(tuple(members) for members in groups),
         native=native,

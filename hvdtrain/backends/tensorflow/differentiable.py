@@ -1,4 +1,4 @@
-"""Collectives on TensorFlow's tensors that can be differentiated; how follows Horovod's conventions."""
+"""Run collectives on TensorFlow's tensors, with gradients as in Horovod."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -34,7 +34,7 @@ def allreduce(engine: Engine, tensor: Any, reduction: Reduction) -> Any:
         return lambda upstream: allreduce(engine, upstream, reduction)
 
     def reduce(array: np.ndarray) -> list[np.ndarray]:
-        return [reduced(engine, reduction, "allreduce", [array], _allreduced_one)[0]]
+        return [reduced(engine, reduction, "allreduce", [array], _allreduce_each)[0]]
 
     return _differentiable(engine, reduce, backward, [tensor], [tensor.shape])[0]
 
@@ -57,7 +57,7 @@ def grouped_allreduce(engine: Engine, tensors: Sequence[Any], reduction: Reducti
     def reduce(*arrays: np.ndarray) -> list[np.ndarray]:
         return reduced(engine, reduction, "grouped_allreduce", arrays, Engine.grouped_allreduce)
 
-    return _differentiable(engine, reduce, backward, tensors, [each.shape for each in tensors])
+    return _differentiable(engine, reduce, backward, tensors, [tensor.shape for tensor in tensors])
 
 
 def allgather(engine: Engine, tensors: Sequence[Any]) -> list[Any]:
@@ -70,30 +70,30 @@ def allgather(engine: Engine, tensors: Sequence[Any]) -> list[Any]:
     Returns:
         A list of tensors of shape (sum of first dimensions, ...).
     """
-    rows = [tf.reshape(each, [1]) if each.shape.rank == 0 else each for each in tensors]
+    rows = [tf.reshape(tensor, [1]) if tensor.shape.rank == 0 else tensor for tensor in tensors]
 
     def backward(_: Any) -> Callable:
         def gradient(*upstream: Any) -> list[Any]:
-            starts, ends = _place_of_rank(engine, tf.stack([tf.shape(each)[0] for each in rows]))
-            mean = [allreduce(engine, each, Reduction(Op.AVERAGE)) for each in upstream]
-            return [each[starts[i] : ends[i]] for i, each in enumerate(mean)]
+            starts, ends = _place_of_rank(engine, tf.stack([tf.shape(tensor)[0] for tensor in rows]))
+            mean = [allreduce(engine, grad, Reduction(Op.AVERAGE)) for grad in upstream]
+            return [grad[starts[i] : ends[i]] for i, grad in enumerate(mean)]
 
         return gradient
 
     def gather(*arrays: np.ndarray) -> list[np.ndarray]:
-        return [engine.allgather(each) for each in arrays]
+        return [engine.allgather(array) for array in arrays]
 
-    return _differentiable(engine, gather, backward, rows, [_any_rows(each) for each in rows])
+    return _differentiable(engine, gather, backward, rows, [_any_rows(tensor) for tensor in rows])
 
 
 def broadcast(engine: Engine, tensors: Sequence[Any], root_rank: int, call: Call | None = None) -> list[Any]:
-    """Give all ranks the tensors of one; the gradient is the mean on `root_rank` and zero elsewhere.
+    """Send the tensors of one rank to all; the gradient is the mean on `root_rank` and zero elsewhere.
 
     Args:
         engine: The engine of a process set.
         tensors: Tensors of the same shapes and dtypes on all its ranks.
         root_rank: Rank of the world, member of the set.
-        call: What the ranks compare before anything is sent, where names can be told.
+        call: The call that the ranks compare before anything is sent, if the tensors have names.
 
     Returns:
         A list of tensors like `tensors`.
@@ -103,35 +103,35 @@ def broadcast(engine: Engine, tensors: Sequence[Any], root_rank: int, call: Call
 
     def backward(_: Any) -> Callable:
         def gradient(*upstream: Any) -> list[Any]:
-            mean = [allreduce(engine, each, Reduction(Op.AVERAGE)) for each in upstream]
-            with tf.control_dependencies(mean):  # every rank takes part, also where nobody needs the result
-                return mean if is_root else [tf.identity(tf.zeros_like(each)) for each in mean]
+            mean = [allreduce(engine, grad, Reduction(Op.AVERAGE)) for grad in upstream]
+            with tf.control_dependencies(mean):  # every rank takes part, even if its result is not used
+                return mean if is_root else [tf.identity(tf.zeros_like(grad)) for grad in mean]
 
         return gradient
 
     def send(*arrays: np.ndarray) -> list[np.ndarray]:
         if call is not None:
             engine.agree(call)
-        return [engine.broadcast(each, root_rank) for each in arrays]
+        return [engine.broadcast(array, root_rank) for array in arrays]
 
-    return _differentiable(engine, send, backward, tensors, [each.shape for each in tensors])
+    return _differentiable(engine, send, backward, tensors, [tensor.shape for tensor in tensors])
 
 
 def alltoall(engine: Engine, tensor: Any, splits: Any = None) -> tuple[Any, Any]:
-    """Send a part of the rows to each rank; the gradient travels back the same ways.
+    """Send a part of the rows to each rank; the gradient is sent back to where the rows came from.
 
     Args:
         engine: The engine of a process set.
         tensor: Tensor with at least one dimension.
-        splits: int32 tensor of shape (size,): how many rows go to each rank. Rows beyond their sum stay. By
+        splits: int32 tensor of shape (size,): number of rows for each rank; rows beyond their sum are not sent. By
             default equal parts.
 
     Returns:
-        The received rows, in the order of their senders, and an int32 tensor of shape (size,): how many came
-        from each.
+        The received rows, in the order of their senders, and an int32 tensor of shape (size,): number of
+        rows from each.
 
     Raises:
-        ArgumentError: If `splits` does not fit the tensor. In a graph it comes as InvalidArgumentError.
+        ArgumentError: If `splits` does not match the tensor. In a graph it is raised as InvalidArgumentError.
     """
     if tensor.shape.rank == 0:
         raise refused("alltoall: expected a tensor with at least one dimension. Received a scalar.")
@@ -157,45 +157,45 @@ def alltoall(engine: Engine, tensor: Any, splits: Any = None) -> tuple[Any, Any]
 
 
 def reducescatter(engine: Engine, tensors: Sequence[Any], reduction: Reduction) -> list[Any]:
-    """Combine tensors and gives each rank its rows; the gradient gathers all ranks' incoming ones.
+    """Combine tensors and give each rank its rows; the gradient gathers the incoming gradients of all ranks.
 
     Args:
         engine: The engine of a process set.
-        tensors: Tensors with at least one dimension. The first ranks get one row more of what does not divide.
+        tensors: Tensors with at least one dimension. If it is not divisible, the first ranks get one row more.
         reduction: How to combine: by AVERAGE or SUM.
 
     Returns:
         A list of tensors of shape (this rank's rows, ...).
 
     Raises:
-        ArgumentError: If a tensor has no dimension, or for another operation than the two.
+        ArgumentError: If a tensor has no dimension, or for any other operation.
     """
-    if any(each.shape.rank == 0 for each in tensors):
+    if any(tensor.shape.rank == 0 for tensor in tensors):
         raise refused("reducescatter: expected a tensor with at least one dimension. Received a scalar.")
     if reduction.op not in (Op.AVERAGE, Op.SUM):
         raise refused(f"reducescatter: expected op Average or Sum. Received: {reduction.op.name.lower()}.")
     factor = reduction.prescale * reduction.postscale * (engine.size if reduction.op is Op.SUM else 1)
 
     def backward(_: Any) -> Callable:
-        return lambda *upstream: [allgather(engine, [each * factor])[0] for each in upstream]
+        return lambda *upstream: [allgather(engine, [grad * factor])[0] for grad in upstream]
 
     def scatter(*arrays: np.ndarray) -> list[np.ndarray]:
-        return reduced(engine, reduction, "reducescatter", arrays, _scattered_each)
+        return reduced(engine, reduction, "reducescatter", arrays, _reducescatter_each)
 
     return _differentiable(
-        engine, scatter, backward, tensors, [_rows_left(engine, each.shape) for each in tensors]
+        engine, scatter, backward, tensors, [_rows_of_rank(engine, tensor.shape) for tensor in tensors]
     )
 
 
 def join(engine: Engine) -> Any:
-    """Send zeros for this rank until all have joined; returns the last of them as an int32 scalar."""
+    """Send zeros for this rank until all have joined; return the last rank to join as an int32 scalar."""
     (last,) = on_host(engine, lambda: [np.array(engine.join(), np.int32)], [], [tf.int32])
     last.set_shape(())
     return last
 
 
 def barrier(engine: Engine) -> None:
-    """Wait until every rank has come here."""
+    """Wait until every rank has called this."""
 
     def wait() -> list[np.ndarray]:
         engine.barrier()
@@ -216,12 +216,12 @@ def _differentiable(
     """Run a function of arrays on tensors.
 
     Args:
-        engine: Orders the calls, and keeps errors.
+        engine: The engine, which orders the calls and stores errors.
         function: Takes the arrays of `tensors` and `extra`, and returns a list of arrays.
-        backward: Takes the outputs and returns what turns incoming gradients into those of `tensors`.
-        tensors: What may be differentiated.
-        shapes: What is known of the outputs' shapes.
-        extra: Further inputs, which have no gradient.
+        backward: Takes the outputs and returns a function from incoming gradients to the gradients of `tensors`.
+        tensors: Inputs with gradients.
+        shapes: Static shapes of the outputs, which may be partially unknown.
+        extra: Further inputs, without gradients.
         dtypes: Dtypes of the outputs; those of `tensors` by default.
 
     Returns:
@@ -231,36 +231,36 @@ def _differentiable(
     @tf.custom_gradient
     def forward(*inputs: Any) -> tuple[Any, Callable]:
         outputs = on_host(
-            engine, function, [*inputs, *extra], list(dtypes or [each.dtype for each in inputs])
+            engine, function, [*inputs, *extra], list(dtypes or [tensor.dtype for tensor in inputs])
         )
         for output, shape in zip(outputs, shapes, strict=True):
             output.set_shape(shape)
         gradient = backward(outputs)
 
-        def of_dense(*upstream: Any) -> Any:
-            return gradient(*(each if each is None else tf.convert_to_tensor(each) for each in upstream))
+        def with_dense_gradients(*upstream: Any) -> Any:
+            return gradient(*(grad if grad is None else tf.convert_to_tensor(grad) for grad in upstream))
 
-        return tuple(outputs), of_dense
+        return tuple(outputs), with_dense_gradients
 
     return list(forward(*tensors)) if tensors else []
 
 
-def _allreduced_one(engine: Engine, arrays: Sequence[np.ndarray], op: Op) -> list[np.ndarray]:
-    return [engine.allreduce(each, op) for each in arrays]
+def _allreduce_each(engine: Engine, arrays: Sequence[np.ndarray], op: Op) -> list[np.ndarray]:
+    return [engine.allreduce(array, op) for array in arrays]
 
 
-def _scattered_each(engine: Engine, arrays: Sequence[np.ndarray], op: Op) -> list[np.ndarray]:
-    return [engine.reducescatter(each, op) for each in arrays]
+def _reducescatter_each(engine: Engine, arrays: Sequence[np.ndarray], op: Op) -> list[np.ndarray]:
+    return [engine.reducescatter(array, op) for array in arrays]
 
 
 def _place_of_rank(engine: Engine, counts: Any) -> list[Any]:
-    """Return where, in joined tensors, this rank's rows start and end."""
+    """Return the indices at which this rank's rows start and end in joined tensors."""
 
-    def place(mine: np.ndarray) -> list[np.ndarray]:
-        every = np.zeros((engine.size, len(mine)), np.int32)
-        every[engine.rank] = mine
-        ends = engine.allreduce(every, Op.SUM).cumsum(axis=0, dtype=np.int32)[engine.rank]
-        return [ends - mine, ends]
+    def place(own: np.ndarray) -> list[np.ndarray]:
+        counts_of_ranks = np.zeros((engine.size, len(own)), np.int32)
+        counts_of_ranks[engine.rank] = own
+        ends = engine.allreduce(counts_of_ranks, Op.SUM).cumsum(axis=0, dtype=np.int32)[engine.rank]
+        return [ends - own, ends]
 
     return on_host(engine, place, [counts], [tf.int32, tf.int32])
 
@@ -269,8 +269,8 @@ def _any_rows(tensor: Any) -> tf.TensorShape:
     return tf.TensorShape([None]).concatenate(tensor.shape[1:])
 
 
-def _rows_left(engine: Engine, shape: tf.TensorShape) -> tf.TensorShape:
-    """Return the shape of this rank's part, with its number of rows where that is known."""
+def _rows_of_rank(engine: Engine, shape: tf.TensorShape) -> tf.TensorShape:
+    """Return the shape of this rank's part, with its number of rows if that is known."""
     if shape.rank is None or shape[0] is None:
         return tf.TensorShape([None]).concatenate(shape[1:])
     rows = shape[0] // engine.size + (engine.rank < shape[0] % engine.size)

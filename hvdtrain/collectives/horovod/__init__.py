@@ -1,1 +1,1 @@
-"""The `horovod` engine: Horovod's native core."""
+"""Run collective operations in Horovod's native core."""

@@ -1,4 +1,4 @@
-"""The `horovod` engine: Horovod's native core, which fuses and overlaps; over MPI, or NCCL where built so."""
+"""Run collective operations in Horovod's native core, over MPI, or over NCCL if it was built with NCCL."""
 
 import contextlib
 import json
@@ -16,22 +16,22 @@ from hvdtrain.collectives.horovod.library import find_horovod, for_hvdtrain, loa
 from hvdtrain.collectives.mpi import engine as mpi
 from hvdtrain.collectives.reduction import averaged, reduce_and_take
 
-# Up to here Horovod copies gradients together; what is larger pays for no copy through memory.
+# Up to this size Horovod copies gradients into one buffer; for larger ones the copy costs more than it saves.
 _FUSED_BYTES = 8 << 20
 
-# Most elements of one operation: Horovod hands their number to MPI as a 32-bit integer, unchecked. What is larger
-# goes over MPI without Horovod's core.
+# Most elements of one operation: Horovod passes their number to MPI as a 32-bit integer, unchecked. Larger arrays
+# are sent over MPI without Horovod's core.
 MOST_ELEMENTS = (1 << 31) - 1
 
-# What Horovod's operation does not take travels in the next wider type that it does.
-_CARRIER = {"bool": np.uint8, "int16": np.int32, "uint16": np.int32, "uint32": np.int64}
+# Dtypes that Horovod's operations do not support are sent in the next wider dtype that they support.
+_SENT_AS = {"bool": np.uint8, "int16": np.int32, "uint16": np.int32, "uint32": np.int64}
 
 
 class HorovodEngine(Engine):
-    """Horovod's background thread negotiates, fuses and reduces while the computation goes on.
+    """An engine whose background thread negotiates, fuses and reduces during the computation.
 
-    NumPy arrays pass through Horovod's TensorFlow operations; gradients inside a TensorFlow graph do not
-    leave it (see `native_tensors`).
+    NumPy arrays are passed to Horovod's TensorFlow operations; gradients inside a TensorFlow graph stay in
+    the graph (see `native_tensors`).
 
     Args:
         comm: The mpi4py communicator of the world; by default MPI's own world.
@@ -42,7 +42,7 @@ class HorovodEngine(Engine):
     def __init__(self, comm: Any = None) -> None:
         import tensorflow as tf
 
-        # mpi4py initialises MPI before Horovod does, for many threads, so that both may use it side by side.
+        # mpi4py initializes MPI before Horovod does, for many threads, so that both may use it at the same time.
         self._mpi = mpi.load_mpi()
         horovod = load_horovod()
         self._tf = tf
@@ -55,7 +55,7 @@ class HorovodEngine(Engine):
             timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records,
         ):
             horovod.init(comm) if comm else horovod.init()
-        # Its threads turn for ever, whether or not anything goes on.
+        # Its threads use CPU time even when the ranks are idle, so they are no sign of progress.
         heartbeat.set_aside(process_activity.threads() - before)
         self._ops = {
             Op.AVERAGE: horovod.Sum,
@@ -78,13 +78,13 @@ class HorovodEngine(Engine):
         same_world = (comm or self._mpi.COMM_WORLD).size == self.size
         self._side_channel = mpi.MpiEngine(comm) if many_threads and same_world else None
 
-    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
-        if self._side_channel:  # microseconds, where Horovod waits for its next cycle
-            return self._side_channel._compared(number, wish)
-        mine = np.array([number, -number, -wish])
-        lowest = np.empty_like(mine)
-        self._reduce(mine, lowest, Op.MIN)
-        return bool((mine[:2] == lowest[:2]).all()), -int(lowest[2])
+    def _compared(self, number: int, value: int = 0) -> tuple[bool, int]:
+        if self._side_channel:  # takes microseconds, while Horovod would wait for its next cycle
+            return self._side_channel._compared(number, value)
+        numbers = np.array([number, -number, -value])
+        lowest = np.empty_like(numbers)
+        self._reduce(numbers, lowest, Op.MIN)
+        return bool((numbers[:2] == lowest[:2]).all()), -int(lowest[2])
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         if send.size > MOST_ELEMENTS:
@@ -92,7 +92,7 @@ class HorovodEngine(Engine):
             return
         receive[...] = self._on_cpu(
             lambda tensor: self.horovod.allreduce(tensor, op=self._ops[op], name="hvdtrain.allreduce"),
-            self._carried(send),
+            self._cast_to_supported(send),
         )
         averaged(receive, op, self.size)
 
@@ -124,15 +124,15 @@ class HorovodEngine(Engine):
         return result
 
     def _reduce_scatter(self, array: np.ndarray, rows: Sequence[int], op: Op) -> np.ndarray:
-        # Horovod scatters sums of few types only; the whole result holds every rank's rows.
+        # Horovod scatters sums of few dtypes only; the whole result contains every rank's rows.
         return reduce_and_take(self, array, rows, op)
 
     def _exchange(self, array: np.ndarray, splits: Sequence[int]) -> tuple[np.ndarray, list[int]]:
-        # No rank knows what another one receives; it is at most what the largest sender sends to each.
+        # No rank knows how much another one receives; it is at most the size of the largest array times the ranks.
         most = self._compared(0, array.nbytes)[1] * self.size
         if most > MOST_ELEMENTS:
             return self._mpi_engine("an alltoall", most)._exchange(array, splits)
-        with self._at_once():
+        with self._eagerly_on_cpu():
             received, counts = self.horovod.alltoall(
                 self._tf.constant(_as_bytes(array)),
                 self._tf.constant(np.array(splits, np.int32)),
@@ -145,8 +145,8 @@ class HorovodEngine(Engine):
         return result, rows
 
     def _subset(self, ranks: Sequence[int]) -> Engine | None:
-        # A set's operations go over a communicator of its own: Horovod's one background thread would make two
-        # sets that train different models wait for each other's cycles, and MPI alone is no slower.
+        # A process set uses its own communicator: with Horovod's single background thread, two sets that train
+        # different models would wait for each other's cycles, and MPI alone is no slower.
         if self._side_channel is None:
             raise RuntimeError(
                 f"Process sets need an MPI that serves several threads at once, and {self.library} here does not. "
@@ -165,7 +165,7 @@ class HorovodEngine(Engine):
         self._mpi.COMM_WORLD.Abort(code)
 
     def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
-        """Let Horovod's core record too, where a timeline was asked for before it started."""
+        """Let Horovod's core record too, if a timeline was requested before the core started."""
         recording = self._records and self.rank == 0
         return timeline.record(self.horovod, path, mark_cycles) if recording else None
 
@@ -174,13 +174,13 @@ class HorovodEngine(Engine):
         return NativeTensors(self._tf, self.horovod, self._ops)
 
     def _gather_objects(self, data: np.ndarray) -> list[Any]:
-        # Objects have no use for a GPU, and TensorFlow need not have started yet.
+        # Objects need no GPU, and over MPI TensorFlow need not have started yet.
         if self._side_channel:
             return self._side_channel._gather_objects(data)
         return super()._gather_objects(data)
 
     def _mpi_engine(self, what: str, elements: int) -> Engine:
-        """Return what moves arrays that are too large for Horovod's core."""
+        """Return the engine for arrays that are too large for Horovod's core."""
         if self._side_channel is None:
             raise OverflowError(
                 f"{what} of up to {elements} elements or bytes is too large for Horovod, which counts at most "
@@ -189,20 +189,20 @@ class HorovodEngine(Engine):
             )
         return self._side_channel
 
-    def _carried(self, array: np.ndarray) -> np.ndarray:
+    def _cast_to_supported(self, array: np.ndarray) -> np.ndarray:
         if array.dtype == np.uint64:
             raise TypeError(
                 "Horovod has no reduction of uint64. Cast to int64, or use HVDTRAIN_ENGINE=mpi, which has one."
             )
-        return array.astype(_CARRIER.get(array.dtype.name, array.dtype), copy=False)
+        return array.astype(_SENT_AS.get(array.dtype.name, array.dtype), copy=False)
 
     def _on_cpu(self, operation: Any, array: np.ndarray) -> np.ndarray:
-        with self._at_once():
+        with self._eagerly_on_cpu():
             return operation(self._tf.constant(array)).numpy()
 
     @contextlib.contextmanager
-    def _at_once(self) -> Iterator[None]:
-        """Run an operation now and on the host: also while TensorFlow traces a function or builds a graph."""
+    def _eagerly_on_cpu(self) -> Iterator[None]:
+        """Run operations immediately, on the host, also while TensorFlow traces a function or builds a graph."""
         # init_scope alone leaves a traced function, but not the default graph of TensorFlow 1.
         eager = self._tf.__internal__.eager_context.eager_mode()
         with self._tf.init_scope(), eager, self._tf.device("CPU:0"):
@@ -210,7 +210,7 @@ class HorovodEngine(Engine):
 
 
 class NativeTensors:
-    """Horovod's operations on TensorFlow tensors, in a graph or eager; they start as their input is ready."""
+    """Horovod's operations on TensorFlow tensors, in a graph or eagerly; each starts when its input is ready."""
 
     def __init__(self, tensorflow: Any, horovod: Any, ops: dict[Op, Any]) -> None:
         self._tf = tensorflow
@@ -231,21 +231,21 @@ class NativeTensors:
         groups: Sequence[Sequence[int]],
         devices: tuple[str, str] = ("", ""),
     ) -> tuple[list[Any], list[Any]]:
-        """Reduce some tensors and joins the rows of others.
+        """Reduce some tensors and join the rows of others.
 
         Args:
-            name: What Horovod matches ranks by; the operations are numbered under it.
+            name: Name by which Horovod matches the operations of the ranks; a number is added for each one.
             dense: Tensors to combine with `op`, any but ADASUM.
             rows: Tensors to join along their first dimension.
             op: How they are combined.
-            groups: Which of `dense` Horovod is to move as one, by their indices; the others go by themselves.
-            devices: Where what reduces and what gathers is placed.
+            groups: Indices of the tensors of `dense` that Horovod sends as one; each other tensor is sent alone.
+            devices: Devices for the operations that reduce and for those that gather.
 
         Returns:
-            The combined tensors and the joined ones, as lists like `dense` and `rows`.
+            The combined tensors and the joined tensors, as lists like `dense` and `rows`.
 
         Raises:
-            ValueError: If there are more elements in a tensor, or in a group, than Horovod can count.
+            ValueError: If a tensor or a group has more elements than Horovod can count.
         """
         reduced = list(dense)
         alone = set(range(len(dense))) - {index for members in groups for index in members}
@@ -253,17 +253,19 @@ class NativeTensors:
             self.check_size("reduction", sum(dense[index].shape.num_elements() or 0 for index in members))
             for dtype in dict.fromkeys(
                 dense[index].dtype for index in members
-            ):  # a group of Horovod's has one
+            ):  # a group of Horovod has one dtype
                 alike = [index for index in members if dense[index].dtype == dtype]
                 with self._tf.device(devices[0]):
                     parts = self._reduced([dense[index] for index in alike], op, f"{name}.{alike[0]}")
                 for index, part in zip(alike, parts, strict=True):
                     reduced[index] = part
         with self._tf.device(devices[1]):
-            return reduced, [self._joined(each, f"{name}.rows.{index}") for index, each in enumerate(rows)]
+            return reduced, [
+                self._joined(tensor, f"{name}.rows.{index}") for index, tensor in enumerate(rows)
+            ]
 
     def check_size(self, what: str, elements: int) -> None:
-        """Raise ValueError where an operation has more elements than Horovod can count."""
+        """Raise ValueError if an operation has more elements than Horovod can count."""
         if elements > self.most_elements:
             raise ValueError(
                 f"The {what} of gradients has {elements} elements, more than the {self.most_elements} that Horovod "
@@ -273,40 +275,42 @@ class NativeTensors:
     def stand_in(self, name: str, work: StandIn) -> None:
         """Take part in a `combine` of the other ranks with zeros and without rows."""
         zeros = [self._tf.zeros(shape, dtype) for dtype, shape in work.reduced]
-        nothing = [self._tf.zeros((0, *shape), dtype) for dtype, shape in work.gathered]
+        no_rows = [self._tf.zeros((0, *shape), dtype) for dtype, shape in work.gathered]
 
-        def combine() -> Any:  # a graph runs only what leads to its results
-            return self.combine(name, zeros, nothing, work.op, work.groups)
+        def combine() -> (
+            Any
+        ):  # returns the tensors, because a graph runs only operations that lead to its results
+            return self.combine(name, zeros, no_rows, work.op, work.groups)
 
-        # As the others run it, because operations have other names inside a graph.
+        # In a graph or eagerly, as on the other ranks: operations have other names inside a graph.
         combine() if work.eager else self._tf.function(combine)()
 
     def _reduced(self, tensors: Sequence[Any], op: Op, name: str) -> list[Any]:
-        carried = [self._carried(each) for each in tensors]
+        carried = [self._cast_to_supported(tensor) for tensor in tensors]
         options = {"op": self._ops[op], "name": name, "ignore_name_scope": True}
         if len(carried) == 1:
             reduced = [self.horovod.allreduce(carried[0], **options)]
         else:
             reduced = self.horovod.grouped_allreduce(carried, **options)
-        return [self._tf.cast(each, tensor.dtype) for each, tensor in zip(reduced, tensors, strict=True)]
+        return [self._tf.cast(result, tensor.dtype) for result, tensor in zip(reduced, tensors, strict=True)]
 
     def _joined(self, tensor: Any, name: str) -> Any:
-        joined = self.horovod.allgather(self._carried(tensor), name=name, ignore_name_scope=True)
+        joined = self.horovod.allgather(self._cast_to_supported(tensor), name=name, ignore_name_scope=True)
         return self._tf.cast(joined, tensor.dtype)
 
-    def _carried(self, tensor: Any) -> Any:
+    def _cast_to_supported(self, tensor: Any) -> Any:
         return self._tf.cast(tensor, self._tf.float32) if tensor.dtype == self._tf.bfloat16 else tensor
 
 
 def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
-    """Tell why Horovod should not serve here, so that `auto` can say what it chose and why.
+    """Return why Horovod should not be used here, so that `auto` can report its choice and the reason.
 
     Args:
         tensorflow_version: The TensorFlow of this environment, such as "2.21.0".
-        mpi_library: The MPI that mpi4py loaded, as `mpi_identity.mpi_name` names it.
+        mpi_library: The MPI that mpi4py loaded, as written by `mpi_name`.
 
     Returns:
-        One clause without a full stop, or None if Horovod is built for exactly these two.
+        The reason without a full stop, or None if Horovod is built for exactly these two.
     """
     spec = find_horovod()
     if spec is None or spec.origin is None:
@@ -315,18 +319,18 @@ def reason_not_to_use(tensorflow_version: str, mpi_library: str) -> str | None:
     if not list((folder / "tensorflow").glob("mpi_lib*.so")):
         return "Horovod is installed without its TensorFlow part (hvdtrain build-horovod)"
     try:
-        built_for = _record(folder)
+        built_for = _build_record(folder)
     except ValueError:
         return "what Horovod was built for cannot be read (hvdtrain build-horovod)"
     for what, here in (("tensorflow", tensorflow_version), ("mpi", mpi_library)):
-        # "2.21.0+vendor" is TensorFlow 2.21.0: what follows the plus does not change the interface.
+        # "2.21.0+vendor" is TensorFlow 2.21.0: the part after the plus does not change the interface.
         if what in built_for and built_for[what].split("+")[0] != here.split("+")[0]:
             return f"Horovod was built for {built_for[what]}, this is {here} (hvdtrain build-horovod)"
     return None
 
 
-def _record(folder: Path) -> dict[str, str]:
-    """Read what the build wrote down: ours names TensorFlow and MPI, Horovod's own only TensorFlow."""
+def _build_record(folder: Path) -> dict[str, str]:
+    """Read the record of the build: hvdtrain's contains TensorFlow and MPI, Horovod's own only TensorFlow."""
     for name in ("hvdtrain_build.json", "metadata.json"):
         if (folder / name).is_file():
             return json.loads((folder / name).read_text())
@@ -334,6 +338,6 @@ def _record(folder: Path) -> dict[str, str]:
 
 
 def _as_bytes(array: np.ndarray) -> np.ndarray:
-    """View rows of any dtype as rows of bytes, which every operation of Horovod can move."""
+    """View rows of any dtype as rows of bytes, which every operation of Horovod supports."""
     width = array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
     return array.reshape(-1).view(np.uint8).reshape(len(array), width)

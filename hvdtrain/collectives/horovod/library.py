@@ -1,4 +1,4 @@
-"""The Horovod that is installed, also where `horovod` is another name of hvdtrain in this process."""
+"""Find and import the installed Horovod, even if `import horovod` gives hvdtrain in this process."""
 
 import contextlib
 import functools
@@ -9,13 +9,13 @@ from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from typing import Any
 
-# True while hvdtrain starts Horovod's core for itself.
+# True while hvdtrain itself starts Horovod's core.
 serves_hvdtrain = False
 
 
 @contextlib.contextmanager
 def for_hvdtrain() -> Iterator[None]:
-    """Mark what is done with Horovod's core in the block as hvdtrain's own."""
+    """Mark calls of Horovod's core inside the block as made by hvdtrain."""
     global serves_hvdtrain
     serves_hvdtrain = True
     try:
@@ -26,7 +26,7 @@ def for_hvdtrain() -> Iterator[None]:
 
 @functools.cache
 def load_horovod() -> Any:
-    """Import Horovod's native core once; what a script imports as `horovod` stays what it was.
+    """Import Horovod's native core once, without changing what a script imports as `horovod`.
 
     Returns:
         The installed module `horovod.tensorflow`.
@@ -39,28 +39,28 @@ def load_horovod() -> Any:
 
 
 def find_horovod() -> ModuleSpec | None:
-    """Tell where Horovod is installed, without importing it; None where it is not."""
+    """Find the installed Horovod without importing it; return None if it is not installed."""
     with _without_stand_in():
         return importlib.util.find_spec("horovod")
 
 
 @contextlib.contextmanager
 def _without_stand_in() -> Iterator[None]:
-    """Take the finder of hvdtrain.as_horovod and its modules out of Python's tables for a moment."""
-    finders = [each for each in sys.meta_path if getattr(each, "stands_in_for_horovod", False)]
+    """Remove the finder of hvdtrain.as_horovod and its modules from Python's tables inside the block."""
+    finders = [finder for finder in sys.meta_path if getattr(finder, "stands_in_for_horovod", False)]
     if not finders:
         yield
         return
-    sys.meta_path[:] = [each for each in sys.meta_path if each not in finders]
-    standing_in = _taken_out()
+    sys.meta_path[:] = [finder for finder in sys.meta_path if finder not in finders]
+    modules = _remove_modules()
     try:
         yield
     finally:
-        _taken_out()
-        sys.modules.update(standing_in)
+        _remove_modules()
+        sys.modules.update(modules)
         sys.meta_path[:0] = finders
 
 
-def _taken_out() -> dict[str, Any]:
+def _remove_modules() -> dict[str, Any]:
     names = [name for name in sys.modules if name.partition(".")[0] == "horovod"]
     return {name: sys.modules.pop(name) for name in names}

@@ -1,4 +1,4 @@
-"""The recording of Horovod's own core: on rank 0, to a file beside ours, and only if asked for before its start."""
+"""Let Horovod's core write its own timeline on rank 0; this must be requested before the core starts."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -11,10 +11,11 @@ from hvdtrain import settings
 
 @contextmanager
 def ready_to_record(comm: Any) -> Iterator[bool]:
-    """Let a Horovod that is initialised within this context record later, if any rank's environment asks for it.
+    """Let a Horovod that is initialized inside the block record later, if the environment of any rank requests it.
 
-    Horovod must know so on all ranks or on none, or they misunderstand each other: an `mpirun` that passes
-    HOROVOD_TIMELINE to some hosts only would hang. It must not know the path: that file is ours.
+    Horovod must know this on all ranks or on none, because otherwise the ranks misread each other's messages: an
+    `mpirun` that passes HOROVOD_TIMELINE to some hosts only would hang. Horovod must not know the path, because
+    hvdtrain writes that file.
 
     Args:
         comm: The mpi4py communicator of all ranks.
@@ -36,20 +37,20 @@ def ready_to_record(comm: Any) -> Iterator[bool]:
 
 
 def record(horovod: Any, path: Path, mark_cycles: bool) -> Callable[[], None]:
-    """Let Horovod's core record from now on; called on rank 0 only, which alone knows of all.
+    """Let Horovod's core record from now on; called on rank 0 only, which coordinates all ranks.
 
     Args:
         horovod: The module `horovod.tensorflow`, initialised.
         path: The file to write.
-        mark_cycles: Whether to mark the beginnings of its cycles.
+        mark_cycles: Whether to mark the start of each cycle.
 
     Returns:
-        What ends the recording.
+        A function that stops the recording.
     """
     horovod.start_timeline(str(path), mark_cycles)
 
     def stop() -> None:
-        with suppress(ValueError):  # Horovod was shut down before, and has closed its file
+        with suppress(ValueError):  # Horovod was already shut down, and has closed its file
             horovod.stop_timeline()
 
     return stop

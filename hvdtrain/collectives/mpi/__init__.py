@@ -1,1 +1,1 @@
-"""The `mpi` engine: mpi4py over any MPI library."""
+"""Run collective operations with mpi4py over any MPI library."""

@@ -1,4 +1,4 @@
-"""The `mpi` engine: mpi4py over whatever MPI is there; nothing to compile, works for every Keras backend."""
+"""Run collective operations with mpi4py; nothing is compiled, and every Keras backend works."""
 
 import functools
 from collections.abc import Sequence
@@ -13,16 +13,16 @@ from hvdtrain.collectives.mpi import wheel as mpi_wheel
 from hvdtrain.collectives.mpi.library import mpi_name
 from hvdtrain.collectives.mpi.ring import wait
 from hvdtrain.collectives.ops import Pair
-from hvdtrain.collectives.overlap import Beside
+from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.collectives.reduction import averaged, reduce_and_take
 
-# What MPI's own algorithms get at once: a sum is averaged before it has left the caches.
+# Most bytes of one call of MPI's own algorithms: a sum is averaged while it is still in the caches.
 PIECE_BYTES = 4 << 20
-# Most bytes of one MPI call: MPI counts in 32 bits, and some transports stop a little below 2 GiB. What is larger
-# travels in several messages.
+# Most bytes of one MPI call: MPI counts in 32 bits, and some transports fail a little below 2 GiB. Larger arrays
+# are sent in several messages.
 MESSAGE_BYTES = 1 << 30
-# How long the thread beside the computation sleeps between two looks, in seconds: what a link of 1 Gbit/s brings
-# meanwhile is less than what may be on its way.
+# How long the background thread sleeps between two tests of a request, in seconds: in this time a link of 1 Gbit/s
+# transfers less than may be in flight.
 PAUSE = 0.0005
 
 
@@ -36,12 +36,12 @@ _UFUNCS = {
 
 
 class MpiEngine(Engine):
-    """Plain, synchronous MPI. Where a rank has one core, it is faster than a background thread.
+    """An engine of plain, synchronous MPI. If a rank has one core, it is faster than Horovod's background thread.
 
     Args:
-        comm: The mpi4py communicator of the world; by default MPI's own world. It is duplicated, so nothing
-            that the user's script sends can be mistaken for ours.
-        ranks: For a process set, which ranks of the world these are.
+        comm: The mpi4py communicator of the world; by default MPI's source_piece world. It is duplicated, so that
+            messages of the user's script cannot be confused with messages of hvdtrain.
+        ranks: For a process set, its ranks in the world.
     """
 
     name = "mpi"
@@ -59,19 +59,19 @@ class MpiEngine(Engine):
             Op.PRODUCT: mpi.PROD,
         }
         self._bool_ops = {Op.MIN: mpi.LAND, Op.MAX: mpi.LOR, Op.PRODUCT: mpi.LAND}
-        self._rings = hierarchical.made_for(mpi, self._comm)
+        self._rings = hierarchical.choose_rings(mpi, self._comm)
         if _overlaps(mpi, self._comm, self._rings.link):
-            self.beside = Beside()
-        self._mine, self._lowest = np.empty(3, np.int64), np.empty(3, np.int64)
+            self.background = BackgroundThread()
+        self._numbers, self._minima = np.empty(3, np.int64), np.empty(3, np.int64)
         self.library = library_name(mpi)
         self.world = world_of(self._comm)
 
-    def _compared(self, number: int, wish: int = 0) -> tuple[bool, int]:
-        # The lowest of all n and of all -n are n and -n only if every rank has the same n.
-        self._mine[:] = number, -number, -wish
-        self._all_reduce(self._mine, self._lowest, self._mpi.MIN)
-        lowest, opposite, wished = self._lowest.tolist()
-        return lowest == number == -opposite, -wished
+    def _compared(self, number: int, value: int = 0) -> tuple[bool, int]:
+        # The minima of all n and of all -n are n and -n only if every rank has the same n.
+        self._numbers[:] = number, -number, -value
+        self._all_reduce(self._numbers, self._minima, self._mpi.MIN)
+        lowest, lowest_negated, negated_value = self._minima.tolist()
+        return lowest == number == -lowest_negated, -negated_value
 
     def _reduce(self, send: np.ndarray, receive: np.ndarray, op: Op) -> None:
         self._reduce_all([(send, receive)], op)
@@ -92,27 +92,29 @@ class MpiEngine(Engine):
         step = max(PIECE_BYTES // send.itemsize, 1)
         for start in range(0, source.size, step):
             piece = target[start : start + step]
-            own = self._mpi.IN_PLACE if send is receive else source[start : start + step]
-            self._all_reduce(own, piece, operation)
+            source_piece = self._mpi.IN_PLACE if send is receive else source[start : start + step]
+            self._all_reduce(source_piece, piece, operation)
             averaged(piece, op, self.size)
 
     def _all_reduce(self, send: Any, receive: np.ndarray, operation: Any) -> None:
-        if self.beside is None:
+        if self.background is None:
             self._comm.Allreduce(send, receive, operation)
         else:
-            # In whichever thread: MPI matches no blocking sum of one rank with one that another rank waits for.
+            # Nonblocking in either thread: MPI does not match it with a blocking sum on another rank.
             wait(self._comm.Iallreduce(send, receive, operation), self._pause)
 
     def _pause(self) -> float | None:
-        """How long to sleep between two looks, where the core is the computation's; None to wait in MPI."""
-        beside = self.beside
-        return PAUSE if beside is not None and beside.is_here and not beside.is_awaited else None
+        """Return how long to sleep between two tests of a request during a computation; None to wait in MPI."""
+        background = self.background
+        return (
+            PAUSE if background is not None and background.is_current and not background.is_awaited else None
+        )
 
     def _gather(self, array: np.ndarray) -> tuple[np.ndarray, list[int]]:
         rows = np.empty(self.size, np.int64)
         self._comm.Allgather(np.array([len(array)]), rows)
         received = np.empty((int(rows.sum()), *array.shape[1:]), array.dtype)
-        counts = rows * _width(array)
+        counts = rows * _row_bytes(array)
         if received.nbytes <= MESSAGE_BYTES:
             self._comm.Allgatherv(_bytes(array), [_bytes(received), counts, None, self._mpi.BYTE])
         else:
@@ -138,12 +140,12 @@ class MpiEngine(Engine):
         sent, counts = np.array(splits, np.int64), np.empty(self.size, np.int64)
         self._comm.Alltoall(sent, counts)
         received = np.empty((int(counts.sum()), *array.shape[1:]), array.dtype)
-        width = _width(array)
+        width = _row_bytes(array)
         self._swap(_cut(array, sent * width), _cut(received, counts * width))
         return received, counts.tolist()
 
     def _swap(self, sent: Sequence[np.ndarray], received: Sequence[np.ndarray]) -> None:
-        """Send bytes to each rank and receive bytes from each, of any number."""
+        """Send bytes to each rank and receive bytes from each, without a limit on their number."""
         received[self.rank][...] = sent[self.rank]
         others = [(self.rank + distance) % self.size for distance in range(1, self.size)]
         requests = [
@@ -165,9 +167,9 @@ class MpiEngine(Engine):
         return engine
 
     def shutdown(self) -> None:
-        """Give the communicator back; MPI itself ends with the process."""
-        if self.beside is not None:
-            self.beside.end()
+        """Free the communicator; MPI itself ends with the process."""
+        if self.background is not None:
+            self.background.end()
         self._rings.free()
         self._comm.Free()
 
@@ -180,13 +182,13 @@ class MpiEngine(Engine):
 
 
 def load_mpi() -> Any:
-    """Import mpi4py's MPI, which initialises MPI in this process.
+    """Import mpi4py's MPI, which initializes MPI in this process.
 
     Returns:
         The module `mpi4py.MPI`.
 
     Raises:
-        RuntimeError: If mpi4py or an MPI library is missing; the message says how to get one.
+        RuntimeError: If mpi4py or an MPI library is missing; the message says how to install one.
     """
     mpi_wheel.prepare()
     try:
@@ -205,13 +207,13 @@ def library_name(mpi: Any) -> str:
 
 
 def world_of(comm: Any) -> World:
-    """Find out where this process stands in a communicator.
+    """Determine the position of this process in a communicator.
 
     Args:
         comm: An mpi4py communicator; all its ranks must call this.
 
     Returns:
-        The `World` of this process; ranks that share memory are of one host.
+        The `World` of this process; ranks that share memory are on one host.
     """
     local = comm.Split_type(load_mpi().COMM_TYPE_SHARED, key=comm.rank)
     cross = comm.Split(color=local.rank, key=comm.rank)
@@ -223,38 +225,42 @@ def world_of(comm: Any) -> World:
 
 
 def _overlaps(mpi: Any, comm: Any, link: float) -> bool:
-    """Return whether gradients shall travel while backprop goes on: where the link is slow, or as the user says."""
-    wish = settings.get("HVDTRAIN_OVERLAP").lower()
-    wishes = comm.allgather(wish)
-    if wish not in ("auto", "on", "off") or len(set(wishes)) > 1:
+    """Return whether to send gradients during backprop: on a slow link, or as HVDTRAIN_OVERLAP requests."""
+    choice = settings.get("HVDTRAIN_OVERLAP").lower()
+    choices = comm.allgather(choice)
+    if choice not in ("auto", "on", "off") or len(set(choices)) > 1:
         raise ValueError(
             "HVDTRAIN_OVERLAP must be auto, on or off, and the same on all ranks. Received: "
-            + ", ".join(f"{each!r} on rank {rank}" for rank, each in enumerate(wishes[:8]))
+            + ", ".join(f"{choice!r} on rank {rank}" for rank, choice in enumerate(choices[:8]))
         )
     possible = comm.allreduce(mpi.Query_thread() == mpi.THREAD_MULTIPLE, mpi.LAND)
-    if wish == "on" and not possible:
+    if choice == "on" and not possible:
         raise RuntimeError(
             "HVDTRAIN_OVERLAP=on needs an MPI that two threads may call at once (MPI_THREAD_MULTIPLE), and this "
             "one does not allow it. Use HVDTRAIN_OVERLAP=off."
         )
-    return possible and comm.size > 1 and (wish == "on" or (wish == "auto" and link < hierarchical.SLOW_LINK))
+    return (
+        possible
+        and comm.size > 1
+        and (choice == "on" or (choice == "auto" and link < hierarchical.SLOW_LINK))
+    )
 
 
 def _bytes(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(np.uint8)
 
 
-def _width(array: np.ndarray) -> int:
-    """Return the number of bytes of a row."""
+def _row_bytes(array: np.ndarray) -> int:
+    """Return the number of bytes in a row."""
     return array.itemsize * int(np.prod(array.shape[1:], dtype=np.int64))
 
 
 def _cut(array: np.ndarray, counts: np.ndarray) -> list[np.ndarray]:
-    """Return the bytes of an array in parts of these lengths."""
+    """Divide the bytes of an array into parts of these lengths."""
     ends = np.cumsum(counts)
     return [_bytes(array)[end - count : end] for end, count in zip(ends, counts, strict=True)]
 
 
 def _messages(part: np.ndarray) -> list[np.ndarray]:
-    """Cut bytes into what one MPI call can move."""
+    """Divide bytes into messages that one MPI call can send."""
     return [part[start : start + MESSAGE_BYTES] for start in range(0, part.size, MESSAGE_BYTES)]

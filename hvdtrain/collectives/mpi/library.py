@@ -1,11 +1,11 @@
-"""Which MPI is this: one short name for a library, however it is asked.
+"""Give each MPI library one short name.
 
-Horovod's build, mpi4py and the launcher each know the MPI they belong to by a text of their own.
+Horovod's build, mpi4py and the launcher each describe their MPI with a different text.
 """
 
 import re
 
-# The first row that matches wins: the descendants of MPICH come before it, because they name it too.
+# The first row that matches is used: libraries based on MPICH come before it, because their text names it too.
 _NAMES = (
     ("Open MPI", r"Open MPI\)? v?([\w.]+)"),
     ("Intel(R) MPI", r"Intel\(R\) MPI Library.*?(\d{4}[\d.]*)"),
@@ -17,10 +17,10 @@ _NAMES = (
 
 
 def mpi_name(text: str) -> str:
-    """Make the texts by which one MPI library names itself comparable.
+    """Return the short name of an MPI library, which is the same for all texts that describe it.
 
     Args:
-        text: What `MPI.Get_library_version()` returns, or what `mpirun --version` prints.
+        text: The result of `MPI.Get_library_version()`, or the output of `mpirun --version`.
 
     Returns:
         Name and version, such as "Open MPI 4.1.8", "MPICH 4.2.3" or "Intel(R) MPI 2021.11"; for an

@@ -1,11 +1,11 @@
-"""A ring in segments: many arrays are summed where they lie, and averaged while they are in the cache.
+"""Sum many arrays in place with a segmented ring allreduce, and average them while they are in the cache.
 
-The arrays are taken as one, and each rank owns one part of that. In n - 1 steps the parts go around and are
-summed, in another n - 1 the sums go around (Patarasuk and Yuan, "Bandwidth optimal all-reduce algorithms", 2009).
-Every link carries 2 (n - 1) / n of the whole, which is the least that any algorithm needs. Parts are cut into
-segments, and each segment goes on as soon as it has come, so that a link is never idle and a sum never leaves the
-cache; MPI's own algorithms finish one part before they begin with the next. MPI moves the bytes, from where they
-lie to where they belong.
+The arrays are treated as one array, and each rank owns one part of it. In n - 1 steps the parts are sent around
+the ring and summed, in another n - 1 steps the sums are sent around (Patarasuk and Yuan, "Bandwidth optimal
+all-reduce algorithms", 2009). Every link carries 2 (n - 1) / n of the whole, which is the least that any algorithm
+needs. Parts are divided into segments, and each segment is sent on as soon as it has arrived, so that a link is
+never idle and a sum never leaves the cache; MPI's own algorithms finish one part before they begin with the next.
+MPI copies the bytes directly from the arrays of one rank to the arrays of the next.
 """
 
 import functools
@@ -20,29 +20,30 @@ from hvdtrain.collectives.ops import Pair
 
 
 @dataclass(frozen=True)
-class Stride:
-    """How an array travels along a link.
+class Pipelining:
+    """How an array is divided into messages on a link.
 
     Args:
-        segment_bytes: How much goes in one message.
-        ahead: How many messages may be on their way to a rank.
+        segment_bytes: Number of bytes in one message.
+        ahead: How many messages to a rank may be in flight at the same time.
     """
 
     segment_bytes: int
     ahead: int
 
 
-# Half of a core's second cache holds what has come and what it is added to.
-IN_MEMORY = Stride(512 << 10, 2)
-# Open MPI and MPICH send messages below 64 KiB without asking. Larger ones wait for an answer, and between two
-# hosts that comes behind all that the other one has just sent: half of a link's rate is lost.
-UNASKED = Stride(60 << 10, 32)
-# Where the network's hardware answers, and a message costs more than the link.
-ASKED = Stride(512 << 10, 8)
+# Half of the second-level cache of a core holds the received segments and the segments to which they are added.
+IN_MEMORY = Pipelining(512 << 10, 2)
+# Open MPI and MPICH send messages below 64 KiB at once (eager protocol). Larger ones first wait for an answer
+# (rendezvous protocol), and between two hosts this answer arrives after all the data that the other host has just
+# sent: half of the link's rate is lost.
+EAGER = Pipelining(60 << 10, 32)
+# For networks whose hardware answers, where the cost of a message exceeds that of its bytes.
+RENDEZVOUS = Pipelining(512 << 10, 8)
 
 
-# How to wait, asked before each look: asleep for so many seconds until the next one, which leaves the core to the
-# computation, or for None inside MPI.
+# How to wait for a request; called before each test of it. Returns the seconds to sleep until the next test, which
+# leaves the core to the computation, or None to wait inside MPI.
 Pause = Callable[[], float | None]
 
 
@@ -60,20 +61,20 @@ def wait(request: Any, pause: Pause) -> None:
 
 
 class Ring:
-    """Combines large arrays over the ranks of a communicator.
+    """A ring of the ranks of a communicator, which combines large arrays.
 
     Args:
         mpi: The module `mpi4py.MPI`.
-        comm: The communicator; ranks of one host follow each other in it, so that few links leave a host.
-        stride: How arrays travel.
+        comm: The communicator; ranks of one host follow each other in it, so that few links connect hosts.
+        pipelining: How arrays are divided into messages.
     """
 
-    def __init__(self, mpi: Any, comm: Any, stride: Stride = IN_MEMORY) -> None:
+    def __init__(self, mpi: Any, comm: Any, pipelining: Pipelining = IN_MEMORY) -> None:
         self._mpi, self._comm = mpi, comm
         self._rank, self._size = comm.rank, comm.size
-        self._segment = stride.segment_bytes
-        self._arrived = [np.empty(self._segment, np.uint8) for _ in range(stride.ahead)]
-        self._broken_off: Any = None
+        self._segment = pipelining.segment_bytes
+        self._buffers = [np.empty(self._segment, np.uint8) for _ in range(pipelining.ahead)]
+        self._interrupted: Any = None
 
     def reduce(
         self,
@@ -81,115 +82,115 @@ class Ring:
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
         pause: Pause = in_mpi,
-        whole: Callable[[list[np.ndarray]], Any] | None = None,
+        on_sums: Callable[[list[np.ndarray]], Any] | None = None,
     ) -> None:
-        """Combine arrays of each rank, with the same results, to the bit, on all of them.
+        """Combine the arrays of all ranks, with the same results, bit by bit, on each.
 
         Args:
-            pairs: For each array what is combined and where the result goes, which may be the same: flat arrays of
-                one dtype, of the same lengths on all ranks.
-            combine: NumPy's function of two arrays and `out`.
-            finish: Called once with each segment of the result, to change it where it lies.
+            pairs: Each array and the array for its result, which may be the same: flat arrays of one dtype, with
+                the same lengths on all ranks.
+            combine: A NumPy function of two arrays and `out`.
+            finish: Called once with each segment of the result, to change it in place.
             pause: How to wait for a message.
-            whole: Called once with all that this rank has combined, before it goes around; the ranks at the same
-                place of rings of one size have the same part.
+            on_sums: Called once with the sums of this rank's part, before they are sent around; ranks with the same
+                number in rings of one size have the same part.
         """
-        if self._broken_off:
+        if self._interrupted:
             raise RuntimeError(
-                "An earlier sum over the ranks was broken off in its middle, by Ctrl-C or by an error, and what is "
-                "still on its way would be taken for a part of this one. Start the training again; with "
-                "hvd.callbacks.Checkpoint it goes on from its last checkpoint."
+                "An earlier sum over the ranks was interrupted by Ctrl-C or by an error, and its messages that are "
+                "still in flight would be taken for a part of this one. Start the training again; with "
+                "hvd.callbacks.Checkpoint it continues from its last checkpoint."
             )
         lengths = tuple(source.size for source, _ in pairs)
-        way = _way(lengths, self._rank, self._size, self._segment // pairs[0][0].itemsize)
-        if whole is None:
-            self._go(way, range(way.items), pairs, combine, finish, pause)
+        schedule = _schedule(lengths, self._rank, self._size, self._segment // pairs[0][0].itemsize)
+        if on_sums is None:
+            self._run(schedule, range(schedule.items), pairs, combine, finish, pause)
         else:
-            self._go(way, range(way.reduced), pairs, combine, finish, pause)
-            whole([pairs[index][1][place] for index, place in way.own])
-            self._go(way, range(way.reduced, way.items), pairs, combine, finish, pause)
-        # MPI moves what is still on its way to others only while this rank is in a call.
+            self._run(schedule, range(schedule.reduced), pairs, combine, finish, pause)
+            on_sums([pairs[index][1][place] for index, place in schedule.own])
+            self._run(schedule, range(schedule.reduced, schedule.items), pairs, combine, finish, pause)
+        # MPI sends the remaining messages to other ranks only while this rank is inside a call of MPI.
         wait(self._comm.Ibarrier(), pause)
 
     def free(self) -> None:
-        """Give the communicator back; all ranks call this."""
+        """Free the communicator; all ranks call this."""
         self._comm.Free()
 
-    def _go(
+    def _run(
         self,
-        way: "_Way",
+        schedule: "_Schedule",
         items: range,
         pairs: Sequence[Pair],
         combine: Callable,
         finish: Callable[[np.ndarray], Any],
         pause: Pause,
     ) -> None:
-        ahead = min(len(self._arrived), way.segments)
-        received = {item: self._receive(way, item, pairs) for item in items[: ahead - 1]}
-        sent = {item: self._send(way, item, pairs) for item in items[:ahead]}
-        # Until all has come MPI may write into these, whatever becomes of this call.
-        self._broken_off = (pairs, received, sent)
-        with np.errstate(all="ignore"):  # what overflows does so in the user's sum, not here
+        ahead = min(len(self._buffers), schedule.segments)
+        received = {item: self._receive(schedule, item, pairs) for item in items[: ahead - 1]}
+        sent = {item: self._send(schedule, item, pairs) for item in items[:ahead]}
+        # Keep references: until all messages have arrived, MPI may write to this memory, even after an error here.
+        self._interrupted = (pairs, received, sent)
+        with np.errstate(all="ignore"):  # an overflow belongs to the user's sum, and is not reported here
             for item in items:
-                coming = item + ahead - 1
-                if coming in items:
-                    if coming - way.reduced in sent:  # overwrites what was sent from there
-                        wait(sent.pop(coming - way.reduced), pause)
-                    received[coming] = self._receive(way, coming, pairs)
+                next_item = item + ahead - 1
+                if next_item in items:
+                    if next_item - schedule.reduced in sent:  # the message overwrites data that is being sent
+                        wait(sent.pop(next_item - schedule.reduced), pause)
+                    received[next_item] = self._receive(schedule, next_item, pairs)
                 wait(received.pop(item), pause)
-                if item < way.reduced:
-                    index, place = way.receives(item)
+                if item < schedule.reduced:
+                    index, place = schedule.receives(item)
                     total = pairs[index][1][place]
-                    combine(pairs[index][0][place], self._landing(item, total), out=total)
-                    if item >= way.reduced - way.segments:
+                    combine(pairs[index][0][place], self._buffer(item, total), out=total)
+                    if item >= schedule.reduced - schedule.segments:
                         finish(total)
                 if item + ahead in items:
-                    sent[item + ahead] = self._send(way, item + ahead, pairs)
-            for each in sent.values():
-                wait(each, pause)
-        self._broken_off = None
+                    sent[item + ahead] = self._send(schedule, item + ahead, pairs)
+            for request in sent.values():
+                wait(request, pause)
+        self._interrupted = None
 
-    def _send(self, way: "_Way", item: int, pairs: Sequence[Pair]) -> Any:
-        index, place = way.sends(item)
-        array = pairs[index][item >= way.segments][place]  # what others have added to is in the second
+    def _send(self, schedule: "_Schedule", item: int, pairs: Sequence[Pair]) -> Any:
+        index, place = schedule.sends(item)
+        array = pairs[index][item >= schedule.segments][place]  # sums are in the second array of a pair
         return self._comm.Isend(array.view(np.uint8), (self._rank + 1) % self._size)
 
-    def _receive(self, way: "_Way", item: int, pairs: Sequence[Pair]) -> Any:
-        index, place = way.receives(item)
+    def _receive(self, schedule: "_Schedule", item: int, pairs: Sequence[Pair]) -> Any:
+        index, place = schedule.receives(item)
         target = pairs[index][1][place]
-        landing = self._landing(item, target) if item < way.reduced else target
-        return self._comm.Irecv(landing.view(np.uint8), (self._rank - 1) % self._size)
+        buffer = self._buffer(item, target) if item < schedule.reduced else target
+        return self._comm.Irecv(buffer.view(np.uint8), (self._rank - 1) % self._size)
 
-    def _landing(self, item: int, like: np.ndarray) -> np.ndarray:
-        return self._arrived[item % len(self._arrived)][: like.nbytes].view(like.dtype)
+    def _buffer(self, item: int, like: np.ndarray) -> np.ndarray:
+        return self._buffers[item % len(self._buffers)][: like.nbytes].view(like.dtype)
 
 
-# Which array, and what of it.
+# The index of an array, and a slice of it.
 Piece = tuple[int, slice]
 
-_NOTHING: Piece = (0, slice(0, 0))
+_EMPTY: Piece = (0, slice(0, 0))
 
 
-class _Way:
-    """Which segment is sent and which received when: both are numbered in the order of their travel.
+class _Schedule:
+    """The order in which one rank sends and receives segments; in both directions items are numbered in this order.
 
     Args:
-        lengths: Of the arrays, which are taken as one.
-        rank: Whose way it is.
-        size: How many ranks there are.
-        segment: The most elements of a segment, which lies in one array.
+        lengths: Lengths of the arrays, which are treated as one array.
+        rank: The rank.
+        size: Number of ranks.
+        segment: Most elements of a segment, which never spans two arrays.
     """
 
     def __init__(self, lengths: Sequence[int], rank: int, size: int, segment: int) -> None:
         self._rank, self._size = rank, size
         part = -(-sum(lengths) // size)
         bounds = [(number * part, (number + 1) * part) for number in range(size)]
-        self._parts = [list(_cut(lengths, *each, segment)) for each in bounds]
-        # Borders between arrays may give a part more segments than another, whose last ones then are empty.
+        self._parts = [list(_cut(lengths, *limits, segment)) for limits in bounds]
+        # Borders between arrays may divide one part into more segments than another; the missing ones are empty.
         self.segments = max(map(len, self._parts))
         self.reduced = (size - 1) * self.segments
         self.items = 2 * self.reduced
-        # What this rank has combined when all has gone around once.
+        # The part whose sums this rank holds when all parts have been sent around once.
         self.own = list(_cut(lengths, *bounds[(rank + 1) % size], max(part, 1)))
 
     def sends(self, item: int) -> Piece:
@@ -200,17 +201,17 @@ class _Way:
 
     def _place(self, part: int, segment: int) -> Piece:
         pieces = self._parts[part % self._size]
-        return pieces[segment] if segment < len(pieces) else _NOTHING
+        return pieces[segment] if segment < len(pieces) else _EMPTY
 
 
-_way = functools.lru_cache(256)(_Way)  # every step of a training takes the same
+_schedule = functools.lru_cache(256)(_Schedule)  # every training step uses the same schedule
 
 
 def _cut(lengths: Sequence[int], first: int, last: int, segment: int) -> Iterator[Piece]:
-    """Cut what lies from `first` to `last` of all arrays taken as one into pieces that lie in one array each."""
-    begins = 0
+    """Divide elements `first` to `last` of all arrays, treated as one, into pieces that each lie in one array."""
+    offset = 0
     for index, length in enumerate(lengths):
-        start, stop = max(first - begins, 0), min(last - begins, length)
-        for at in range(start, stop, segment):
-            yield index, slice(at, min(at + segment, stop))
-        begins += length
+        start, stop = max(first - offset, 0), min(last - offset, length)
+        for position in range(start, stop, segment):
+            yield index, slice(position, min(position + segment, stop))
+        offset += length

