@@ -70,7 +70,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
 
     assert capped.ended() == "FAILED" and capped.facts()["ExitCode"] == "75:0"
     assert "is not requeued (exit code 75): it was requeued 0 times already" in capped.output
-    ranks = [line for line in (night.folder / "started").read_text().splitlines() if "supervise" in line]
+    ranks = [line for line in (night.folder / "started").read_text().splitlines() if "rank_main" in line]
     assert len(ranks) == 2 and {line.partition(" -c ")[0] for line in ranks} == {
         f"exec --nv {night.folder}/an image.sif python3"
     }
