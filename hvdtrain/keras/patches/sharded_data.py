@@ -181,7 +181,7 @@ def _refuse_unused(name: str, given: Mapping[str, Any]) -> None:
         )
     if given.get("batch_size") is not None:
         raise ValueError(
-            f"model.{name}: batch_size={given['batch_size']} has no effect on data of hvd.shard. Pass the global "
+            f"model.{name}: batch_size={given['batch_size']} has no effect on data of hvd.shard. Give the global "
             "batch to hvd.shard(..., batch_size=...), and validation_batch_size for validation arrays."
         )
 
