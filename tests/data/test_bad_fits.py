@@ -213,7 +213,7 @@ def test_what_all_ranks_raise_stays_what_it_is(fit):
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"batch_size": 4}, "batch_size=4 has no effect .* Pass the global batch to hvd.shard"),
+        ({"batch_size": 4}, "batch_size=4 has no effect .* Give the global batch to hvd.shard"),
         ({"batch_size": None, "validation_split": 0.25}, "validation_split=0.25 .* Divide the arrays before"),
     ],
 )
