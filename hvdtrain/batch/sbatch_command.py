@@ -104,9 +104,9 @@ def compose(options: SubmitOptions, profile: Profile, environ: Mapping[str, str]
     trials, script = options.words[:first], options.words[first:]
     words = (*trials, *options.flags, *script)
     image = options.image or settings.get("HVDTRAIN_IMAGE", environ) or profile.image
-    variables = {"HVDTRAIN_IMAGE": image} if image and template.name == "container" else {}
+    exported = {"HVDTRAIN_IMAGE": image} if image and template.name == "container" else {}
     in_effect = {**template.defaults, **variables, **given}
-    return Batch(template, given, in_effect, words, script[0] if script else "", variables)
+    return Batch(template, given, in_effect, words, script[0] if script else "", exported)
 
 
 def _choose_template(options: SubmitOptions, profile: Profile, asked: Mapping[str, str | None]) -> str:

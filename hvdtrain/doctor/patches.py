@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 
+from hvdtrain import safe_path
+
 
 def list_patches(as_json: bool = False) -> int:
     """Start hvdtrain in a process of its own, and print what it has replaced there.
@@ -16,7 +18,7 @@ def list_patches(as_json: bool = False) -> int:
         The exit code: 1 if hvdtrain cannot start.
     """
     done = subprocess.run(
-        [sys.executable, "-m", "hvdtrain.doctor.probes.patches"],
+        [sys.executable, *safe_path.main_of("hvdtrain.doctor.probes.patches")],
         env=os.environ | {"HVDTRAIN_ENGINE": "single", "TF_CPP_MIN_LOG_LEVEL": "2"},
         capture_output=True,
         text=True,

@@ -107,4 +107,4 @@ def _quartiles(quantity: str, formatted: Callable[[float], str]) -> Callable[[Ro
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
+    return f"{value:.1f}" if value < 100 else f"{value:.0f}"

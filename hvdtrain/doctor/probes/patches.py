@@ -15,7 +15,3 @@ def main() -> None:
         purpose = (sys.modules[entry.by].__doc__ or "").splitlines()[0]
         rows.append({"replaced": entry.name, "by": entry.by, "purpose": purpose})
     print(json.dumps(rows))
-
-
-if __name__ == "__main__":
-    main()
