@@ -63,10 +63,7 @@ def _fit_title(options: Mapping[str, Any]) -> str:
 
 def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     unit = WORKLOADS[report.options["model"]].unit
-    step = {
-        "ms a step": _median("step_ms", _number),
-        "quartiles": _quartiles("step_ms", _number),
-    }
+    step = {"ms a step": _median("step_ms", _number)}
     throughput = {f"{unit}/s": _median(f"{unit}_per_s", "{:.0f}".format)}
     efficiency = {
         "effi-\nciency": _median("efficiency", "{:.3f}".format),
@@ -77,6 +74,7 @@ def _columns(report: Report, scaling: str) -> dict[str, Callable[[Row], str]]:
     if scaling == STRONG:
         return {
             **step,
+            "quartiles": _quartiles("step_ms", _number),
             **throughput,
             "speed-\nup": _median("speedup", "{:.2f}".format),
             **efficiency,
@@ -107,4 +105,4 @@ def _quartiles(quantity: str, formatted: Callable[[float], str]) -> Callable[[Ro
 
 
 def _number(value: float) -> str:
-    return f"{value:.1f}" if value < 100 else f"{value:.0f}"
+    return f"{value:.1f}" if value < 1000 else f"{value:.0f}"
