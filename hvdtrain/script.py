@@ -5,7 +5,7 @@ import itertools
 import os
 import sys
 import sysconfig
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
@@ -25,6 +25,41 @@ def run(command: Sequence[str]) -> None:
         _run_module(command[1], command[2:])
     else:
         _run_file(command[0], command[1:])
+
+
+def check_arguments(usage: str, arguments: Sequence[str]) -> None:
+    """Exit with a message if the arguments of an entry point name no script and no module.
+
+    Args:
+        usage: The command with a script, for the message.
+        arguments: `script.py args...`, or `-m module args...`.
+    """
+    if not arguments or arguments[0] in ("-h", "--help") or list(arguments) == ["-m"]:
+        sys.exit(f"Expected a script: {usage}, or -m module args...")
+    if arguments[0] != "-m" and not Path(arguments[0]).is_file():
+        print(
+            f"hvdtrain: The script {arguments[0]} is not there (looked for from {Path.cwd()}).",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+
+
+def shorten_tracebacks(advice: Callable[[BaseException], str] = lambda error: "") -> None:
+    """Make the traceback of an uncaught error begin in the script.
+
+    Args:
+        advice: Returns what to print after the traceback, or nothing.
+    """
+    show = sys.excepthook
+
+    def show_users_part(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        error.__traceback__ = users_part(error)
+        show(kind, error, error.__traceback__)
+        words = advice(error)
+        if words:
+            print(f"\n{words}", file=sys.stderr)
+
+    sys.excepthook = show_users_part
 
 
 def users_part(error: BaseException) -> TracebackType | None:

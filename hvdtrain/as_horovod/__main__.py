@@ -2,8 +2,6 @@
 
 import sys
 from collections.abc import Sequence
-from pathlib import Path
-from types import TracebackType
 
 from hvdtrain import as_horovod, script, topology
 
@@ -14,34 +12,12 @@ def main(arguments: Sequence[str]) -> None:
     Args:
         arguments: `script.py args...`, or `-m module args...`.
     """
-    if not arguments or arguments[0] in ("-h", "--help") or list(arguments) == ["-m"]:
-        sys.exit(
-            "Expected a script: python -m hvdtrain.as_horovod old_script.py args..., or -m module args..."
-        )
-    if arguments[0] != "-m" and not Path(arguments[0]).is_file():
-        print(
-            f"hvdtrain: The script {arguments[0]} is not there (looked for from {Path.cwd()}).",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    script.check_arguments("python -m hvdtrain.as_horovod old_script.py args...", arguments)
     as_horovod.install()
-    _shorten_tracebacks()
-    script.run(arguments)
-
-
-def _shorten_tracebacks() -> None:
-    """Make the traceback of an uncaught error begin in the script; rank 0 adds advice after it."""
-    show = sys.excepthook
     place = topology.detect()
-
-    def show_users_part(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        error.__traceback__ = script.users_part(error)
-        show(kind, error, error.__traceback__)
-        advice = as_horovod.advice(error)
-        if advice and (place is None or place.rank == 0):
-            print(f"\n{advice}", file=sys.stderr)
-
-    sys.excepthook = show_users_part
+    is_first = place is None or place.rank == 0
+    script.shorten_tracebacks(lambda error: as_horovod.advice(error) if is_first else "")
+    script.run(arguments)
 
 
 main(sys.argv[1:])

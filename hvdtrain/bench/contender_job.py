@@ -5,12 +5,11 @@ import json
 import os
 import selectors
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
@@ -48,23 +47,6 @@ class _Rank:
     closed: bool = False
 
 
-class _AgentServer(Server):
-    """The launcher's server for guards, which here also sends messages to the agents of the ranks."""
-
-    def send(self, message: Mapping[str, Any]) -> None:
-        """Send a message to every authenticated agent; a closed connection is noticed by the next read."""
-        for peer in self._peers:
-            if peer.rank is not None:
-                with contextlib.suppress(OSError):
-                    peer.socket.sendall(pack_message(message))
-
-    def stop_sending(self) -> None:
-        """Close the connections in one direction, which tells the agents to end."""
-        for peer in self._peers:
-            with contextlib.suppress(OSError):
-                peer.socket.shutdown(socket.SHUT_WR)
-
-
 @final
 class ContenderJob:
     """Starts the job of a contender and communicates with all its ranks.
@@ -90,7 +72,7 @@ class ContenderJob:
         self.contender, self.ranks, self._limit = contender, ranks, limit
         self._hosts, self._remote = hosts, bool(addresses)
         self._selector = selectors.DefaultSelector()
-        self._server = _AgentServer(self._selector, addresses)
+        self._server = Server(self._selector, addresses)
         self._ranks: dict[int, _Rank] = {}
         self._output = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = self._launch(bind)
@@ -111,7 +93,7 @@ class ContenderJob:
         order: dict[str, Any] = {"module": contender.module, "settings": dict(contender.settings)}
         order |= {"environ": dict(contender.environ), "stock": contender.stock}
         order |= {"independent": contender.independent, "addresses": self._addresses()}
-        self._server.send({"do": "start", **order})
+        self._server.send(pack_message({"do": "start", **order}))
         self._read_all("get ready")
         self._pause()
 
@@ -127,7 +109,7 @@ class ContenderJob:
         Raises:
             FailedError: If a rank fails or does not answer in time.
         """
-        self._server.send({"do": "go", "request": request})
+        self._server.send(pack_message({"do": "go", "request": request}))
         answers = self._read_all(f"answer {request}")
         self._pause()
         return answers
@@ -153,7 +135,7 @@ class ContenderJob:
     def request_end(self, at_once: bool = False) -> None:
         """Tell the workers to end, without waiting for them; a connection closed without `end` means: at once."""
         if not at_once:
-            self._server.send({"do": "end"})
+            self._server.send(pack_message({"do": "end"}))
         self._server.stop_sending()
 
     def _launch(self, bind: str) -> subprocess.Popen[bytes]:
@@ -198,7 +180,7 @@ class ContenderJob:
         return [f"{name}:{info['port']}" for name, info in zip(names, infos, strict=True)]
 
     def _pause(self) -> None:
-        self._server.send({"do": "pause"})
+        self._server.send(pack_message({"do": "pause"}))
         self._read_all("pause")
 
     def _read_all(self, action: str) -> list[dict[str, Any]]:

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cloudpickle
 import numpy as np
 
 from hvdtrain import heartbeat
@@ -29,7 +28,7 @@ from hvdtrain.collectives.agreement import (
     mark,
     ranks_text,
 )
-from hvdtrain.collectives.ops import Op, Pair, carrier, described, inner, operand, reducible
+from hvdtrain.collectives.ops import Op, Pair, carrier, described, inner, operand, pickled, reducible
 from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.messages import logger
 
@@ -481,7 +480,7 @@ class Engine(ABC):
     def _picklable(self, value: Any, function: str) -> np.ndarray:
         """Pickle a value before any rank waits for it; an error is reported to all ranks."""
         try:
-            return _pickled(value)
+            return pickled(value)
         except Exception as error:
             raised = TypeError(
                 f"{function}: expected an object that can be pickled. Received: an object of type "
@@ -544,8 +543,3 @@ def _allreduce(dtype: np.dtype, shape: tuple[int, ...], op: Op) -> Call:
 
 def _stand_in(arrays: Sequence[np.ndarray], op: Op) -> StandIn:
     return StandIn(tuple((array.dtype.name, array.shape) for array in arrays), op=op)
-
-
-def _pickled(value: Any) -> np.ndarray:
-    # cloudpickle, because functions that are defined in a script can be sent too, as with Horovod.
-    return np.frombuffer(cloudpickle.dumps(value), np.uint8)

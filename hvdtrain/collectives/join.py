@@ -1,12 +1,12 @@
 """Let ranks that have joined take part with zeros in the remaining operations, as Horovod's `join` does."""
 
-import pickle
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hvdtrain.collectives import reduction
 from hvdtrain.collectives.agreement import JOIN, Call, Known, MismatchError, StandIn, explain_mismatch, mark
+from hvdtrain.collectives.ops import pickled
 
 if TYPE_CHECKING:
     from hvdtrain.collectives.engine import Engine
@@ -41,7 +41,7 @@ def settle(engine: "Engine", call: Call) -> Call:
     Raises:
         MismatchError: On every rank, if the others differ, or if they need the ranks that have joined.
     """
-    calls = engine._gather_objects(np.frombuffer(pickle.dumps(call), np.uint8))
+    calls = engine._gather_objects(pickled(call))
     engine._joined = {rank for rank, other in zip(engine.ranks, calls, strict=True) if other == JOIN}
     working = [other for other in calls if other != JOIN]
     stand_in = working[0].stand_in if engine._joined else None
@@ -66,7 +66,7 @@ def _stand_in(engine: "Engine", call: Call) -> None:
         engine.native_tensors().stand_in(call.kind, work)
         return
     if work.objects:
-        engine._gather_objects(np.frombuffer(pickle.dumps(None), np.uint8))
+        engine._gather_objects(pickled(None))
     zeros = [np.zeros(shape, dtype) for dtype, shape in work.reduced]
     reduction.combine(engine, zeros, work.op, [True] * len(zeros))
     for dtype, shape in work.gathered:

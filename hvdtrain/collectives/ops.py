@@ -4,6 +4,7 @@ import enum
 import functools
 from typing import Any
 
+import cloudpickle
 import numpy as np
 
 # The array that is combined over the ranks, and the array for the result, which may be the same.
@@ -105,3 +106,8 @@ def described(array: np.ndarray) -> str:
 def inner(array: np.ndarray) -> str:
     """Return the dimensions after the first as text; they must be the same on all ranks that join their rows."""
     return ", ".join(str(dimension) for dimension in array.shape[1:])
+
+
+def pickled(value: Any) -> np.ndarray:
+    """Return the bytes of a pickled object; functions that are defined in a script can be sent too."""
+    return np.frombuffer(cloudpickle.dumps(value), np.uint8)

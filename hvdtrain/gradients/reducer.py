@@ -107,7 +107,7 @@ class GradientReducer:
             unrecorded = [
                 gradient for gradient in compressed if bridge.is_sparse(gradient) or not exchanged.recorded
             ]
-            checked = self._checked(verification, exchanged.due, unrecorded, reduced, [variables, state])
+            checked = self._checked(verification, exchanged.due, unrecorded, reduced, variables, state)
             reduced = bridge.after(checked, reduced)  # a wrong gradient must not reach the weights
         return [
             gradient if bridge.is_sparse(gradient) else compression.decompress(gradient, context)
@@ -144,10 +144,11 @@ class GradientReducer:
         due: Tensor,
         unrecorded: Sequence[Gradient],
         applied: Sequence[Gradient],
-        stored: Sequence[Sequence[Variable]],
+        variables: Sequence[Variable],
+        state: Sequence[Variable],
     ) -> Tensor:
         """Verify a step that is due, and return a tensor that exists once this is done."""
-        bridge, (variables, state) = self._bridge, stored
+        bridge = self._bridge
         dense = [not bridge.is_sparse(gradient) for gradient in applied]
         parts = [len(bridge.parts(gradient)) for gradient in (*unrecorded, *applied)]
         compare = verification.comparison(variables, state, dense, parts)

@@ -8,7 +8,6 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 
 from hvdtrain import script, topology
@@ -24,20 +23,11 @@ def main(arguments: Sequence[str]) -> None:
     """
     scale_batch = arguments[:1] == ["--scale-batch"]
     arguments = arguments[1:] if scale_batch else arguments
-    if not arguments or arguments[0] in ("-h", "--help") or list(arguments) == ["-m"]:
-        sys.exit(
-            "Expected a script: python -m hvdtrain.wrap [--scale-batch] train.py args..., or -m module args..."
-        )
-    if arguments[0] != "-m" and not Path(arguments[0]).is_file():
-        print(
-            f"hvdtrain: The script {arguments[0]} is not there (looked for from {Path.cwd()}).",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+    script.check_arguments("python -m hvdtrain.wrap [--scale-batch] train.py args...", arguments)
     place = topology.detect()
     if place is not None and (place.size or 1) > 1:
         _fix_hash_seed()
-        _shorten_tracebacks()
+        script.shorten_tracebacks()
         if place.rank:
             _silence_output()
             files.install()
@@ -55,17 +45,6 @@ def _fix_hash_seed() -> None:
     if "PYTHONHASHSEED" not in os.environ and sys.orig_argv[1:3] == ["-m", "hvdtrain.wrap"]:
         os.environ["PYTHONHASHSEED"] = "0"
         os.execv(sys.executable, sys.orig_argv)
-
-
-def _shorten_tracebacks() -> None:
-    """Make the traceback of an uncaught error begin in the script."""
-    show = sys.excepthook
-
-    def show_users_part(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        error.__traceback__ = script.users_part(error)
-        show(kind, error, error.__traceback__)
-
-    sys.excepthook = show_users_part
 
 
 def _silence_output() -> None:

@@ -7,7 +7,16 @@ import tensorflow as tf
 from hvdtrain.gradients.compression import Compressor, NoneCompressor
 
 
-class FP16Compressor(Compressor):
+class _CastCompressor(Compressor):
+    """Sends float tensors in a narrower dtype; a subclass chooses it in `compress`."""
+
+    @staticmethod
+    def decompress(tensor: Any, ctx: Any) -> Any:
+        """Cast back to the dtype that it had."""
+        return tf.cast(tensor, ctx)
+
+
+class FP16Compressor(_CastCompressor):
     """Sends float32 as float16, half the bytes: 11 bits of precision, no numbers beyond 65504."""
 
     @staticmethod
@@ -21,7 +30,7 @@ class FP16Compressor(Compressor):
         return tf.cast(tensor, ctx)
 
 
-class BF16Compressor(Compressor):
+class BF16Compressor(_CastCompressor):
     """Sends float32 as bfloat16, half the bytes and the same range: 8 bits of precision, no overflow."""
 
     @staticmethod

@@ -10,7 +10,6 @@ from hvdtrain.collectives.engine import Call, Engine
 
 NOTHING, SAVE, STOP = 0, 1, 2
 
-DEADLINE = "HVDTRAIN_DEADLINE"
 _MEASURED = 8  # number of agreements after which their cost is known
 _SHARE = 0.01  # fraction of the step time that agreements may take
 _LONGEST = 1.0  # seconds between two agreements, if steps are short
@@ -119,5 +118,5 @@ def _deadline() -> float | None:
         return float(text) if text else None
     except ValueError:
         raise ValueError(
-            f"{DEADLINE} must be a time in seconds since 1970, as `date +%s` prints it. Received: {text!r}."
+            f"HVDTRAIN_DEADLINE must be a time in seconds since 1970, as `date +%s` prints it. Received: {text!r}."
         ) from None

@@ -63,6 +63,17 @@ class Server:
     def end(self) -> None:
         """Tell every guard to end its rank; frames that they still send are still received."""
         self.order(protocol.END)
+        self.stop_sending()
+
+    def send(self, data: bytes) -> None:
+        """Send bytes to every authenticated peer; a closed connection is noticed by the next read."""
+        for peer in self._peers:
+            if peer.rank is not None:
+                with contextlib.suppress(OSError):
+                    peer.socket.sendall(data)
+
+    def stop_sending(self) -> None:
+        """Close all connections in one direction; what the peers still send is received."""
         for peer in self._peers:
             with contextlib.suppress(OSError):
                 peer.socket.shutdown(socket.SHUT_WR)
