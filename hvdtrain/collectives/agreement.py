@@ -1,43 +1,17 @@
 """Describe operations so that the ranks can compare them, and explain differences between the ranks."""
 
-import enum
 import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
 
 from hvdtrain.collectives.ops import Op
-
-Error = TypeVar("Error", bound=BaseException)
 
 # Kinds of calls that name the operation itself; any other kind names a place in the script, or a reducer.
 _OPERATIONS = {
     *("allreduce", "grouped_allreduce", "reducescatter", "allgather", "alltoall", "broadcast", "barrier"),
     *("allgather_object", "gather_object", "broadcast_object", "join"),
 }
-
-
-class MismatchError(ValueError):
-    """The ranks request different operations. Raised on every rank, with the same explanation."""
-
-
-class Known(enum.Enum):
-    """State of an error that is already known on all ranks."""
-
-    ORIGINAL = "raised by the work of this rank"
-    REPORTED = "raised because another rank has failed"
-
-
-def mark(error: Error, known: Known) -> Error:
-    """Mark an error as known on all ranks; one that only reports another rank's must not end the job first."""
-    error.hvdtrain_known = known  # type: ignore[attr-defined]
-    return error
-
-
-def known(error: BaseException) -> Known | None:
-    """Return the mark that `mark` has set, or None for an error that only this rank knows."""
-    return getattr(error, "hvdtrain_known", None)
 
 
 @dataclass(frozen=True)

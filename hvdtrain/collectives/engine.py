@@ -19,15 +19,8 @@ import numpy as np
 
 from hvdtrain import heartbeat
 from hvdtrain.collectives import join, reduction
-from hvdtrain.collectives.agreement import (
-    Call,
-    Known,
-    MismatchError,
-    StandIn,
-    known,
-    mark,
-    ranks_text,
-)
+from hvdtrain.collectives.agreement import Call, StandIn, ranks_text
+from hvdtrain.collectives.errors import MismatchError, report
 from hvdtrain.collectives.ops import Op, Pair, carrier, described, inner, operand, pickled, reducible
 from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.messages import logger
@@ -35,8 +28,6 @@ from hvdtrain.messages import logger
 _PHASES = {
     kind: kind.upper() for kind in ("allgather", "broadcast", "reducescatter", "alltoall", "barrier", "join")
 }
-
-_MOST_CHARACTERS = 600  # characters of an error that are sent to the other ranks
 
 __all__ = ["Call", "Engine", "MismatchError", "Op", "StandIn", "World", "ranks_text"]
 
@@ -68,6 +59,7 @@ class Engine(ABC):
     background: BackgroundThread | None = None  # sends gradients during backprop, or None
     last_error: Exception | None = None  # kept, because TensorFlow replaces an error by one of its own
     timeline: Any = None  # a `Timeline` while one is written
+    warned_of_zeros = False  # True after the first warning of integer means that were rounded to 0
     has_joined = False  # True once all ranks have called `join`, perhaps at different times
     _joined: AbstractSet[int] = (
         frozenset()
@@ -315,7 +307,7 @@ class Engine(ABC):
         """
         data = self._picklable(value, "allgather_object")
         self.agree(Call("allgather_object", stand_in=StandIn(objects=True)))
-        with self.waiting():
+        with self._waiting():
             return self._gather_objects(data)
 
     def gather_object(self, value: Any, root_rank: int = 0) -> list[Any] | None:
@@ -327,7 +319,7 @@ class Engine(ABC):
         root = self.check_root(root_rank, "gather_object")
         data = self._picklable(value, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
-        with self.waiting():
+        with self._waiting():
             values = self._gather_objects(data)
         return values if self.rank == root else None
 
@@ -340,7 +332,7 @@ class Engine(ABC):
         root = self.check_root(root_rank, "broadcast_object")
         data = self._picklable(value, "broadcast_object") if self.rank == root else np.empty(0, np.uint8)
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
-        with self.waiting():
+        with self._waiting():
             length = int(self._broadcast(np.array([len(data)]), root)[0])
             buffer = data if self.rank == root else np.empty(length, np.uint8)
             data = self._broadcast(buffer, root)
@@ -402,35 +394,6 @@ class Engine(ABC):
             )
         return self.ranks.index(root_rank)
 
-    def tell(self, what: str, error: BaseException) -> None:
-        """Report an error of this rank to all other ranks, at their next operation.
-
-        They get a `MismatchError` that quotes the error. An error that all ranks know already is not reported.
-
-        Args:
-            what: The function that raised the error.
-            error: The error, which the caller raises.
-        """
-        if self.size == 1 or self.is_known(error):
-            return
-        mark(error, Known.ORIGINAL)
-        text = " ".join(str(error).split())
-        if len(text) > _MOST_CHARACTERS:  # TensorFlow puts the cause behind a long stack
-            text = f"{text[: _MOST_CHARACTERS // 3]} … {text[-_MOST_CHARACTERS * 2 // 3 :]}"
-        with contextlib.suppress(MismatchError):
-            self.agree(Call(f"{what} raised {type(error).__name__}: {text}", farewell=True))
-
-    def is_known(self, error: BaseException) -> bool:
-        """Return whether all ranks know an error, which TensorFlow may have replaced by one of its own."""
-        error = self.original(error)
-        return isinstance(error, MismatchError) or known(error) is not None
-
-    def original(self, error: BaseException) -> BaseException:
-        """Return the error of this engine that TensorFlow has replaced by `error`, or `error` itself."""
-        hidden = self.last_error
-        # TensorFlow passes on nothing but the text, with other text before and after it.
-        return hidden if hidden is not None and str(hidden) in str(error) else error
-
     def say(self, message: str) -> None:
         """Log a message for the user, on rank 0 only; see `hvdtrain.messages`."""
         if self.rank == 0:
@@ -486,7 +449,7 @@ class Engine(ABC):
                 f"{function}: expected an object that can be pickled. Received: an object of type "
                 f"{type(value).__name__}, of which pickle says: {error}"
             )
-            self.tell(function, raised)
+            report(self, function, raised)
             raise raised from error
 
     def _gather_objects(self, data: np.ndarray) -> list[Any]:
@@ -521,14 +484,14 @@ class Engine(ABC):
         """Note a phase of the current operation: in the heartbeat, and in the timeline while one is written."""
         timeline = self.timeline  # read once, because another thread may set it to None
         if timeline is None:
-            return self.waiting()
+            return self._waiting()
         members = f" of {ranks_text(self.ranks)}" if self._members else ""
         contexts = contextlib.ExitStack()
         contexts.enter_context(timeline.span(self._doing + members, phase))
-        contexts.enter_context(self.waiting())
+        contexts.enter_context(self._waiting())
         return contexts
 
-    def waiting(self) -> AbstractContextManager[Any]:
+    def _waiting(self) -> AbstractContextManager[Any]:
         """Note in the heartbeat that this rank waits for the others in the current operation."""
         return (
             heartbeat.Waiting(self._where, self._members_text) if self.size > 1 else contextlib.nullcontext()

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hvdtrain.collectives import reduction
-from hvdtrain.collectives.agreement import JOIN, Call, Known, MismatchError, StandIn, explain_mismatch, mark
+from hvdtrain.collectives.agreement import JOIN, Call, StandIn, explain_mismatch
+from hvdtrain.collectives.errors import Known, MismatchError, mark
 from hvdtrain.collectives.ops import pickled
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def settle(engine: "Engine", call: Call) -> Call:
 
 def _all_have_joined(engine: "Engine") -> bool:
     engine._where = JOIN.where
-    with engine.waiting():
+    with engine._waiting():
         return engine._compared(JOIN.digest)[0]
 
 

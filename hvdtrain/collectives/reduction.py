@@ -11,9 +11,6 @@ from hvdtrain.collectives.ops import Op, Pair, carrier
 if TYPE_CHECKING:
     from hvdtrain.collectives.engine import Engine
 
-# Becomes True with the first warning of integer means that were rounded to 0.
-warned_of_zeros = False
-
 
 def combine(
     engine: "Engine", arrays: Sequence[np.ndarray], op: Op, in_place: Sequence[bool]
@@ -91,10 +88,9 @@ def _reduce_wide(engine: "Engine", send: np.ndarray, receive: np.ndarray, op: Op
 
 def _warn_of_zeros(engine: "Engine", total: np.ndarray, mean: np.ndarray) -> None:
     """Warn once where a mean of integers, which is an integer, has become 0."""
-    global warned_of_zeros
     lost = total[(mean == 0) & (total != 0)]
-    if lost.size and not warned_of_zeros:
-        warned_of_zeros = True
+    if lost.size and not engine.warned_of_zeros:
+        engine.warned_of_zeros = True
         engine.warn(
             f"a mean of integers was rounded to 0: the sum {lost[0]} of {engine.size} ranks, divided by "
             f"{engine.size}. Pass floats, as in hvd.allreduce(tf.cast(x, tf.float32)), or op=hvd.Sum."

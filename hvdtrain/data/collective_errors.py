@@ -3,8 +3,8 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-from hvdtrain.collectives.agreement import Known, mark
 from hvdtrain.collectives.engine import Call, Engine, MismatchError, ranks_text
+from hvdtrain.collectives.errors import Known, mark
 
 Result = TypeVar("Result")
 Facts = Sequence[tuple[str, str]]

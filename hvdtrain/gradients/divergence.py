@@ -8,7 +8,7 @@ import numpy as np
 
 from hvdtrain.collectives.engine import Engine, MismatchError, ranks_text
 from hvdtrain.gradients.naming import variable_name
-from hvdtrain.gradients.projection import checksum, precision, projected
+from hvdtrain.gradients.projections import checksum, precision, projected
 from hvdtrain.gradients.trained_variables import Key, Trained, key_of, registry
 from hvdtrain.gradients.verification import Policy
 

@@ -1,11 +1,12 @@
 """Exchange the gradients of one step over the ranks, as NumPy arrays."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from hvdtrain.collectives.engine import Call, Engine, Op
+from hvdtrain.gradients.schemes import Group, Plain, Scheme, State
 from hvdtrain.gradients.verification import Verification
 
 
@@ -19,6 +20,9 @@ class Exchange:
         call: The call that the ranks compare before anything is sent; its kind also names the operations.
         verification: Counts the steps and records gradients of steps that are verified; None for no verification.
         factor: The gradients have been multiplied by this.
+        scheme: How dense gradients are reduced.
+        keys: Names of the dense gradients, for the scheme.
+        state: What the scheme remembers between steps.
     """
 
     engine: Engine
@@ -26,6 +30,14 @@ class Exchange:
     call: Call
     verification: Verification | None = None
     factor: float = 1.0
+    scheme: Scheme = field(default_factory=Plain)
+    keys: Sequence[str] = ()
+    state: State = field(default_factory=dict)
+
+    @property
+    def takes_tensors(self) -> bool:
+        """Whether an engine's own graph operations on tensors give the same result."""
+        return isinstance(self.scheme, Plain) and self.op is not Op.ADASUM
 
     def begin(self) -> bool:
         """Count a step; return whether it is verified."""
@@ -43,10 +55,31 @@ class Exchange:
                 self.verification.record(place, array, self.factor)
 
     def reduce(
-        self, arrays: Sequence[np.ndarray], call: Call | None, in_place: Sequence[bool]
+        self,
+        places: Sequence[int],
+        arrays: Sequence[np.ndarray],
+        call: Call | None,
+        in_place: Sequence[bool],
     ) -> list[np.ndarray]:
-        """Combine dense gradients; see `Engine.grouped_allreduce`."""
-        return self.engine.grouped_allreduce(arrays, self.op, call, in_place)
+        """Reduce a group of dense gradients by the scheme.
+
+        Args:
+            places: Their indices among the dense gradients.
+            arrays: The gradients.
+            call: The call that the ranks compare first, or None; see `Group`.
+            in_place: For each array whether the result takes its place.
+
+        Returns:
+            The reduced gradients, in the same order.
+        """
+        keys = [self.keys[place] for place in places] if self.keys else []
+        group = Group(arrays, self.op, keys, in_place, call)
+        results = list(self.scheme.reduce(group, self.engine, self.state).arrays)
+        for index, reuse in enumerate(in_place):
+            if reuse and results[index] is not arrays[index]:
+                arrays[index][...] = results[index]
+                results[index] = arrays[index]
+        return results
 
     def join(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Join the rows of sparse gradients: values and indices in turn."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdtrain.collectives.engine import Op
-from hvdtrain.gradients.compression import NoneCompressor
+from hvdtrain.gradients.schemes import NoneCompressor, Plain, Scheme
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class ReduceOptions:
         name: Prefix for the names of the operations.
         op: `Op.AVERAGE`, `Op.SUM` or `Op.ADASUM`.
         sparse_as_dense: Makes sparse gradients dense before they are sent, instead of gathering their rows.
-        compression: A `Compressor`, or a class with the same two methods; sparse gradients are not compressed.
+        compression: A `Compressor`, or a class with the same two methods, which is applied to tensors before and
+            after they are reduced; or a `Scheme`, which reduces NumPy arrays. Sparse gradients are not compressed.
         predivide_factor: For a mean over n ranks, gradients are divided by this factor before they are summed, and
             the sum is divided by n / factor: the numbers are smaller where 16-bit floats might overflow.
         groups: Number of groups of gradients, each of which is sent as one, or lists of the variables of each
@@ -48,12 +49,32 @@ class ReduceOptions:
                 "gradient_predivide_factor divides a mean in two steps, so it needs op=hvd.Average. Received: "
                 f"op={self.op.name.lower()}."
             )
-        if not all(hasattr(self.compression, method) for method in ("compress", "decompress")):
+        if isinstance(self.compression, Scheme):
+            if self.op is Op.ADASUM:
+                raise ValueError(
+                    f"hvd.Adasum combines whole gradients, so it takes no scheme. Received: {self.compression!r}."
+                )
+        elif not all(hasattr(self.compression, method) for method in ("compress", "decompress")):
             raise TypeError(
                 "compression is hvd.Compression.none, fp16 or bf16, or a class with the methods compress and "
                 f"decompress. Received: {self.compression!r}."
             )
         _check_groups(self.groups)
+
+    @property
+    def compressor(self) -> Any:
+        """The class whose two methods are applied to tensors."""
+        return NoneCompressor if isinstance(self.compression, Scheme) else self.compression
+
+    @property
+    def scheme(self) -> Scheme:
+        """How dense gradients are reduced as NumPy arrays."""
+        return self.compression if isinstance(self.compression, Scheme) else Plain()
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether the result is a sum or mean up to rounding; that of Adasum depends on angles."""
+        return self.op is not Op.ADASUM and self.scheme.is_exact
 
 
 def _check_groups(groups: Any) -> None:

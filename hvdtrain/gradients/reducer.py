@@ -7,8 +7,9 @@ from typing import Any
 from hvdtrain.collectives.engine import Call, Engine, Op
 from hvdtrain.gradients.bridge import Bridge, Exchanged, Gradient, Tensor, Variable
 from hvdtrain.gradients.exchange import Exchange
-from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.naming import described_call, variable_name
 from hvdtrain.gradients.options import ReduceOptions, groups_of
+from hvdtrain.gradients.schemes import Plain, State
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Verification
 
@@ -39,6 +40,7 @@ class GradientReducer:
         self.name = ""
         self.verification = verification
         self._local: list[Any] = []
+        self._scheme_state: State = {}
 
     def choose_name(self) -> str:
         """Return the name, and choose it now if there is none; all ranks must do this in the same order."""
@@ -92,7 +94,7 @@ class GradientReducer:
         self, gradients: Sequence[Gradient], variables: Sequence[Variable], state: Sequence[Variable]
     ) -> list[Gradient]:
         """Compress the gradients, exchange them, verify the result, and decompress it."""
-        bridge, compression = self._bridge, self._options.compression
+        bridge, compression = self._bridge, self._options.compressor
         compressed, contexts = [], []
         for gradient in gradients:
             small, context = (
@@ -122,8 +124,18 @@ class GradientReducer:
         before, after, op = self._factors()
         sparse = [gradient for gradient in gradients if bridge.is_sparse(gradient)]
         dense = [index for index, gradient in enumerate(gradients) if not bridge.is_sparse(gradient)]
+        exchange = Exchange(
+            self._engine,
+            op,
+            self._call(gradients, variables),
+            verification,
+            before,
+            self._options.scheme,
+            [f"{index}/{variable_name(variables[index])}" for index in dense],
+            self._scheme_state,
+        )
         exchanged = bridge.exchange(
-            Exchange(self._engine, op, self._call(gradients, variables), verification, before),
+            exchange,
             [bridge.scaled(gradients[index], before) for index in dense],
             [part for gradient in sparse for part in self._rows(gradient)],
             groups_of([variables[index] for index in dense], self._options.groups),
@@ -179,8 +191,10 @@ class GradientReducer:
 
     def _call(self, gradients: Sequence[Gradient], variables: Sequence[Variable]) -> Call:
         self.choose_name()
+        scheme = self._options.scheme
+        dense = "" if isinstance(scheme, Plain) else f", {scheme!r}"
         details = []
         for gradient, variable in zip(gradients, variables, strict=True):
-            sparse = ", sparse" if self._bridge.is_sparse(gradient) else ""
-            details.append(f"{self._bridge.dtype_name(gradient)}{list(variable.shape)}{sparse}")
+            kind = ", sparse" if self._bridge.is_sparse(gradient) else dense
+            details.append(f"{self._bridge.dtype_name(gradient)}{list(variable.shape)}{kind}")
         return described_call(self.name, variables, details)

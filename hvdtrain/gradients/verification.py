@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 
 from hvdtrain import settings
-from hvdtrain.collectives.engine import Engine, MismatchError, Op, ranks_text
+from hvdtrain.collectives.engine import Engine, MismatchError, ranks_text
 from hvdtrain.gradients.naming import variable_name
-from hvdtrain.gradients.projection import checksum, precision, projected, smallest
-from hvdtrain.gradients.proof import Proof
+from hvdtrain.gradients.options import ReduceOptions
+from hvdtrain.gradients.projections import Proof, checksum, precision, projected, smallest
 from hvdtrain.gradients.trained_variables import registry
 
 
@@ -82,13 +82,14 @@ class Verification:
 
     Args:
         engine: The engine whose results are checked.
-        op: How gradients are combined.
+        options: How gradients are combined.
         policy: Which steps are checked.
     """
 
-    def __init__(self, engine: Engine, op: Op, policy: Policy) -> None:
+    def __init__(self, engine: Engine, options: ReduceOptions, policy: Policy) -> None:
         self._engine = engine
-        self._op = op
+        self._op = options.op
+        self._is_exact = options.is_exact
         self._policy = policy
         self._step = 0
         self._due = False
@@ -115,7 +116,7 @@ class Verification:
             gradient: The gradient about to be sent.
             factor: The gradient has been multiplied by this.
         """
-        if self._due and self._op is not Op.ADASUM:
+        if self._due and self._is_exact:
             self._recorded[place] = tuple(part / factor for part in projected(gradient))
 
     @property
@@ -151,7 +152,7 @@ class Verification:
             ends = len(stored) + np.cumsum(parts)
             gradients = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
             proof = None
-            if self._op is not Op.ADASUM:  # Adasum uses angles, so its result has no known projection
+            if self._is_exact:
                 own = self._projections(dense, gradients[:unrecorded])
                 proof = self._compare_gradients(trained, own, gradients[unrecorded:])
             self._announce(self._step, len(trained), proof)

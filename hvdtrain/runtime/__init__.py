@@ -9,8 +9,8 @@ from types import TracebackType
 from typing import Any
 
 from hvdtrain import heartbeat, settings, topology
-from hvdtrain.collectives.agreement import Known, known, mark
 from hvdtrain.collectives.engine import Call, Engine, MismatchError
+from hvdtrain.collectives.errors import Known, known, mark, original
 from hvdtrain.collectives.single import SingleEngine
 from hvdtrain.messages import logger
 from hvdtrain.runtime import self_watch
@@ -265,8 +265,8 @@ def _is_reported(error: BaseException | None) -> bool:
 
 
 def _original(error: BaseException) -> BaseException:
-    originals = (engine.original(error) for engine in _engines())
-    return next((original for original in originals if original is not error), error)
+    originals = [original(engine, error) for engine in _engines()]
+    return next((first for first in originals if first is not error), error)
 
 
 def _engines() -> list[Engine]:

@@ -1,7 +1,7 @@
 """Names that scripts import from `horovod.tensorflow.compression`."""
 
 from hvdtrain.backends.tensorflow.compression import Compression
-from hvdtrain.gradients.compression import Compressor
+from hvdtrain.gradients.schemes import Compressor
 
 NoneCompressor = Compression.none
 FP16Compressor = Compression.fp16

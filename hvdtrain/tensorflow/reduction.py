@@ -31,7 +31,7 @@ class Reduction:
         check_adasum(engine, options.op)
         self._name = options.name
         self._engine, self._options = engine, options
-        verification = Verification(engine, options.op, Policy(0))
+        verification = Verification(engine, options, Policy(0))
         self._reducer = GradientReducer(engine, TensorFlowBridge(), options, verification)
         self.keep_local = self._reducer.keep_local
         self.is_local = self._reducer.is_local
@@ -64,9 +64,9 @@ class Reduction:
         """Return the verification of these variables. It outlives a tape, because each step may use a new tape."""
         in_session = not (tf.executing_eagerly() or tf.inside_function())
         if in_session or not all(hasattr(source, "assign") for source in sources):
-            return Verification(self._engine, self._options.op, Policy(0))
+            return Verification(self._engine, self._options, Policy(0))
         policy = replace(Policy.from_environment(), first=1, strict=False, again=True)
-        new = Verification(self._engine, self._options.op, policy)
+        new = Verification(self._engine, self._options, policy)
         # Stored in the first variable, so that it lives as long as the variables that it verifies.
         verifications = sources[0].__dict__.setdefault("_hvdtrain_verifications", {})
         key = (id(self._engine), self._options.op, *(id(source) for source in sources))

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
-from hvdtrain.collectives.agreement import Known, mark
 from hvdtrain.collectives.engine import Engine
+from hvdtrain.collectives.errors import Known, mark
 
 _alone: ContextVar[bool] = ContextVar("rank 0 runs a function while the others wait", default=False)
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from hvdtrain import runtime
 from hvdtrain.collectives.engine import Call, MismatchError
+from hvdtrain.collectives.errors import report
 from hvdtrain.wrap import files
 
 
@@ -15,7 +16,7 @@ def in_step() -> Iterator[None]:
         yield
     except Exception as error:
         if runtime.is_initialized():
-            runtime.engine().tell("the script", error)
+            report(runtime.engine(), "the script", error)
         files.remove_copies()  # a job that fails may be stopped before Python runs its exit functions
         raise
     except SystemExit as stop:

@@ -4,7 +4,7 @@ Every host has its name, address, /tmp, /dev/shm, processes and slurmd; the cont
 
     with Cluster(folder, hosts=4, shared=[checkout]) as cluster:
         job = cluster.submit("slurm/cpu.sbatch", "train.py", options=["--nodes=2"])
-        job.ended(timeout=120)
+        job.ended()
 """
 
 import fcntl
@@ -23,6 +23,9 @@ import host
 
 NETWORK, CONTROLLER, BRIDGE = "10.78.0", "10.78.0.254", "hvdbridge"
 LOCK = Path("/tmp/hvdtrain-cluster.lock")  # one cluster at a time: the names of its network are fixed
+PATIENCE = (
+    600  # seconds without progress after which something hangs; on an idle machine it takes half a minute
+)
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sbatch", "ip", "unshare", "nsenter")
 
 # No cgroups in a container, so nothing binds; short timers, so that a lost host is seen within a test.
@@ -94,7 +97,7 @@ class Cluster:
                 self._start_host(each)
             host.start_munged(self.folder, "ctl")
             self.start_controller()
-            until(self._all_idle, 60, lambda: f"Not all hosts came up: {self.ask('sinfo', '-N')}")
+            until(self._all_idle, lambda: f"not all hosts came up: {self.ask('sinfo', '-N')}")
         except BaseException:
             self._end()
             raise
@@ -110,9 +113,9 @@ class Cluster:
         path = f"{Path(sys.executable).parent}:{kept['PATH']}:/usr/sbin:/sbin"
         return kept | {"PATH": path, "SLURM_CONF": str(self.folder / "etc/slurm.conf")}
 
-    def ask(self, *command: str, timeout: float = 60) -> str:
+    def ask(self, *command: str) -> str:
         """Runs one of Slurm's commands and returns what it says."""
-        done = subprocess.run(command, env=self.environ, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(command, env=self.environ, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)}: {done.stderr.strip()}")
         return done.stdout.strip()
@@ -123,20 +126,18 @@ class Cluster:
         """Submits a batch script as a user does, with `options` for sbatch and `words` for the script."""
         logs = self.folder / "jobs"
         command = ["sbatch", "--parsable", f"--output={logs}/%j.log", *options, str(template), *words]
-        done = subprocess.run(
-            command, env=self.environ | variables, capture_output=True, text=True, timeout=60
-        )
+        done = subprocess.run(command, env=self.environ | variables, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"sbatch refused: {done.stderr.strip()}")
         number = done.stdout.strip()
         return Job(self, number, logs / f"{number}.log")
 
-    def on(self, name: str, *command: str, timeout: float = 60) -> str:
+    def on(self, name: str, *command: str) -> str:
         """Runs a command on a host, as its root, and returns what it prints."""
         outer = self._processes[name].pid
         first = Path(f"/proc/{outer}/task/{outer}/children").read_text().split()[0]
         words = ["nsenter", "-t", first, "-a", "--", *command]
-        done = subprocess.run(words, env=self.environ, capture_output=True, text=True, timeout=timeout)
+        done = subprocess.run(words, env=self.environ, capture_output=True, text=True)
         return done.stdout + done.stderr
 
     def cut(self, name: str) -> None:
@@ -175,9 +176,9 @@ class Cluster:
         """Kills slurmctld, as a crash of its host would, once it has written down that a job runs."""
         written = self.folder / "state/job_state"
         started = datetime.fromisoformat(knows.facts()["StartTime"]).timestamp() + 1
-        until(lambda: written.stat().st_mtime > started, 60, lambda: "The state is not written.")
+        until(lambda: written.stat().st_mtime > started, lambda: "the state is not written")
         self._processes["ctl"].kill()
-        self._processes["ctl"].wait(timeout=30)
+        self._processes["ctl"].wait()
 
     def kill_slurmd(self, name: str) -> None:
         """Kills slurmd on a host; its jobs' processes live on, and Slurm takes the host for lost."""
@@ -189,7 +190,7 @@ class Cluster:
 
     def back(self) -> None:
         """Waits until Slurm has all hosts again, and nothing runs on them."""
-        until(self._all_idle, 120, lambda: f"Not all hosts are back: {self.ask('sinfo', '-N')}")
+        until(self._all_idle, lambda: f"not all hosts are back: {self.ask('sinfo', '-N')}")
 
     def running(self, word: str) -> dict[str, list[str]]:
         """Lists the processes with a word in their command, on each host that has any."""
@@ -245,7 +246,7 @@ class Cluster:
         for each in self._processes.values():
             each.kill()
         for each in self._processes.values():
-            each.wait(timeout=30)
+            each.wait()
         munged = self.folder / "run/munged.pid"
         if munged.exists():
             os.kill(int(munged.read_text()), signal.SIGTERM)
@@ -288,32 +289,46 @@ class Job:
         """What it has printed so far."""
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def prints(self, text: str, timeout: float = 60) -> None:
-        """Waits until the job has printed `text`."""
-        until(lambda: text in self.output, timeout, lambda: f"never printed {text!r}: {self._story()}")
+    def prints(self, text: str) -> None:
+        """Wait until the job has printed `text`."""
+        until(
+            lambda: text in self.output,
+            lambda: f"never printed {text!r}: {self._story()}",
+            lambda: self.output,
+        )
 
-    def ended(self, timeout: float = 120) -> str:
-        """Waits for the end and returns the state."""
+    def ended(self) -> str:
+        """Wait for the end and return the state."""
         active = ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED", "SIGNALING", "SUSPENDED")
-        until(lambda: self.state not in active, timeout, lambda: f"did not end: {self._story()}")
+        until(lambda: self.state not in active, lambda: f"did not end: {self._story()}", lambda: self.output)
         return self.state
 
     def _story(self) -> str:
         return f"job {self.number} is {self.state}; its output:\n{self.output[-4000:]}"
 
 
-def until(holds: Callable[[], bool], timeout: float, told: Callable[[], str]) -> None:
-    """Waits until something holds, or raises TimeoutError with what is told."""
-    deadline = time.monotonic() + timeout
+def until(
+    holds: Callable[[], bool], told: Callable[[], str], progress: Callable[[], object] = lambda: None
+) -> None:
+    """Wait until something holds, or raise TimeoutError with what is told when there is no progress.
+
+    Args:
+        holds: What is waited for.
+        told: Says what is the matter if it never holds.
+        progress: Returns anything that changes while there is progress. Nothing limits the whole.
+    """
+    last, since = progress(), time.monotonic()
     while not holds():
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"After {timeout} s: {told()}")
         time.sleep(0.1)
+        if (now := progress()) != last:
+            last, since = now, time.monotonic()
+        elif time.monotonic() - since > PATIENCE:
+            raise TimeoutError(f"No progress for {PATIENCE} s: {told()}")
 
 
 def _ip(*words: str, check: bool = True) -> None:
-    subprocess.run(["ip", *words], env={"PATH": host.SBIN}, check=check, capture_output=not check, timeout=30)
+    subprocess.run(["ip", *words], env={"PATH": host.SBIN}, check=check, capture_output=not check)
 
 
 def _tc(*words: str) -> None:
-    subprocess.run(["tc", *words], env={"PATH": host.SBIN}, check=True, timeout=30)
+    subprocess.run(["tc", *words], env={"PATH": host.SBIN}, check=True)

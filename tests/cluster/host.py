@@ -44,7 +44,7 @@ def start_munged(folder: Path, name: str) -> None:
         "seed-file": run / "munged.seed",
     }
     options = [f"--{option}={place}" for option, place in places.items()]
-    subprocess.run(["munged", "--force", *options], env={"PATH": SBIN}, check=True, timeout=30)
+    subprocess.run(["munged", "--force", *options], env={"PATH": SBIN}, check=True)
 
 
 def _own_tmp(own: Path, shared: list[Path]) -> None:
@@ -58,7 +58,7 @@ def _own_tmp(own: Path, shared: list[Path]) -> None:
 
 
 def _mount(*words: str | Path) -> None:
-    subprocess.run(["mount", *map(str, words)], check=True, timeout=30)
+    subprocess.run(["mount", *map(str, words)], check=True)
 
 
 if __name__ == "__main__":

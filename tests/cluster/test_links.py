@@ -41,7 +41,7 @@ def test_on_a_slow_link_gradients_travel_beside_backprop(cluster, workplace, nar
             HVDTRAIN_ENGINE="mpi",
             HVDTRAIN_OVERLAP=overlap,
         )
-        assert job.ended(timeout=240) == "COMPLETED", job.output
+        assert job.ended() == "COMPLETED", job.output
         lines = [line.partition("CRC ")[2].split() for line in job.output.splitlines() if "CRC " in line]
         assert len(lines) == hosts * each, job.output
         assert {beside for _, beside in lines} == {str(overlap == "auto")}, job.output
@@ -56,7 +56,7 @@ def test_bench_finds_the_ranks_of_a_job(cluster, workplace, narrow):
         "hvdtrain bench allreduce --sizes 1M --rounds 1 --no-peers --engines mpi --save sums >/dev/null\n"
     )
     job = cluster.submit("bench.sbatch", options=["--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=2"])
-    assert job.ended(timeout=240) == "COMPLETED", job.output
+    assert job.ended() == "COMPLETED", job.output
     report = json.loads((workplace / "sums.json").read_text())
     assert report["machine"]["hosts"] == ["node1", "node2"] and report["ranks"] == 2
     rows = {row["contender"]: row for row in report["rows"]}

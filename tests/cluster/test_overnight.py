@@ -38,12 +38,12 @@ class Night:
     def passes(self, name, step):
         """Waits until the training has left a step beyond this one, and gives it."""
         file = self.folder / name
-        until(lambda: file.exists() and int(file.read_text()) > step, 90, lambda: f"{name}: no step > {step}")
+        until(lambda: file.exists() and int(file.read_text()) > step, lambda: f"{name}: no step > {step}")
         return int(file.read_text())
 
     def checkpoint(self, name):
         """Waits until a real training has written one."""
-        until(lambda: list((self.folder / name).glob("step-*")), 90, lambda: f"{name}: no checkpoint")
+        until(lambda: list((self.folder / name).glob("step-*")), lambda: f"{name}: no checkpoint")
 
 
 def resumed(job):
@@ -63,7 +63,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
     cancelled = night.submit(20, "cancelled")
     trained = night.submit(30, "trained", script="trained.py")
     for job in (capped, cancelled):
-        job.prints("goes on from step 0 with 2 ranks", timeout=90)
+        job.prints("goes on from step 0 with 2 ranks")
     cluster.ask("scancel", "--batch", "--signal=USR1", capped.number)
     cluster.ask("scancel", cancelled.number)
     requeued = night.submit(20, "requeued")
@@ -80,7 +80,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
 
     night.checkpoint("trained")
     cluster.ask("scancel", "--batch", "--signal=USR1", trained.number)
-    requeued.prints("goes on from step 0 with 2 ranks", timeout=90)
+    requeued.prints("goes on from step 0 with 2 ranks")
     cluster.ask("scontrol", "requeue", requeued.number)
 
     assert requeued.ended() == "COMPLETED", requeued.output
@@ -92,7 +92,7 @@ def test_signals_requeues_and_cancelling(cluster, night):
     assert "because SIGUSR1 asked it to" in trained.output and "resuming from" in trained.output
     assert "trained for 240 steps" in trained.output
 
-    assert limited.ended(timeout=300) == "COMPLETED", limited.output
+    assert limited.ended() == "COMPLETED", limited.output
     assert "(exit code 75, no failure)" in limited.output
     assert "is requeued (requeue 1 of at most 20, exit code 75)" in limited.output
     assert "start 0, 1 min" in limited.output  # the ranks know the time limit without being told
@@ -113,7 +113,7 @@ def test_a_job_of_more_weight_takes_the_nodes(cluster, night):
     ways = ("srun", "mpirun")
     pushed = [night.submit(20, way, "--nodes=2", HVDTRAIN_LAUNCHER=way) for way in ways]
     for job in pushed:
-        job.prints("goes on from step 0 with 4 ranks", timeout=90)
+        job.prints("goes on from step 0 with 4 ranks")
     urgent = night.folder / "urgent.sh"
     urgent.write_text("#!/bin/sh\nsleep 1\n")
     cluster.submit(urgent, options=["--partition=urgent", "--nodes=4"]).ended()
@@ -130,7 +130,7 @@ def test_a_lost_node(cluster, night):
     smaller.write_text('#!/bin/sh\nhvdtrain run --max-restarts 2 --min-np 1 -np "$SLURM_NTASKS" "$@"\n')
     failing = night.submit(20, "failing", "--nodes=2")
     cutting = night.submit(20, "cutting", "--nodes=2", "--no-kill", template=smaller)
-    failing.prints("goes on from step 0 with 4 ranks", timeout=90)
+    failing.prints("goes on from step 0 with 4 ranks")
     before = night.passes("cutting", 0)
     dead, lost = failing.hosts[1], cutting.hosts[1]
     cluster.kill_slurmd(dead)
@@ -140,7 +140,7 @@ def test_a_lost_node(cluster, night):
     before = night.passes("cutting", before + 20)
     cluster.cut(lost)
     try:
-        cutting.prints(f"no answer from {lost}", timeout=120)
+        cutting.prints(f"no answer from {lost}")
         assert cutting.ended() == "COMPLETED", cutting.output
     finally:
         cluster.mend(lost)

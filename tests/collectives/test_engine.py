@@ -10,7 +10,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.collectives import reduction
 from hvdtrain.collectives.engine import Call, MismatchError, Op
 from hvdtrain.collectives.mpi.engine import PIECE_BYTES
 
@@ -339,7 +338,7 @@ def test_operations_while_tensorflow_traces_a_function(engine):
 
 @pytest.mark.parametrize("dtype", ["int32", "int64"])
 def test_an_integer_mean_that_becomes_zero_is_told_once(engine, capfd, monkeypatch, dtype):
-    monkeypatch.setattr(reduction, "warned_of_zeros", False)
+    monkeypatch.setattr(engine, "warned_of_zeros", False)
     last = engine.rank == engine.size - 1
     engine.allreduce(np.array([engine.size, -engine.size * last], dtype))  # the sums divide by the size
     assert "warning" not in capfd.readouterr().err

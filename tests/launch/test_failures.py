@@ -47,7 +47,7 @@ world.barrier()
 def test_a_rank_that_has_only_heard_of_a_failure_leaves_the_last_word_to_the_one_that_failed(jobs, launcher):
     script = """
 from hvdtrain import runtime
-from hvdtrain.collectives.engine import MismatchError
+from hvdtrain.collectives.errors import MismatchError, report
 
 engine = runtime.init()
 try:
@@ -55,7 +55,7 @@ try:
         raise KeyError("of rank 1")
     engine.barrier()
 except KeyError as error:
-    engine.tell("the script", error)
+    report(engine, "the script", error)
     while not all(Path(f"heard by {other}").exists() for other in (0, 2)):
         time.sleep(0.01)
     raise

@@ -15,6 +15,7 @@ from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.gradients.bridge import Bridge, Exchanged
 from hvdtrain.gradients.exchange import Exchange
 from hvdtrain.gradients.naming import plain_variable
+from hvdtrain.gradients.schemes import Plain
 
 # During backprop, gradients are sent in parts of at least this size, in the order in which they are computed. On a
 # link of 1 Gbit/s a part takes 30 ms, and the comparison of the ranks before it a thirtieth of that.
@@ -65,7 +66,7 @@ class TensorFlowBridge(Bridge):
     ) -> Exchanged:
         """Combine the gradients of one step over the ranks; see `Bridge.exchange`."""
         engine = exchange.engine
-        if exchange.op is not Op.ADASUM and engine.native_tensors() is not None:
+        if exchange.takes_tensors and engine.native_tensors() is not None:
             return _in_core(exchange, dense, rows, groups, devices)
         rest = sorted(set(range(len(dense))) - {index for members in groups for index in members})
         parts = [*groups, rest] if rest or not groups else list(groups)
@@ -237,14 +238,16 @@ class _OnNumpy:
 
     def _calls(self, parts: Sequence[Sequence[int]]) -> list[Call | None]:
         """Return the calls that the ranks compare before each part; that of the first part names all gradients."""
-        stand_in = _stand_in([self._dense[index] for index in parts[0]], self._exchange.op)
+        # A rank that has joined can stand in with zeros for a plain reduction only.
+        plain = isinstance(self._exchange.scheme, Plain)
+        stand_in = _stand_in([self._dense[index] for index in parts[0]], self._exchange.op) if plain else None
         return [replace(self._exchange.call, stand_in=stand_in), *[None] * (len(parts) - 1)]
 
     def _reduced(
         self, members: Sequence[int], call: Call | None, buffers: dict[int, np.ndarray]
     ) -> list[np.ndarray]:
         is_owned = [self._is_owned[index] for index in members]
-        return self._exchange.reduce([buffers[index] for index in members], call, is_owned)
+        return self._exchange.reduce(members, [buffers[index] for index in members], call, is_owned)
 
     def _returned(self, reduced: dict[int, np.ndarray]) -> list[np.ndarray]:
         """Return the results that TensorFlow gets as new tensors; the others are in memory that it already has."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.gradients.compression import Compressor, NoneCompressor
+from hvdtrain.gradients.schemes import Compressor, NoneCompressor
 
 
 class _CastCompressor(Compressor):

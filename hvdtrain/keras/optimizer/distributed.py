@@ -229,7 +229,7 @@ class _Distributed:
     @functools.cached_property
     def _hvdtrain_reducer(self) -> GradientReducer:
         engine, options = engine_or_alone(self.process_set), self._hvdtrain_options
-        verification = Verification(engine, options.op, self._hvdtrain_policy)
+        verification = Verification(engine, options, self._hvdtrain_policy)
         return GradientReducer(engine, TensorFlowBridge(), options, verification)
 
     def apply_gradients(self, grads_and_vars: Any, **options: Any) -> Any:

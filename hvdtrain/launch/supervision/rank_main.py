@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvdtrain import heartbeat, script, stop_request, topology
-from hvdtrain.collectives.mpi import wheel as mpi_wheel
+from hvdtrain.collectives.mpi.library import load_wheel
 from hvdtrain.launch.launchers import binding
 from hvdtrain.launch.supervision import protocol, stock_horovod
 from hvdtrain.launch.supervision.rank_guard import Connection, Guard, Link, Pipes, Terminal, connect
@@ -136,7 +136,7 @@ def _run(command: Sequence[str]) -> dict[str, Any]:
     # A batch script may send SIGUSR1 before the script has installed its own handler.
     signal.signal(signal.SIGUSR1, stop_request.note)
     with contextlib.suppress(OSError):  # a script that needs MPI gets its own error
-        mpi_wheel.prepare()  # mpi4py may be imported before TensorFlow
+        load_wheel()  # mpi4py may be imported before TensorFlow
     try:
         if command[0] == protocol.AS_HOROVOD:
             from hvdtrain import as_horovod

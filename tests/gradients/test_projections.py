@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from hvdtrain.gradients.projection import precision, projected, smallest
-from hvdtrain.gradients.proof import Proof
+from hvdtrain.gradients.projections import Proof, precision, projected, smallest
 
 
 def proof(*gradients, off=0.0):
