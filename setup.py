@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 HERE = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (HERE / "hvdtrain/__init__.py").read_text()).group(1)
 
-TEST = ["pytest>=8", "pytest-xdist>=3.6", "hypothesis>=6.100", "matplotlib>=3.8"]
+TEST = ["pytest>=8", "pytest-xdist>=3.7", "hypothesis>=6.100", "matplotlib>=3.8"]
 
 setup(
     name="hvdtrain",

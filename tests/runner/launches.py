@@ -66,7 +66,11 @@ class Launch:
         return f"{self.engine}, {self.size or 1} rank{'s' * (self.size > 1)}"
 
     def command(self, extra: list[str]) -> list[str]:
-        spread = ["-n", str(self.workers), "--dist", "loadfile"] if self.workers > 1 else []
+        spread = (
+            ["-n", str(self.workers), "--dist", "loadfile", "--no-loadscope-reorder"]
+            if self.workers > 1
+            else []
+        )
         pytest = ["-m", "pytest", "-m", self.marks, *spread, *self.paths, *extra]
         if not self.size:
             return [sys.executable, *pytest]
