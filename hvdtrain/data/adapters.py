@@ -39,13 +39,7 @@ class _Epochs:
 
 
 class DatasetAdapter(_Epochs, PyDatasetAdapter):
-    """Adapter that reads sharded arrays and PyDatasets.
-
-    Args:
-        data: The data to read.
-        sharded: The result of `hvd.shard`, which is notified of the ends of epochs.
-        training: Whether `fit` trains on it.
-    """
+    """Adapter that reads sharded arrays and PyDatasets; see `TFAdapter` for its arguments."""
 
     def __init__(self, data: ShardedDataset, sharded: ShardedDataset, training: bool) -> None:
         self._sharded, self._training = sharded, training

@@ -44,11 +44,9 @@ def is_batched(dataset: tf.data.Dataset) -> bool:
 
 def batch_size(dataset: tf.data.Dataset) -> int | None:
     """Return the argument of `.batch()`, or None if only reading a first batch can tell."""
-    for stage in chain(dataset):
-        if _kind(stage) in _BATCHES:
-            found = getattr(stage, "_batch_size", None)
-            return None if found is None else tf.get_static_value(found)
-    return None
+    batching = next((stage for stage in chain(dataset) if _kind(stage) in _BATCHES), None)
+    found = getattr(batching, "_batch_size", None)
+    return None if found is None else tf.get_static_value(found)
 
 
 def reads_files(dataset: tf.data.Dataset) -> bool:
@@ -116,7 +114,6 @@ def refuse_common_caches(engine: Engine, what: str, files: Sequence[str]) -> Non
     error, even when it holds another rank's part.
 
     Args:
-        engine: The ranks.
         what: The first words of the error message.
         files: The result of `cache_files` on this rank.
 

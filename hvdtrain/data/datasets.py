@@ -21,11 +21,6 @@ class ShardedTFDataset(tf.data.Dataset):
 
     Each time it has been read to its end a new epoch begins, with a new order if it is shuffled. Looking
     into it changes nothing. A data set made from it (`.map`, `.prefetch`, …) counts its own epochs.
-
-    Args:
-        pipeline: The division among the ranks.
-        seed: Seed of the order, together with the epoch.
-        position: The current epoch and step.
     """
 
     def __init__(self, pipeline: ByRows | ByFiles, seed: int, position: Position) -> None:
@@ -112,14 +107,13 @@ class ShardedTFDataset(tf.data.Dataset):
     def _built(
         self, position: Position, dealt: bool, window: int | None = None, counts_readings: bool = False
     ) -> tf.data.Dataset:
-        """Make a data set of the batches of an epoch.
+        """Make a data set that begins at `position` each time it is iterated from the beginning.
 
         Args:
-            position: Where to begin, each time it is iterated from the beginning.
+            position: The epoch and step at which to begin.
             dealt: Whether batches include the numbers of samples.
             window: Number of batches to take, from this epoch and later ones; None for this epoch only.
-            counts_readings: Whether each iteration reads the epoch after that of the one before, because nothing
-                reports the ends of epochs.
+            counts_readings: Whether each iteration reads another epoch, because nothing reports their ends.
         """
         readings = itertools.count()
 
@@ -176,17 +170,6 @@ def own_batch(dataset: tf.data.Dataset) -> int | None:
     if source is not dataset:
         first = next(iter(dataset.take(1)))
     return int(tf.nest.flatten(first)[0].shape[0])
-
-
-def refuse_to_resume(dataset: tf.data.Dataset, epoch: int, step: int) -> None:
-    """Raise ValueError if a run would resume with data whose order cannot be repeated."""
-    if (epoch or step) and dataset_graph.reshuffles(dataset):
-        raise ValueError(
-            "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, so "
-            f"a run cannot be resumed with it. Received: epoch={epoch}, step={step}. Leave its .shuffle() out and "
-            "type hvd.shard(…, shuffle=True), from the first epoch on; or "
-            ".shuffle(…, reshuffle_each_iteration=False)."
-        )
 
 
 def tf_facts(dataset: tf.data.Dataset) -> structures.Facts:

@@ -29,13 +29,12 @@ class Fingerprint:
 
     `over` returns the same data set and records its first elements: nothing is read ahead and nothing is
     changed. Only inputs count, so that targets of one class do not look like equal data.
-
-    Args:
-        source: Checksum of the data before shuffling, if each rank may shuffle it differently; see `of`.
     """
 
     def __init__(self, source: int | None = None) -> None:
-        self._source = source
+        self._source = (
+            source  # checksum of the data before shuffling, if each rank may shuffle it differently
+        )
         self._sums: list[int] = []
 
     @classmethod

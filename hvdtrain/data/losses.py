@@ -56,7 +56,7 @@ class Losses:
             step: The step that runs.
             key: Identifies the loss among those of the model.
             name: Name of the loss in a warning.
-            compute: Computes the loss of rows.
+            compute: Computes the loss of rows such as `given`.
             given: This rank's rows, a nest of tensors.
 
         Returns:
@@ -222,11 +222,7 @@ def _sum_over_ranks(step: GlobalBatch, numbers: Sequence[Tensor]) -> Tensor:
 
 
 def _kind(compute: Callable[[Any], Tensor], given: Any) -> Tensor:
-    """Compare the loss of this rank's rows with the losses of their two halves; a single row is used twice.
-
-    Returns:
-        UNKNOWN, MEAN, SUM or OTHER, an int64 scalar.
-    """
+    """Compare the loss of this rank's rows with the losses of their two halves; a single row is used twice."""
     half = _length(given) // 2
     first = _rows(lambda leaf: leaf[: tf.maximum(half, 1)], given)
     rest = _rows(lambda leaf: leaf[half:], given)

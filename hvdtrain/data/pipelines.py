@@ -125,13 +125,8 @@ def tf_pipeline(
     """Choose the division of a data set: by files where that is balanced, else by rows. All ranks call it.
 
     Args:
-        dataset: The user's data set.
-        own: Rows of its batches; None if its elements are samples.
-        batch_size: The global batch.
-        engine: The ranks.
+        own: Rows of the data set's batches; None if its elements are samples.
         shuffle: Whether to shuffle, or the size of the shuffle buffer in samples.
-        keep: As in `Division`.
-        class_weight: As for `hvd.shard`.
 
     Raises:
         ValueError: If the ranks would read it in different orders.

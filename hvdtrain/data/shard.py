@@ -194,7 +194,13 @@ class _Request:
         return lambda: ShardedDataset(weighted, position), source.facts()
 
     def _read_tf(self) -> _Read:
-        datasets.refuse_to_resume(self.data, self.epoch, self.step)
+        if (self.epoch or self.step) and dataset_graph.reshuffles(self.data):
+            raise ValueError(
+                "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, "
+                f"so a run cannot be resumed with it. Received: epoch={self.epoch}, step={self.step}. Leave its "
+                ".shuffle() out and type hvd.shard(…, shuffle=True), from the first epoch on; or "
+                ".shuffle(…, reshuffle_each_iteration=False)."
+            )
         own = datasets.own_batch(self.data)
         wanted = own if self.batch_size is None else self.batch_size
         batch_size = checked_batch_size(wanted, self.engine.size)

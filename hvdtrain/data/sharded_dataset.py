@@ -112,16 +112,8 @@ class ShardedDataset(keras.utils.PyDataset):
 class ShardedGenerator:
     """This rank's part of each batch of a generator, for `fit(…, steps_per_epoch=…)` or a loop of your own.
 
-    Each rank runs the whole generator and takes its rows. A generator can be read once and its length and order are
-    unknown, so neither can be checked.
-
-    Args:
-        batches: The user's generator; it yields global batches.
-        batch_size: The global batch.
-        rank: This rank.
-        size: Number of ranks.
-        keep: Whether a batch that is not full is trained on; else it is left out.
-        class_weight: Weights by class, or None.
+    Each rank runs the whole generator and takes its rows; with `keep` also of a batch that is not full. A generator
+    can be read once and its length and order are unknown, so neither can be checked.
     """
 
     partial = True

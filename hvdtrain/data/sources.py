@@ -167,13 +167,8 @@ class BatchSource:
 def batch_rows(dataset: keras.utils.PyDataset, batch_size: int | None, size: int) -> tuple[int, int, int]:
     """Read the first and the last batch of a user's data set.
 
-    Args:
-        dataset: The user's data set.
-        batch_size: The global batch; None for the data set's own.
-        size: Number of ranks.
-
     Returns:
-        The global batch, the rows of the user's batches, and the rows of the last one.
+        The global batch, by default the data set's own, the rows of the user's batches, and those of the last one.
 
     Raises:
         ValueError: If the data set is empty or endless, or its batches cannot be divided.

@@ -112,12 +112,7 @@ def spread(array: np.ndarray) -> np.ndarray:
 
 
 def checksum(array: Any, before: int = 0) -> int:
-    """Return the CRC-32 of an array's bytes, or of its text if it holds Python objects.
-
-    Args:
-        array: The array.
-        before: CRC-32 of preceding data, which this one continues.
-    """
+    """Continue the CRC-32 `before` by an array's bytes, or by its text if it holds Python objects."""
     array = np.ascontiguousarray(array)
     if array.dtype.hasobject:
         return zlib.crc32(repr(array.tolist()).encode(), before)
@@ -129,7 +124,6 @@ def checksum_of_all(leaves: Iterable[np.ndarray], rows: int | None = None) -> in
     """Return the CRC-32 over several arrays, their shapes and dtypes included.
 
     Args:
-        leaves: The arrays.
         rows: Approximate number of rows of each that are read, evenly spread; None for all.
     """
     value = 0

@@ -43,9 +43,6 @@ class Reduction:
             gradients: Tensors, `tf.IndexedSlices` or None.
             sources: The variables or tensors to which they belong.
 
-        Returns:
-            A list like `gradients`.
-
         Raises:
             MismatchError: On every rank, if the ranks do not have gradients of the same sources.
         """
