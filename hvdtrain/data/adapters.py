@@ -1,12 +1,14 @@
-"""Read sharded data for Keras, and notify it when an epoch of training begins and ends."""
+"""Read sharded data for Keras: count its steps, and notify it when an epoch of training begins and ends."""
 
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import tensorflow as tf
 from keras.src.trainers.data_adapters.py_dataset_adapter import PyDatasetAdapter
 from keras.src.trainers.data_adapters.tf_dataset_adapter import TFDatasetAdapter
 
+from hvdtrain import runtime
 from hvdtrain.data.sharded_dataset import ShardedDataset
 
 
@@ -37,13 +39,7 @@ class _Epochs:
 
 
 class DatasetAdapter(_Epochs, PyDatasetAdapter):
-    """Adapter that reads sharded arrays and PyDatasets.
-
-    Args:
-        data: The data to read.
-        sharded: The result of `hvd.shard`, which is notified of the ends of epochs.
-        training: Whether `fit` trains on it.
-    """
+    """Adapter that reads sharded arrays and PyDatasets; see `TFAdapter` for its arguments."""
 
     def __init__(self, data: ShardedDataset, sharded: ShardedDataset, training: bool) -> None:
         self._sharded, self._training = sharded, training
@@ -82,10 +78,9 @@ class TFAdapter(_Epochs, TFDatasetAdapter):
 
     def on_epoch_end(self) -> None:
         """Advance by `steps_per_epoch` if `fit` was given it; else end the epoch."""
-        ended, window = self._begun, self._window
-        if ended and window:
+        if self._begun and self._window:
             self._begun = False
-            self._sharded.position.advance(window, self._sharded.steps)
+            self._sharded.position.advance(self._window, self._sharded.steps)
         super().on_epoch_end()
 
 
@@ -111,3 +106,60 @@ def untuned(get_iterated: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return dataset.with_options(options)
 
     return get
+
+
+class Follow(keras.callbacks.Callback):
+    """Count steps for `data.state()` of sharded data, and report losses that do not add up over ranks.
+
+    Args:
+        data: The result of `hvd.shard`.
+        losses: The `Losses` of the model; None on one rank.
+    """
+
+    def __init__(self, data: Any, losses: Any) -> None:
+        super().__init__()
+        self._data, self._losses = data, losses
+        self._reported = False
+
+    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+        """Start counting steps from 0."""
+        self._data.position.done = 0
+
+    def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+        """Count the steps whose batches were trained on."""
+        self._data.position.done = batch + 1
+        if not self._reported:
+            self._report()
+
+    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+        """Report losses whose kind the first step could not determine."""
+        self._report()
+
+    def _report(self) -> None:
+        self._reported = True
+        if self._losses is not None:
+            self._losses.report(runtime.engine())
+
+
+def preceded(model: keras.Model, callbacks: Any, first: keras.callbacks.Callback) -> Any:
+    """Put a callback before those given to `fit`, and remove one of the same type from an earlier `fit`.
+
+    Args:
+        model: The model that is fitted.
+        callbacks: The `callbacks` argument of `fit`: None, a callback, a list, or a `keras.callbacks.CallbackList`.
+        first: The callback.
+
+    Returns:
+        The callbacks to pass to `fit` instead.
+    """
+    if not callbacks:
+        return [first]
+    if isinstance(callbacks, list | tuple):
+        return [first, *callbacks]
+    if not isinstance(callbacks, keras.callbacks.CallbackList):
+        return [first, callbacks]
+    others = [callback for callback in callbacks.callbacks if not isinstance(callback, type(first))]
+    callbacks.callbacks[:] = [first, *others]
+    first.set_model(model)
+    first.set_params(callbacks.params)
+    return callbacks

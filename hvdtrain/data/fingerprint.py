@@ -18,7 +18,7 @@ _SAME_BATCHES = "the first batches are identical on all {size} ranks, so {size} 
 _SAME_SOURCE = (
     "each of the {size} ranks goes through all of it in its own order, which takes as long as on one process"
 )
-WARNING = (
+_WARNING = (
     "every rank trains on the same data: {why}. Type: model.fit(hvd.shard((x, y), batch_size=…), …) without "
     "batch_size for fit; or let each rank load its own part."
 )
@@ -29,24 +29,20 @@ class Fingerprint:
 
     `over` returns the same data set and records its first elements: nothing is read ahead and nothing is
     changed. Only inputs count, so that targets of one class do not look like equal data.
-
-    Args:
-        source: Checksum of the data before shuffling, if each rank may shuffle it differently; see `of`.
     """
 
     def __init__(self, source: int | None = None) -> None:
-        self._source = source
+        self._source = (
+            source  # checksum of the data before shuffling, if each rank may shuffle it differently
+        )
         self._sums: list[int] = []
 
     @classmethod
     def of(cls, fit: Mapping[str, Any]) -> "Fingerprint":
-        """Make a fingerprint with the facts that are known before the first batch.
+        """Make a fingerprint with the facts that are known before the first batch, from the arguments of a `fit`.
 
         Keras shuffles arrays and PyDatasets with each process's own random numbers, so that equal data may give
         different batches.
-
-        Args:
-            fit: The arguments of a `fit`, by name.
         """
         whole = fit.get("steps_per_epoch") is None  # else each rank may run only its share of the steps
         with contextlib.suppress(Exception):  # data that cannot be read raises its error in fit
@@ -79,22 +75,19 @@ class Fingerprint:
         return zlib.crc32(repr(self._sums).encode()) if self._sums else None
 
     def verdict(self, engine: Engine) -> str | None:
-        """Compare the fingerprints of all ranks. Every rank must call this; it communicates.
-
-        Returns:
-            The warning if all ranks train on the same data, or None.
-        """
+        """Return the warning if all ranks train on the same data, or None. Every rank must call this."""
         if engine.size == 1:
             return None
         engine.agree(Call("comparison of data"))
         values, sources = zip(*engine.allgather_object((self.value(), self._source)), strict=True)
-        return verdict(values, _SAME_BATCHES) or verdict(sources, _SAME_SOURCE)
+        return verdict(values) or verdict(sources, _SAME_SOURCE)
 
 
 def verdict(values: Sequence[int | None], why: str = _SAME_BATCHES) -> str | None:
     """Return the warning if all ranks have the same value, or None."""
-    same = len(values) > 1 and values[0] is not None and all(value == values[0] for value in values)
-    return WARNING.format(why=why.format(size=len(values))) if same else None
+    if len(values) == 1 or values[0] is None or len(set(values)) > 1:
+        return None
+    return _WARNING.format(why=why.format(size=len(values)))
 
 
 def digest(x: Any) -> int:
@@ -111,11 +104,8 @@ def _source_digest(fit: Mapping[str, Any]) -> int | None:
         source = dataset_graph.only_shuffled(x)
         return None if source is None else digest(list(source.take(BATCHES)))
     leaves = keras.tree.flatten([fit.get(name) for name in ("x", "y", "sample_weight")])
-    if not all(hasattr(leaf, "shape") for leaf in leaves if leaf is not None):
+    given = [leaf for leaf in leaves if leaf is not None]
+    if not all(hasattr(leaf, "shape") for leaf in given):
         return None
-    return digest([_picked(np.asarray(leaf)) for leaf in leaves if leaf is not None])
-
-
-def _picked(array: np.ndarray) -> list[Any]:
-    rows = np.unique(np.linspace(0, len(array) - 1, min(len(array), 16)).astype(int))
-    return [np.array(array.shape), array[rows]]
+    arrays = [np.asarray(leaf) for leaf in given]
+    return digest([[np.array(array.shape), structures.spread(array)] for array in arrays])

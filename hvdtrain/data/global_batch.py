@@ -21,41 +21,47 @@ Tensor = Any
 
 
 class Dealt(NamedTuple):
-    """One rank's part of a global batch, with the numbers of samples.
+    """One rank's part of a global batch, with the numbers of samples of this rank and of the global batch.
 
-    Args:
-        batch: x, (x, y) or (x, y, sample_weight).
-        samples: How many samples of the global batch this rank holds, and how many the global batch holds, int64
-            of shape (2,). If this rank holds none, the batch is one row with weight 0.
+    If this rank holds no sample, the batch is one row with weight 0.
     """
 
-    batch: Any
-    samples: Any
+    batch: Any  # x, (x, y) or (x, y, sample_weight)
+    samples: Any  # int64 of shape (2,)
+
+
+def as_keras(batch: Any) -> Any:
+    """Return a batch, or its specification, in the form that Keras expects."""
+    return batch.batch if isinstance(batch, Dealt) else batch
+
+
+def packed(x: Any, y: Any, weight: Any) -> Any:
+    """Return x, (x, y) or (x, y, sample_weight), as a training step of Keras takes it."""
+    if weight is not None:
+        return x, y, weight
+    if y is not None:
+        return x, y
+    return (x,) if isinstance(x, tuple) else x
+
+
+def refuse_both(sample_weight: Any) -> None:
+    """Raise ValueError if there are sample weights where class weights are given."""
+    if sample_weight is not None:
+        raise ValueError("hvd.shard: give class_weight or a sample_weight, not both, as Keras demands.")
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """The global batch of the step that a model runs.
-
-    Args:
-        model: The model.
-        engine: The ranks that hold the global batch.
-        batch: This rank's x, (x, y) or (x, y, sample_weight).
-        own: How many samples this rank holds, int64 scalar.
-        total: How many samples the global batch holds, int64 scalar.
-        partial: Whether some global batch may not be full; else the ranks' parts are equal.
-        together: Whether all ranks run this step, so that it may communicate.
-        losses: The `Losses` of the model; see `losses.py`.
-    """
+    """The global batch of the step that a model runs."""
 
     model: keras.Model
-    engine: Engine
-    batch: Any
-    own: Tensor
-    total: Tensor
-    partial: bool
-    together: bool
-    losses: Any
+    engine: Engine  # the ranks that hold the global batch
+    batch: Any  # this rank's x, (x, y) or (x, y, sample_weight)
+    own: Tensor  # how many samples this rank holds, int64 scalar
+    total: Tensor  # how many samples the global batch holds, int64 scalar
+    partial: bool  # whether some global batch may not be full; else the ranks' parts are equal
+    together: bool  # whether all ranks run this step, so that it may communicate
+    losses: Any  # the `Losses` of the model; see `losses.py`
 
     @property
     def weight(self) -> Tensor:
@@ -97,13 +103,18 @@ def current() -> GlobalBatch | None:
 
 
 @contextlib.contextmanager
-def during(step: GlobalBatch | None) -> Iterator[None]:
-    """Set the result of `current` inside the block."""
-    token = _current.set(step)
+def bound(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    """Set a context variable inside the block."""
+    token = variable.set(value)
     try:
         yield
     finally:
-        _current.reset(token)
+        variable.reset(token)
+
+
+def during(step: GlobalBatch) -> contextlib.AbstractContextManager[None]:
+    """Set the result of `current` inside the block."""
+    return bound(_current, step)
 
 
 def weighted(grads: Sequence[Any]) -> list[Any]:
@@ -151,11 +162,6 @@ def weighted_statistics(step: GlobalBatch) -> Iterator[None]:
     for old, variable in zip(before, statistics, strict=True):
         weight = tf.cast(step.weight, old.dtype)
         variable.assign(old + weight * (variable.value - old))
-
-
-def as_keras(batch: Any) -> Any:
-    """Return a batch, or its specification, in the form that Keras expects."""
-    return batch.batch if isinstance(batch, Dealt) else batch
 
 
 def mean_update(original: Callable[..., Any]) -> Callable[..., Any]:

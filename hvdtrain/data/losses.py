@@ -8,10 +8,8 @@ Keras divides some losses by the number of valid steps of a mask or by a sum of 
 numbers of all ranks.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass
 from typing import Any
 
 import keras
@@ -25,7 +23,7 @@ from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.host_calls import counter
 from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.scaling import Reduction
-from hvdtrain.data.global_batch import GlobalBatch, current
+from hvdtrain.data.global_batch import GlobalBatch, bound, current
 from hvdtrain.patching import replace, replace_where_defined
 
 Tensor = Any
@@ -39,19 +37,13 @@ _comparing: ContextVar[bool] = ContextVar("a loss is compared with its parts", d
 _inside: ContextVar[bool] = ContextVar("a loss is computed, of which others may be parts", default=False)
 
 
-@dataclass(frozen=True)
-class _Loss:
-    """One loss of a model: its name, and the variable that holds its kind."""
-
-    name: str
-    kind: tf.Variable
-
-
 class Losses:
     """The kinds of the losses of one model: a mean over samples, a sum, or neither."""
 
     def __init__(self) -> None:
-        self._known: dict[Any, _Loss] = {}
+        self._known: dict[
+            Any, tuple[str, tf.Variable]
+        ] = {}  # names of losses, and variables that hold their kinds
         self._reported: set[str] = set()
         self.added = 0  # number of losses from add_loss that this step has computed
 
@@ -64,18 +56,18 @@ class Losses:
             step: The step that runs.
             key: Identifies the loss among those of the model.
             name: Name of the loss in a warning.
-            compute: Computes the loss of rows.
+            compute: Computes the loss of rows such as `given`.
             given: This rank's rows, a nest of tensors.
 
         Returns:
             float64 scalar.
         """
         if key not in self._known:
-            self._known[key] = _Loss(name, counter("hvdtrain_loss_kind", device=None))
-        variable = self._known[key].kind
+            self._known[key] = name, counter("hvdtrain_loss_kind", device=None)
+        variable = self._known[key][1]
 
         def compare() -> Tensor:
-            with _set(_comparing):
+            with bound(_comparing, True):
                 return variable.assign(_kind(compute, given), read_value=True)
 
         try:
@@ -88,13 +80,12 @@ class Losses:
         """Warn of losses that are neither a mean nor a sum over samples; all ranks call this at the same time."""
         if not self._known:
             return
-        kinds = np.array([int(loss.kind.numpy()) for loss in self._known.values()])
-        kinds = engine.allreduce(kinds, Op.MAX)
-        losses = zip(self._known.values(), kinds, strict=True)
-        names = {loss.name for loss, kind in losses if kind == OTHER} - self._reported
-        self._reported |= names
-        if names:
-            engine.warn(_not_decomposable(sorted(names), engine.size))
+        names, variables = zip(*self._known.values(), strict=True)
+        kinds = engine.allreduce(np.array([int(variable.numpy()) for variable in variables]), Op.MAX)
+        others = {name for name, kind in zip(names, kinds, strict=True) if kind == OTHER} - self._reported
+        self._reported |= others
+        if others:
+            engine.warn(_not_decomposable(sorted(others), engine.size))
 
 
 def install() -> None:
@@ -118,7 +109,7 @@ def _of_all_samples(call: Callable[..., Any]) -> Callable[..., Any]:
         if step is None or _inside.get() or _comparing.get() or isinstance(self, CompileLoss):
             return call(self, y_true, y_pred, sample_weight)
         given = (y_true, y_pred, sample_weight)
-        with _set(_inside):
+        with bound(_inside, True):
             value = call(self, *given)
             factor = step.losses.factor(
                 step, id(self), f"loss {self.name!r}", lambda rows: call(self, *rows), given
@@ -231,23 +222,15 @@ def _sum_over_ranks(step: GlobalBatch, numbers: Sequence[Tensor]) -> Tensor:
 
 
 def _kind(compute: Callable[[Any], Tensor], given: Any) -> Tensor:
-    """Compare the loss of this rank's rows with the losses of their two halves; a single row is used twice.
-
-    Args:
-        compute: Computes the loss of rows.
-        given: This rank's rows, a nest of tensors.
-
-    Returns:
-        UNKNOWN, MEAN, SUM or OTHER, an int64 scalar.
-    """
-    half = tf.shape(next(leaf for leaf in keras.tree.flatten(given) if leaf is not None))[0] // 2
+    """Compare the loss of this rank's rows with the losses of their two halves; a single row is used twice."""
+    half = _length(given) // 2
     first = _rows(lambda leaf: leaf[: tf.maximum(half, 1)], given)
     rest = _rows(lambda leaf: leaf[half:], given)
     both = keras.tree.map_structure(
         lambda *pair: None if pair[0] is None else tf.concat(pair, 0), first, rest
     )
     values = [tf.reduce_sum(compute(rows)) for rows in (both, first, rest)]
-    sizes = [_length(rows) for rows in (both, first, rest)]
+    sizes = [tf.cast(_length(rows), tf.float64) for rows in (both, first, rest)]
     whole, one, other = (tf.cast(value, tf.float64) for value in values)
     scale = tf.reduce_max(tf.abs([whole, one, other]))
     allowed = scale * np.sqrt(np.finfo(values[0].dtype.as_numpy_dtype).eps)
@@ -263,17 +246,7 @@ def _rows(take: Callable[[Any], Any], given: Any) -> Any:
 
 
 def _length(rows: Any) -> Tensor:
-    leaf = next(leaf for leaf in keras.tree.flatten(rows) if leaf is not None)
-    return tf.cast(tf.shape(leaf)[0], tf.float64)
-
-
-@contextlib.contextmanager
-def _set(flag: ContextVar[bool]) -> Iterator[None]:
-    token = flag.set(True)
-    try:
-        yield
-    finally:
-        flag.reset(token)
+    return tf.shape(next(leaf for leaf in keras.tree.flatten(rows) if leaf is not None))[0]
 
 
 def _scaled(value: Tensor, factor: Tensor) -> Tensor:

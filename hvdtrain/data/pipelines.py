@@ -4,36 +4,32 @@ import dataclasses
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
-from hvdtrain.data.global_batch import Dealt
-from hvdtrain.data.local_batch import packed, refuse_both
+from hvdtrain.collectives.engine import Engine
+from hvdtrain.data import dataset_graph
+from hvdtrain.data.collective_errors import together
+from hvdtrain.data.global_batch import Dealt, packed, refuse_both
+from hvdtrain.data.sample_plan import Plan
 from hvdtrain.data.structures import unpacked
+
+BUFFER = 10_000  # size of the shuffle buffer, in samples, for a data set of unknown length
 
 _FILE_POLICY = 1  # AutoShardPolicy.FILE
 
 
 @dataclasses.dataclass(frozen=True)
 class Division:
-    """Parameters of the division among ranks, for files and for rows.
-
-    Args:
-        batch_size: The global batch.
-        rank: This rank.
-        size: Number of ranks.
-        keep: Whether a last batch that is not full is trained on; else it is left out.
-        buffer: Size of the shuffle buffer in samples; 0 keeps the order.
-        reshuffled: Whether the user's data set shuffles itself again each time it is read.
-        class_weight: Weights by class, or None.
-    """
+    """Parameters of the division among ranks, for files and for rows."""
 
     batch_size: int
     rank: int
     size: int
-    keep: bool
-    buffer: int
-    reshuffled: bool = False
-    class_weight: dict[int, float] | None = None
+    keep: bool  # whether a last batch that is not full is trained on; else it is left out
+    buffer: int  # size of the shuffle buffer in samples; 0 keeps the order
+    reshuffled: bool  # whether the user's data set shuffles itself again each time it is read
+    class_weight: dict[int, float] | None
 
     @property
     def rows(self) -> int:
@@ -43,25 +39,17 @@ class Division:
 
 @dataclasses.dataclass(frozen=True)
 class ByRows:
-    """Division by rows: every rank reads all samples and takes its rows of each global batch.
-
-    Args:
-        dataset: Samples, or global batches.
-        batched: Whether they are global batches already.
-        division: Parameters of the division.
-        steps: Global batches per epoch; None if unknown.
-        partial: Whether a batch may not be full.
-    """
+    """Division by rows: every rank reads all samples and takes its rows of each global batch."""
 
     dataset: tf.data.Dataset
-    batched: bool
+    batched: bool  # whether the elements are global batches already, instead of samples
     division: Division
-    steps: int | None
-    partial: bool
+    steps: int | None  # global batches per epoch; None if unknown
+    partial: bool  # whether a batch may not be full
 
     def epoch(self, seeds: tf.Tensor, start: tf.Tensor, dealt: bool) -> tf.data.Dataset:
         """Return this rank's part of the batches of one epoch, from step `start` on."""
-        dataset = shuffled(self.dataset, self.division.buffer, seeds)
+        dataset = _shuffled(self.dataset, self.division.buffer, seeds)
         if not self.batched:
             dataset = dataset.batch(self.division.batch_size, drop_remainder=not self.division.keep)
         elif not self.division.keep:
@@ -83,32 +71,34 @@ class ByRows:
 
 @dataclasses.dataclass(frozen=True)
 class ByFiles:
-    """Division by files: every rank reads its own files.
+    """Division by files: every rank reads its own files."""
 
-    Args:
-        dataset: The samples of this rank's files.
-        counts: Number of samples of each rank.
-        division: Parameters of the division.
-    """
-
-    dataset: tf.data.Dataset
-    counts: tuple[int, ...]
+    dataset: tf.data.Dataset  # the samples of this rank's files
+    counts: tuple[int, ...]  # number of samples of each rank
     division: Division
 
     @property
     def steps(self) -> int:
         """Steps per epoch, the same on all ranks."""
-        return _steps(self.counts, self.division)
+        rows = self.division.rows
+        return -(-max(self.counts) // rows) if self.division.keep else min(self.counts) // rows
 
     @property
     def partial(self) -> bool:
         """Whether some global batch is not full."""
         return self.division.keep and min(self.counts) < self.steps * self.division.rows
 
+    @property
+    def balanced(self) -> bool:
+        """Whether this gives as many steps as division by samples, and every rank has samples."""
+        total, batch_size = sum(self.counts), self.division.batch_size
+        best = -(-total // batch_size) if self.division.keep else total // batch_size
+        return min(self.counts) > 0 and self.steps == best
+
     def epoch(self, seeds: tf.Tensor, start: tf.Tensor, dealt: bool) -> tf.data.Dataset:
         """Return the batches of one epoch, from step `start` on."""
         rows = self.division.rows
-        samples = shuffled(self.dataset, self.division.buffer, seeds)
+        samples = _shuffled(self.dataset, self.division.buffer, seeds)
         # All ranks take the same number of steps: a rank without further samples reads some again, with weight 0.
         batches = samples.repeat().take(self.steps * rows).batch(rows, drop_remainder=True).enumerate()
         parted = lambda step, batch: self._part(step, batch, dealt)  # noqa: E731
@@ -123,37 +113,90 @@ class ByFiles:
         return _dealt(batch if isinstance(batch, tuple) else (batch,), own, total, self.division, dealt)
 
 
-def own_files(dataset: tf.data.Dataset, rank: int, size: int) -> tf.data.Dataset:
+def tf_pipeline(
+    dataset: tf.data.Dataset,
+    own: int | None,
+    batch_size: int,
+    engine: Engine,
+    shuffle: bool | int,
+    keep: bool,
+    class_weight: dict[int, float] | None,
+) -> ByRows | ByFiles:
+    """Choose the division of a data set: by files where that is balanced, else by rows. All ranks call it.
+
+    Args:
+        own: Rows of the data set's batches; None if its elements are samples.
+        shuffle: Whether to shuffle, or the size of the shuffle buffer in samples.
+
+    Raises:
+        ValueError: If the ranks would read it in different orders.
+    """
+    reshuffled, buffer = dataset_graph.reshuffles(dataset), _buffer(dataset, shuffle, own)
+    division = Division(batch_size, engine.rank, engine.size, keep, buffer, reshuffled, class_weight)
+    if engine.size > 1 and dataset_graph.reads_files(dataset):
+        counts = _file_counts(dataset, own is not None, engine)
+        if counts is not None:
+            mine = _own_files(dataset, engine)
+            by_files = ByFiles(mine if own is None else mine.unbatch(), counts, division)
+            if by_files.balanced:
+                return by_files
+    dataset_graph.refuse_other_orders(dataset, engine)
+    return _by_rows(dataset, own, division)
+
+
+def _by_rows(dataset: tf.data.Dataset, own: int | None, division: Division) -> ByRows:
+    batched, length = own is not None, int(dataset.cardinality())
+    inner = [spec.shape[1:] for spec in tf.nest.flatten(dataset.element_spec)] if batched else []
+    by_samples = division.buffer and all(
+        shape.is_fully_defined() for shape in inner
+    )  # shuffled after unbatching
+    if own == division.batch_size and not by_samples:
+        steps = length if length >= 0 and division.keep else None
+        return ByRows(dataset, True, division, steps, division.keep)
+    if batched:
+        return ByRows(dataset.unbatch(), False, division, None, division.keep)
+    if length < 0:
+        return ByRows(dataset, False, division, None, division.keep)
+    plan = Plan(length, division.batch_size, remainder="keep" if division.keep else "drop")
+    return ByRows(dataset, False, division, plan.steps, plan.partial)
+
+
+def _buffer(dataset: tf.data.Dataset, shuffle: bool | int, own: int | None) -> int:
+    if not isinstance(shuffle, bool | np.bool_):
+        return int(shuffle)
+    length = int(dataset.cardinality()) * (own or 1)
+    return (length if length > 0 else BUFFER) if shuffle else 0
+
+
+def _file_counts(dataset: tf.data.Dataset, batched: bool, engine: Engine) -> tuple[int, ...] | None:
+    """Count the samples in each rank's files, reading them once; None if they cannot be divided."""
+
+    def count() -> int | None:
+        rows = (lambda *batch: _count(batch)) if batched else (lambda *sample: tf.constant(1, tf.int64))
+        try:
+            counts = _own_files(dataset, engine).map(rows)
+            return int(counts.reduce(tf.constant(0, tf.int64), lambda total, count: total + count))
+        except (tf.errors.NotFoundError, tf.errors.InvalidArgumentError):
+            return None  # fewer files than ranks, or files opened by code that TensorFlow cannot shard
+
+    counts = engine.allgather_object(together(engine, "hvd.shard, counting samples", count))
+    return None if None in counts else tuple(counts)
+
+
+def _own_files(dataset: tf.data.Dataset, engine: Engine) -> tf.data.Dataset:
     """Let a rank open every size-th file only, by TensorFlow's auto-sharding of the reading operation."""
-    specs = {
-        "output_types": tf.nest.flatten(tf.compat.v1.data.get_output_types(dataset)),
-        "output_shapes": tf.nest.flatten(tf.compat.v1.data.get_output_shapes(dataset)),
-    }
     variant = tf.raw_ops.AutoShardDataset(
         input_dataset=tf.data.experimental.to_variant(dataset),
-        num_workers=size,
-        index=rank,
+        num_workers=engine.size,
+        index=engine.rank,
         auto_shard_policy=_FILE_POLICY,
-        num_replicas=size,
-        **specs,
+        num_replicas=engine.size,
+        **_output(dataset),
     )
     return tf.data.experimental.from_variant(variant, dataset.element_spec)
 
 
-def count_samples(dataset: tf.data.Dataset, batched: bool) -> int:
-    """Read a data set once and count its samples."""
-    rows = (lambda *batch: _count(batch)) if batched else (lambda *sample: tf.constant(1, tf.int64))
-    return int(dataset.map(rows).reduce(tf.constant(0, tf.int64), lambda total, count: total + count))
-
-
-def balanced(counts: tuple[int, ...], division: Division) -> bool:
-    """Return whether division by files gives as many steps as division by samples, and every rank has samples."""
-    total = sum(counts)
-    best = -(-total // division.batch_size) if division.keep else total // division.batch_size
-    return min(counts) > 0 and _steps(counts, division) == best
-
-
-def shuffled(dataset: tf.data.Dataset, buffer: int, seeds: tf.Tensor) -> tf.data.Dataset:
+def _shuffled(dataset: tf.data.Dataset, buffer: int, seeds: tf.Tensor) -> tf.data.Dataset:
     """Shuffle with exactly these seeds: `shuffle(seed=)` would also use each process's global seed."""
     if not buffer:
         return dataset
@@ -162,15 +205,17 @@ def shuffled(dataset: tf.data.Dataset, buffer: int, seeds: tf.Tensor) -> tf.data
         buffer_size=tf.constant(buffer, tf.int64),
         seed=seeds[0],
         seed2=seeds[1],
-        output_types=tf.nest.flatten(tf.compat.v1.data.get_output_types(dataset)),
-        output_shapes=tf.nest.flatten(tf.compat.v1.data.get_output_shapes(dataset)),
         reshuffle_each_iteration=False,
+        **_output(dataset),
     )
     return tf.data.experimental.from_variant(variant, dataset.element_spec)
 
 
-def _steps(counts: tuple[int, ...], division: Division) -> int:
-    return -(-max(counts) // division.rows) if division.keep else min(counts) // division.rows
+def _output(dataset: tf.data.Dataset) -> dict[str, Any]:
+    return {
+        "output_types": tf.nest.flatten(tf.compat.v1.data.get_output_types(dataset)),
+        "output_shapes": tf.nest.flatten(tf.compat.v1.data.get_output_shapes(dataset)),
+    }
 
 
 def _count(batch: Any) -> tf.Tensor:
@@ -179,15 +224,7 @@ def _count(batch: Any) -> tf.Tensor:
 
 
 def _dealt(batch: Any, own: tf.Tensor, total: tf.Tensor, division: Division, dealt: bool) -> Any:
-    """Return a rank's rows of a global batch, as `Part` does for arrays.
-
-    Args:
-        batch: The rows, in a tuple of x, y and sample_weight.
-        own: How many of them are samples of this rank; if 0, there is one row with weight 0.
-        total: How many samples the global batch holds.
-        division: Parameters of the division.
-        dealt: Whether to return the numbers of samples; else the weights include them.
-    """
+    """Return a rank's rows of a global batch, as `Part` does for arrays: dealt or weighted."""
     x, y, weight = unpacked(batch)
     if division.class_weight is not None:
         refuse_both(weight)

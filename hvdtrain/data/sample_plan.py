@@ -1,12 +1,13 @@
-"""Compute which rank reads which samples, identically on every rank and without communication."""
+"""Decide which samples of each global batch a rank has, the same on every rank and without communication."""
 
-import operator
 from dataclasses import dataclass
 from typing import Any
 
+import keras
 import numpy as np
 
-REMAINDERS = ("keep", "drop")
+from hvdtrain.data import structures
+from hvdtrain.data.global_batch import Dealt, packed, refuse_both
 
 
 @dataclass(frozen=True)
@@ -15,18 +16,12 @@ class Rows:
 
     A rank without samples, because the batch holds fewer samples than there are ranks, still reads one row: it has
     to take the step with the others. Its `own` is 0, so that this row has weight 0.
-
-    Args:
-        take: Positions within the global batch, shape (max(own, 1),).
-        own: How many of the batch's samples this rank holds.
-        total: How many samples the batch holds, over all ranks.
-        size: Number of ranks.
     """
 
-    take: np.ndarray
-    own: int
-    total: int
-    size: int
+    take: np.ndarray  # positions within the global batch, shape (max(own, 1),)
+    own: int  # how many of the batch's samples this rank holds
+    total: int  # how many samples the batch holds, over all ranks
+    size: int  # number of ranks
 
     @property
     def weight(self) -> float:
@@ -45,15 +40,7 @@ class Plan:
     """Division of `length` samples into global batches, and of those among the ranks.
 
     Batch s of an epoch holds the same samples for any number of ranks; only the assignment to ranks differs.
-
-    Args:
-        length: Number of samples.
-        batch_size: Samples per step over all ranks; a multiple of `size`.
-        rank: This rank.
-        size: Number of ranks.
-        shuffle: Whether each epoch has a new order.
-        seed: Seed of the order, together with the epoch.
-        remainder: Treatment of a last batch that is not full: "keep" or "drop".
+    With `shuffle` each epoch has a new order, which depends on seed and epoch alone.
     """
 
     length: int
@@ -101,59 +88,91 @@ def permutation(length: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.Generator(bits).permutation(length)
 
 
-def checked_batch_size(batch_size: Any, size: int) -> int:
-    """Return the global batch as an int.
+@dataclass
+class Position:
+    """An epoch and the steps done in it, the same on all ranks."""
 
-    Raises:
-        ValueError: If it is missing, not positive, or not a multiple of the number of ranks; the nearest are named.
-        TypeError: If it is no integer.
+    epoch: int = 0  # with the seed it determines the order
+    step: int = 0  # the step at which this epoch begins; not 0 only if a run was resumed inside an epoch
+    done: int = 0  # steps trained on since then
+    readings: int = 0  # how many times the data was iterated from the beginning
+
+    def at(self, index: int, steps: int) -> tuple[int, int]:
+        """Return epoch and step of the `index`-th batch from here, in epochs of `steps` batches."""
+        return self.epoch + (self.step + index) // steps, (self.step + index) % steps
+
+    def move(self, epoch: int, step: int) -> None:
+        """Begin at a step of an epoch."""
+        self.epoch, self.step, self.done = epoch, step, 0
+
+    def advance(self, count: int, steps: int) -> None:
+        """Advance by `count` steps, across the ends of epochs."""
+        self.move(*self.at(count, steps))
+
+    def origin(self) -> dict[str, int]:
+        """Return the position at which the current epoch, or window of steps, began."""
+        return {"epoch": self.epoch, "step": self.step}
+
+    def state(self, steps: int) -> dict[str, int]:
+        """Return the position after the steps that are done, in epochs of `steps` batches."""
+        epoch, step = self.at(self.done, steps)
+        return {"epoch": epoch, "step": step}
+
+
+@dataclass(frozen=True)
+class Part:
+    """One rank's samples of one global batch: nests of arrays of shape (rows, ...), y and weight may be None."""
+
+    x: Any
+    y: Any
+    weight: Any
+    rows: Rows
+
+    def dealt(self) -> Any:
+        """Return the part for `fit` and `evaluate`: on several ranks with the numbers of samples."""
+        batch = packed(self.x, self.y, self.weight)
+        return batch if self.rows.size == 1 else Dealt(batch, np.array([self.rows.own, self.rows.total]))
+
+    def weighted(self, keep: bool) -> Any:
+        """Return x, (x, y) or (x, y, sample_weight) for a custom training loop.
+
+        The mean of weighted losses on each rank, averaged over the ranks, is the mean over the samples.
+
+        Args:
+            keep: Whether batches that are not full are kept; then all batches with targets have weights.
+        """
+        weight = self.weight
+        if weight is None and keep and self.y is not None:
+            weight = np.ones(len(self.rows.take), keras.config.floatx())
+        return packed(self.x, self.y, structures.mapped(self._scaled, weight))
+
+    def _scaled(self, weight: np.ndarray, _: str) -> np.ndarray:
+        weight, factor = weight.astype(keras.config.floatx(), copy=False), self.rows.weight
+        return weight if factor == 1 else weight * weight.dtype.type(factor)
+
+
+def part_of(batch: tuple[Any, Any, Any], rows: Rows, class_weight: dict[int, float] | None) -> Part:
+    """Take a rank's rows of a global batch, a tuple of x, y and sample_weight."""
+    x, y, weight = (structures.rows(value, rows.take) for value in batch)
+    if class_weight is not None:
+        refuse_both(weight)
+        weight = class_weights(y, class_weight)
+    return Part(x, y, weight, rows)
+
+
+def class_weights(y: Any, class_weight: dict[int, float]) -> np.ndarray:
+    """Return each sample's weight by its class, as `fit(class_weight=...)` computes it.
+
+    Args:
+        y: Class numbers of shape (samples,) or (samples, 1), or one-hot rows.
+        class_weight: Weight of each class; a class that is not in it weighs 1.
     """
-    if batch_size is None:
-        raise ValueError(
-            "hvd.shard: batch_size is missing. Give the number of samples a step over all ranks, for example "
-            f"batch_size={32 * size}, which is 32 on each of the {size} ranks."
-        )
-    try:
-        number = operator.index(batch_size)
-    except TypeError:
-        number = -1
-    if isinstance(batch_size, bool | np.bool_) or (number == -1 and batch_size != -1):
-        raise TypeError(f"hvd.shard: batch_size must be an integer. Received: batch_size={batch_size!r}.")
-    if number < 1 or number % size:
-        raise ValueError(
-            f"hvd.shard: batch_size is the global batch and must divide by the {size} ranks. Received: "
-            f"batch_size={number}. Nearest: {_nearest(number, size)}."
-        )
-    return number
-
-
-def checked_remainder(remainder: Any) -> str:
-    """Return "keep" or "drop"; "pad" is the name of "keep" up to version 0.1.
-
-    Raises:
-        ValueError: For any other value.
-    """
-    if remainder == "pad":
-        return "keep"
-    if remainder not in REMAINDERS:
-        raise ValueError(
-            "hvd.shard: remainder must be 'keep' (train on a last batch that is not full) or 'drop' (leave it "
-            f"out). Received: remainder={remainder!r}."
-        )
-    return remainder
-
-
-def checked_count(value: Any, name: str) -> int:
-    """Return `value` as an int of at least 0, or raise a TypeError or ValueError that names it."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise TypeError(f"hvd.shard: {name} must be an integer. Received: {name}={value!r}.") from None
-    if number < 0:
-        raise ValueError(f"hvd.shard: {name} must be 0 or more. Received: {name}={value!r}.")
-    return number
-
-
-def _nearest(number: int, size: int) -> str:
-    below = number // size * size
-    return f"{below} or {below + size}" if below > 0 else str(size)
+    if not isinstance(y, np.ndarray):
+        raise ValueError("hvd.shard: class_weight needs one array of targets. Received: several, or none.")
+    if y.ndim > 1:
+        y = y.argmax(-1) if y.shape[-1] > 1 else y[..., 0]
+    numbers = np.round(y).astype(np.int64)
+    result = np.ones(numbers.shape, keras.config.floatx())
+    for number, weight in class_weight.items():
+        result[numbers == int(number)] = weight
+    return result

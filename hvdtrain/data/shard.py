@@ -1,24 +1,23 @@
 """Implement `hvd.shard`: every sample once per epoch over all ranks, and the same number of steps on each."""
 
-import types
+import operator
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.engine import Engine
-from hvdtrain.data import caches, dataset_graph, datasets
-from hvdtrain.data.arrays import array_source
+from hvdtrain.data import dataset_graph, datasets, structures
 from hvdtrain.data.collective_errors import compare, together
-from hvdtrain.data.generators import ShardedGenerator
-from hvdtrain.data.position import Position
-from hvdtrain.data.pydataset import BatchSource, batch_source
-from hvdtrain.data.sample_plan import Plan, checked_batch_size, checked_count, checked_remainder
-from hvdtrain.data.sharded_dataset import ShardedDataset
+from hvdtrain.data.pipelines import tf_pipeline
+from hvdtrain.data.sample_plan import Plan, Position
+from hvdtrain.data.sharded_dataset import ShardedDataset, ShardedGenerator
+from hvdtrain.data.sources import ArraySource, BatchSource, batch_rows
 
 _ADVICE = (
     "hvd.shard gives each rank its part of the whole: load the same data with the same arguments on every rank. "
@@ -27,33 +26,17 @@ _ADVICE = (
 )
 
 _OF_A_GENERATOR = (
-    "of a generator neither length nor order is known. Every rank runs all of it and takes its rows, so it must "
-    "yield the same batches on all ranks (the same random seed), and as many. A keras.utils.PyDataset or a "
+    "hvd.shard: of a generator neither length nor order is known. Every rank runs all of it and takes its rows, so "
+    "it must yield the same batches on all ranks (the same random seed), and as many. A keras.utils.PyDataset or a "
     "tf.data.Dataset can be checked, shuffled and resumed."
 )
+
+_NO_INTEGER = "hvd.shard: {name} must be an integer. Received: {name}={value!r}."
 
 # The types that `hvd.shard` returns.
 Sharded = ShardedDataset | datasets.ShardedTFDataset | ShardedGenerator
 
-_Found = tuple[Callable[[], Any], list[tuple[str, str]], str | None]
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The arguments of `hvd.shard`, checked."""
-
-    batch_size: Any
-    shuffle: bool | int | None
-    seed: int
-    remainder: str
-    epoch: int
-    step: int
-
-    def facts(self) -> list[tuple[str, str]]:
-        return [(name, f"{name}={value!r}") for name, value in vars(self).items()]
-
-    def shuffled(self, default: bool) -> bool:
-        return default if self.shuffle is None else bool(self.shuffle)
+_Read = tuple[Callable[[], Any], structures.Facts]
 
 
 def shard(
@@ -116,40 +99,55 @@ def shard(
     if engine.size > 1:
         # A complete file holds all samples, unless each rank reads some of the files.
         divided = isinstance(data, tf.data.Dataset) and dataset_graph.reads_files(data)
-        caches.refuse_common(engine, "hvd.shard", caches.files_of(data, whole=not divided))
-    local = _Local(data, engine, class_weight)
-    make, facts, notice = together(
-        engine,
-        "hvd.shard",
-        lambda: local.read(_checked(batch_size, shuffle, seed, remainder, epoch, step, engine)),
-    )
+        files = dataset_graph.cache_files(data, whole=not divided)
+        dataset_graph.refuse_common_caches(engine, "hvd.shard", files)
+
+    def read() -> _Read:
+        request = _Request(data, engine, batch_size, shuffle, seed, remainder, class_weight, epoch, step)
+        make, facts = request.read()
+        return make, [*request.facts(), *facts]
+
+    make, facts = together(engine, "hvd.shard", read)
     compare(engine, "hvd.shard", facts, _ADVICE)
-    if notice and engine.rank == 0:
-        warnings.warn(f"hvd.shard: {notice}", stacklevel=2)
-    return make()
+    result = make()
+    if isinstance(result, ShardedGenerator) and engine.rank == 0:
+        warnings.warn(_OF_A_GENERATOR, stacklevel=2)
+    return result
 
 
-def _checked(
-    batch_size: Any, shuffle: Any, seed: Any, remainder: Any, epoch: Any, step: Any, engine: Engine
-) -> _Request:
-    counts = [checked_count(seed, "seed"), checked_count(epoch, "epoch"), checked_count(step, "step")]
-    size = None if batch_size is None else checked_batch_size(batch_size, engine.size)
-    if shuffle is not None and not isinstance(shuffle, bool):
-        shuffle = checked_count(shuffle, "shuffle")
-    return _Request(size, shuffle, counts[0], checked_remainder(remainder), *counts[1:])
+@dataclass
+class _Request:
+    """The data of one rank and the arguments of `hvd.shard`, which it checks.
 
-
-@dataclass(frozen=True)
-class _Local:
-    """The data of one rank, read without communication."""
+    The methods that read the data do not communicate. They return a function that makes the result, which may, and
+    the facts that all ranks compare before.
+    """
 
     data: Any
     engine: Engine
-    class_weight: dict[int, float] | None
+    batch_size: Any
+    shuffle: Any
+    seed: Any
+    remainder: Any
+    class_weight: Any
+    epoch: Any
+    step: Any
 
-    def read(self, request: _Request) -> _Found:
-        """Return a function that makes the result, the facts that all ranks compare, and a warning or None."""
-        kinds = [("the kind of data", type(self.data).__name__), *request.facts()]
+    def __post_init__(self) -> None:
+        self.seed = _count(self.seed, "seed")
+        self.epoch = _count(self.epoch, "epoch")
+        self.step = _count(self.step, "step")
+        if self.batch_size is not None:
+            self.batch_size = checked_batch_size(self.batch_size, self.engine.size)
+        if self.shuffle is not None and not isinstance(self.shuffle, bool):
+            self.shuffle = _count(self.shuffle, "shuffle")
+        if self.remainder == "pad":  # the name of "keep" up to version 0.1
+            self.remainder = "keep"
+        if self.remainder not in ("keep", "drop"):
+            raise ValueError(
+                "hvd.shard: remainder must be 'keep' (train on a last batch that is not full) or 'drop' (leave it "
+                f"out). Received: remainder={self.remainder!r}."
+            )
         if isinstance(self.data, Sharded):
             raise ValueError("hvd.shard: this data is sharded already.")
         if not isinstance(self.class_weight, dict | None):
@@ -157,85 +155,117 @@ class _Local:
                 "hvd.shard: class_weight must be a dict of class numbers and weights, such as {0: 1.0, 1: 2.5}. "
                 f"Received: class_weight={self.class_weight!r}."
             )
+
+    def facts(self) -> structures.Facts:
+        names = ("batch_size", "shuffle", "seed", "remainder", "epoch", "step")
+        arguments = [(name, f"{name}={getattr(self, name)!r}") for name in names]
+        return [("the kind of data", type(self.data).__name__), *arguments]
+
+    def read(self) -> _Read:
         if isinstance(self.data, tf.data.Dataset):
-            make, facts, notice = self._tf(request)
-        elif isinstance(self.data, keras.utils.PyDataset):
-            make, facts, notice = self._batches(request)
-        elif isinstance(self.data, types.GeneratorType | Iterator):
-            make, facts, notice = self._generator(request)
-        else:
-            make, facts, notice = self._arrays(request)
-        return make, kinds + facts, notice
+            return self._read_tf()
+        if isinstance(self.data, keras.utils.PyDataset):
+            return self._read_batches()
+        if isinstance(self.data, Iterator):
+            return self._read_generator()
+        return self._read_arrays()
 
-    def _arrays(self, request: _Request) -> _Found:
-        batch_size, engine = checked_batch_size(request.batch_size, self.engine.size), self.engine
-        shuffle = request.shuffled(True)
-        source = array_source(
-            self.data,
-            lambda length: Plan(
-                length, batch_size, engine.rank, engine.size, shuffle, request.seed, request.remainder
-            ),
-        )
-        return self._sharded(source, request)
+    def _read_arrays(self) -> _Read:
+        engine, batch_size = self.engine, checked_batch_size(self.batch_size, self.engine.size)
+        x, y, weight = structures.all_arrays(structures.unpacked(self.data))
+        if weight is not None and y is None:
+            raise ValueError("hvd.shard: a sample_weight without targets y has no use in Keras.")
+        length, shuffle = structures.length((x, y, weight)), self.shuffle is None or bool(self.shuffle)
+        plan = Plan(length, batch_size, engine.rank, engine.size, shuffle, self.seed, self.remainder)
+        return self._sharded(ArraySource(x, y, weight, plan))
 
-    def _batches(self, request: _Request) -> _Found:
-        source = batch_source(
-            self.data,
-            request.batch_size,
-            self.engine.size,
-            lambda **found: BatchSource(
-                self.data,
-                rank=self.engine.rank,
-                size=self.engine.size,
-                shuffle=request.shuffled(True),
-                seed=request.seed,
-                remainder=request.remainder,
-                **found,
-            ),
-        )
-        for past in range(request.epoch):
+    def _read_batches(self) -> _Read:
+        engine, shuffle = self.engine, self.shuffle is None or bool(self.shuffle)
+        rows = batch_rows(self.data, self.batch_size, engine.size)
+        source = BatchSource(self.data, *rows, engine.rank, engine.size, shuffle, self.seed, self.remainder)
+        for past in range(self.epoch):
             source.begin(past)
             source.end(past)
-        return self._sharded(source, request)
+        return self._sharded(source)
 
-    def _sharded(self, source: Any, request: _Request) -> _Found:
+    def _sharded(self, source: ArraySource | BatchSource) -> _Read:
         weighted = source if self.class_weight is None else source.weighted(self.class_weight)
-        position = _position(request, source.steps)
-        return lambda: ShardedDataset(weighted, position), source.facts(), None
+        position = self._position(source.steps)
+        return lambda: ShardedDataset(weighted, position), source.facts()
 
-    def _tf(self, request: _Request) -> _Found:
-        datasets.refuse_to_resume(self.data, request.epoch, request.step)
+    def _read_tf(self) -> _Read:
+        if (self.epoch or self.step) and dataset_graph.reshuffles(self.data):
+            raise ValueError(
+                "hvd.shard: this data set shuffles itself, in an order that depends on how often it has been read, "
+                f"so a run cannot be resumed with it. Received: epoch={self.epoch}, step={self.step}. Leave its "
+                ".shuffle() out and type hvd.shard(…, shuffle=True), from the first epoch on; or "
+                ".shuffle(…, reshuffle_each_iteration=False)."
+            )
         own = datasets.own_batch(self.data)
-        batch_size = checked_batch_size(
-            own if request.batch_size is None else request.batch_size, self.engine.size
-        )
-        shuffle = False if request.shuffle is None else request.shuffle
+        wanted = own if self.batch_size is None else self.batch_size
+        batch_size = checked_batch_size(wanted, self.engine.size)
+        shuffle, keep = self.shuffle or False, self.remainder == "keep"
 
         def make() -> datasets.ShardedTFDataset:
-            keep = request.remainder == "keep"
-            pipeline = datasets.tf_pipeline(self.data, own, batch_size, self.engine, shuffle, keep)
-            position = _position(request, pipeline.steps)
-            result = datasets.ShardedTFDataset(pipeline, request.seed, position)
-            return result if self.class_weight is None else result.weighted(self.class_weight)
+            pipeline = tf_pipeline(self.data, own, batch_size, self.engine, shuffle, keep, self.class_weight)
+            return datasets.ShardedTFDataset(pipeline, self.seed, self._position(pipeline.steps))
 
-        return make, datasets.tf_facts(self.data), None
+        return make, datasets.tf_facts(self.data)
 
-    def _generator(self, request: _Request) -> _Found:
-        batch_size = checked_batch_size(request.batch_size, self.engine.size)
-        if request.shuffle or request.epoch or request.step:
+    def _read_generator(self) -> _Read:
+        engine, batch_size = self.engine, checked_batch_size(self.batch_size, self.engine.size)
+        if self.shuffle or self.epoch or self.step:
             raise ValueError(
                 "hvd.shard: a generator can be neither shuffled nor begun in its middle; shuffle, epoch and step "
                 "are for arrays, tf.data.Dataset and keras.utils.PyDataset."
             )
-        keep, engine = request.remainder == "keep", self.engine
+        keep = self.remainder == "keep"
         result = ShardedGenerator(self.data, batch_size, engine.rank, engine.size, keep, self.class_weight)
-        return lambda: result, [], _OF_A_GENERATOR
+        return lambda: result, []
+
+    def _position(self, steps: int | None) -> Position:
+        if steps is not None and self.step >= steps:
+            raise ValueError(
+                f"hvd.shard: step must be one of the {steps} steps of an epoch, 0 to {steps - 1}. Received: "
+                f"step={self.step}."
+            )
+        return Position(self.epoch, self.step)
 
 
-def _position(request: _Request, steps: int | None) -> Position:
-    if steps is not None and request.step >= steps:
+def checked_batch_size(batch_size: Any, size: int) -> int:
+    """Return the global batch as an int.
+
+    Raises:
+        ValueError: If it is missing, not positive, or not a multiple of the number of ranks; the nearest are named.
+        TypeError: If it is no integer.
+    """
+    if batch_size is None:
         raise ValueError(
-            f"hvd.shard: step must be one of the {steps} steps of an epoch, 0 to {steps - 1}. Received: "
-            f"step={request.step}."
+            "hvd.shard: batch_size is missing. Give the number of samples a step over all ranks, for example "
+            f"batch_size={32 * size}, which is 32 on each of the {size} ranks."
         )
-    return Position(request.epoch, request.step)
+    if isinstance(batch_size, bool | np.bool_):
+        raise TypeError(_NO_INTEGER.format(name="batch_size", value=batch_size))
+    number = _integer(batch_size, "batch_size")
+    if number < 1 or number % size:
+        below = number // size * size
+        nearest = f"{below} or {below + size}" if below > 0 else str(size)
+        raise ValueError(
+            f"hvd.shard: batch_size is the global batch and must divide by the {size} ranks. Received: "
+            f"batch_size={number}. Nearest: {nearest}."
+        )
+    return number
+
+
+def _count(value: Any, name: str) -> int:
+    number = _integer(value, name)
+    if number < 0:
+        raise ValueError(f"hvd.shard: {name} must be 0 or more. Received: {name}={value!r}.")
+    return number
+
+
+def _integer(value: Any, name: str) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise TypeError(_NO_INTEGER.format(name=name, value=value)) from None

@@ -1,14 +1,16 @@
 """Work with nests of arrays: x, (x, y) and (x, y, sample_weight), each an array, a dict or a tuple of arrays."""
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
 
-NAMES = ("x", "y", "sample_weight")
+_NAMES = ("x", "y", "sample_weight")
 _MANY = 10  # an error names at most this many arrays
+
+Facts = list[tuple[str, str]]  # what must be the same on all ranks: names and values
 
 
 def unpacked(data: Any) -> tuple[Any, Any, Any]:
@@ -25,16 +27,12 @@ def unpacked(data: Any) -> tuple[Any, Any, Any]:
 
 def all_arrays(parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
     """Convert the leaves of x, y and sample_weight to NumPy arrays; see `arrays`."""
-    x, y, weight = (arrays(part, name) for part, name in zip(parts, NAMES, strict=True))
+    x, y, weight = map(arrays, parts, _NAMES)
     return x, y, weight
 
 
 def arrays(value: Any, name: str) -> Any:
-    """Convert the leaves of a nest to NumPy arrays; arrays are not copied.
-
-    Raises:
-        TypeError: If a leaf cannot be indexed by samples.
-    """
+    """Convert the leaves of a nest to NumPy arrays, without a copy; raise TypeError for one without rows."""
     return mapped(_array, value, name)
 
 
@@ -49,11 +47,11 @@ def mapped(function: Callable[[Any, str], Any], value: Any, name: str = "") -> A
     return function(value, name)
 
 
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the leaves of a nest with names such as x['image'] or y[0]."""
+def leaves(value: Any, name: str = "") -> list[tuple[str, Any]]:
+    """Return the leaves of a nest with names such as x['image'] or y[0]."""
     found: list[tuple[str, Any]] = []
     mapped(lambda leaf, path: found.append((path, leaf)), value, name)
-    return iter(found)
+    return found
 
 
 def length(parts: tuple[Any, Any, Any]) -> int:
@@ -62,26 +60,26 @@ def length(parts: tuple[Any, Any, Any]) -> int:
     Raises:
         ValueError: If arrays have different lengths (each is named), or one has no dimension.
     """
-    shapes = {
-        name: leaf.shape
-        for part, label in zip(parts, NAMES, strict=True)
-        for name, leaf in leaves(part, label)
-    }
-    if any(len(shape) == 0 for shape in shapes.values()):
-        scalar = next(name for name, shape in shapes.items() if len(shape) == 0)
-        raise ValueError(f"hvd.shard: {scalar} is a single number; its first dimension must be the samples.")
-    if not shapes:
+    lengths: dict[str, int] = {}
+    for part, label in zip(parts, _NAMES, strict=True):
+        for name, leaf in leaves(part, label):
+            if leaf.ndim == 0:
+                raise ValueError(
+                    f"hvd.shard: {name} is a single number; its first dimension must be the samples."
+                )
+            lengths[name] = len(leaf)
+    if not lengths:
         raise ValueError("hvd.shard: there are no arrays in the data. Received: None.")
-    if len({shape[0] for shape in shapes.values()}) != 1:
-        listed = [f"{name}: {shape[0]}" for name, shape in shapes.items()]
+    if len(set(lengths.values())) > 1:
+        listed = [f"{name}: {count}" for name, count in lengths.items()]
+        lists = ""
         if len(listed) > _MANY:
             listed[_MANY // 2 : -_MANY // 2] = ["…"]
-        lists = " A list is read as several inputs, as in fit: numpy.array(list) makes one of it."
+            lists = " A list is read as several inputs, as in fit: numpy.array(list) makes one of it."
         raise ValueError(
-            f"hvd.shard: all arrays must hold the same number of samples. Received: {', '.join(listed)}."
-            f"{lists if len(shapes) > _MANY else ''}"
+            f"hvd.shard: all arrays must hold the same number of samples. Received: {', '.join(listed)}.{lists}"
         )
-    return next(iter(shapes.values()))[0]
+    return next(iter(lengths.values()))
 
 
 def rows(value: Any, indices: np.ndarray) -> Any:
@@ -91,33 +89,30 @@ def rows(value: Any, indices: np.ndarray) -> Any:
 
 def as_keras(array: np.ndarray) -> np.ndarray:
     """Cast floats of other widths to `keras.config.floatx()`."""
-    if array.dtype.kind == "f":
-        return array.astype(keras.config.floatx(), copy=False)
-    return array
+    return array.astype(keras.config.floatx(), copy=False) if array.dtype.kind == "f" else array
 
 
-def all_described(parts: tuple[Any, Any, Any]) -> list[tuple[str, str]]:
+def all_described(parts: tuple[Any, Any, Any]) -> Facts:
     """Return the facts of x, y and sample_weight that ranks compare; see `described`."""
-    return [fact for part, name in zip(parts, NAMES, strict=True) for fact in described(part, name)]
+    return [fact for part, name in zip(parts, _NAMES, strict=True) for fact in described(part, name)]
 
 
-def described(part: Any, label: str) -> list[tuple[str, str]]:
+def described(part: Any, label: str) -> Facts:
     """Return the facts that ranks compare: dtype and shape of every leaf, and a checksum of some samples."""
     facts = []
     for name, leaf in leaves(part, label):
-        picked = np.unique(np.linspace(0, len(leaf) - 1, min(len(leaf), 16)).astype(int))
         facts.append((name, f"{leaf.dtype} of shape (any, {', '.join(map(str, leaf.shape[1:]))})"))
-        facts.append((f"the content of {name}", f"checksum {checksum(leaf[picked]):08x}"))
+        facts.append((f"the content of {name}", f"checksum {checksum(spread(leaf)):08x}"))
     return facts
 
 
-def checksum(array: Any, before: int = 0) -> int:
-    """Return the CRC-32 of an array's bytes, or of its text if it holds Python objects.
+def spread(array: np.ndarray) -> np.ndarray:
+    """Return at most 16 rows, evenly spread."""
+    return array[np.unique(np.linspace(0, len(array) - 1, min(len(array), 16)).astype(int))]
 
-    Args:
-        array: The array.
-        before: CRC-32 of preceding data, which this one continues.
-    """
+
+def checksum(array: Any, before: int = 0) -> int:
+    """Continue the CRC-32 `before` by an array's bytes, or by its text if it holds Python objects."""
     array = np.ascontiguousarray(array)
     if array.dtype.hasobject:
         return zlib.crc32(repr(array.tolist()).encode(), before)
@@ -129,7 +124,6 @@ def checksum_of_all(leaves: Iterable[np.ndarray], rows: int | None = None) -> in
     """Return the CRC-32 over several arrays, their shapes and dtypes included.
 
     Args:
-        leaves: The arrays.
         rows: Approximate number of rows of each that are read, evenly spread; None for all.
     """
     value = 0
@@ -148,8 +142,9 @@ def _array(leaf: Any, name: str) -> np.ndarray:
         except Exception as error:
             raise TypeError(f"hvd.shard: {name} cannot be read as an array: {error}") from error
     if callable(leaf):
+        called = f"{getattr(leaf, '__name__', 'make_batches')}()".replace("<lambda>", "make_batches")
         raise TypeError(
-            f"hvd.shard: {name} is a function. Call it, if it makes a generator: hvd.shard({_called(leaf)}, …); or "
+            f"hvd.shard: {name} is a function. Call it, if it makes a generator: hvd.shard({called}, …); or "
             "make a tf.data.Dataset of it: tf.data.Dataset.from_generator(…)."
         )
     kind = f"{type(leaf).__module__}.{type(leaf).__name__}"
@@ -164,10 +159,6 @@ def _array(leaf: Any, name: str) -> np.ndarray:
         f"hvd.shard: {name} must be a NumPy array, or something that becomes one. Received: "
         f"{kind}. Ragged data go into a tf.data.Dataset."
     )
-
-
-def _called(function: Callable[..., Any]) -> str:
-    return f"{getattr(function, '__name__', 'make_batches')}()".replace("<lambda>", "make_batches")
 
 
 def _is_numbers(value: Any) -> bool:

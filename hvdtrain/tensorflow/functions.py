@@ -10,6 +10,7 @@ from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.trained_variables import NOTHING, registry
+from hvdtrain.keras.collectives import allgather_object, broadcast_object  # noqa: F401 - also scripts' imports
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 
 _INSTEAD = (
@@ -32,7 +33,7 @@ def broadcast_variables(
             `optimizer.variables`.
         root_rank: The rank whose values all ranks receive, numbered as in the global process set.
         process_set: The ranks that take part.
-        inplace: Ignored; accepted for compatibility with Horovod: both need the same memory.
+        inplace: Ignored; accepted for compatibility with Horovod.
 
     Returns:
         None; in a graph of TensorFlow 1 the operation to run.
@@ -56,10 +57,8 @@ def broadcast_(
     """Copy the variables of one rank to all ranks, and return the values as tensors.
 
     Args:
-        variables: As for `broadcast_variables`; dtypes may be mixed.
-        root_rank: The rank whose values all ranks receive.
-        name: Ignored; accepted for compatibility with Horovod.
-        process_set: The ranks that take part.
+        variables: As for `broadcast_variables`, like the other arguments; dtypes may be mixed.
+        name: Ignored here and below; accepted for compatibility with Horovod.
 
     Returns:
         A list of tensors with the new values of the variables.
@@ -73,13 +72,7 @@ def broadcast_(
 
 
 def broadcast_global_variables(root_rank: int) -> Any:
-    """Copy all global variables of a TensorFlow 1 graph from one rank to all ranks.
-
-    Args:
-        root_rank: The rank whose values all ranks receive.
-
-    Returns:
-        The operation to run.
+    """Return the operation that copies all global variables of a TensorFlow 1 graph from one rank to all ranks.
 
     Raises:
         RuntimeError: Outside such a graph; the message names the function to call instead.
@@ -97,7 +90,7 @@ class BroadcastGlobalVariablesHook(tf.compat.v1.train.SessionRunHook):
         device: The device of the operation.
 
     Raises:
-        RuntimeError: Outside a graph of TensorFlow 1; the message names the function to call instead.
+        RuntimeError: As `broadcast_global_variables`.
     """
 
     def __init__(self, root_rank: int, device: str = "") -> None:
@@ -118,31 +111,6 @@ class BroadcastGlobalVariablesHook(tf.compat.v1.train.SessionRunHook):
         session.run(self.bcast_op)
 
 
-def broadcast_object(
-    obj: Any = None,
-    root_rank: int = 0,
-    session: Any = None,
-    name: str | None = None,
-    process_set: ProcessSet = global_process_set,
-) -> Any:
-    """Send a Python object of one rank to all ranks, such as the epoch at which a resumed run continues.
-
-    Args:
-        obj: Any object that can be pickled. The objects of ranks other than `root_rank` are ignored.
-        root_rank: The rank whose object all ranks receive.
-        session: Ignored; accepted for compatibility with Horovod.
-        name: Ignored; accepted for compatibility with Horovod.
-        process_set: The ranks that take part.
-
-    Returns:
-        The object of `root_rank`.
-
-    Raises:
-        ValueError: If there is no such rank, or this rank is not in `process_set`.
-    """
-    return engine_of(process_set).broadcast_object(obj, root_rank)
-
-
 def broadcast_object_fn(
     root_rank: int = 0,
     session: Any = None,
@@ -153,29 +121,6 @@ def broadcast_object_fn(
     return functools.partial(
         broadcast_object, root_rank=root_rank, session=session, name=name, process_set=process_set
     )
-
-
-def allgather_object(
-    obj: Any,
-    session: Any = None,
-    name: str | None = None,
-    process_set: ProcessSet = global_process_set,
-) -> list[Any]:
-    """Send the Python objects of all ranks to all ranks.
-
-    Args:
-        obj: Any object that can be pickled.
-        session: Ignored; accepted for compatibility with Horovod.
-        name: Ignored; accepted for compatibility with Horovod.
-        process_set: The ranks that take part.
-
-    Returns:
-        The objects in rank order.
-
-    Raises:
-        ValueError: If this rank is not in `process_set`.
-    """
-    return engine_of(process_set).allgather_object(obj)
 
 
 def _assigned(variables: Sequence[Any], root_rank: int, process_set: ProcessSet) -> list[Any]:

@@ -1,12 +1,98 @@
-"""Accumulate the gradients of several backward passes, for optimizers that cannot do so themselves."""
+"""Combine the gradients of custom training loops: over all ranks, and over several backward passes."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import tensorflow as tf
 
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
+from hvdtrain.data.global_batch import weighted
+from hvdtrain.gradients.options import ReduceOptions
+from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.trained_variables import registry
-from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
+from hvdtrain.gradients.verification import Policy, Verification
+from hvdtrain.runtime.process_sets import ProcessSet, engine_or_alone, global_process_set
+from hvdtrain.tensorflow.util import check_adasum
+
+
+class Reduction:
+    """A function that combines the gradients of a tape or an optimizer over all ranks. Gradients may be None.
+
+    The weights are verified at the second step, because scripts written for Horovod broadcast them after the first.
+    Different weights cause a warning there, and an error if they still differ at the tenth step.
+
+    Args:
+        options: How to combine the gradients.
+        process_set: The ranks that take part. On other ranks gradients stay unchanged.
+    """
+
+    def __init__(self, options: ReduceOptions, process_set: ProcessSet) -> None:
+        engine = engine_or_alone(process_set)
+        check_adasum(engine, options.op)
+        self._engine, self._options = engine, options
+        verification = Verification(engine, options, Policy(0))
+        self._reducer = GradientReducer(engine, TensorFlowBridge(), options, verification)
+        self.keep_local = self._reducer.keep_local
+        self.is_local = self._reducer.is_local
+
+    def __call__(self, gradients: Sequence[Any], sources: Sequence[Any]) -> list[Any]:
+        """Reduce the gradients of one step.
+
+        Args:
+            gradients: Tensors, `tf.IndexedSlices` or None.
+            sources: The variables or tensors to which they belong.
+
+        Raises:
+            MismatchError: On every rank, if the ranks do not have gradients of the same sources.
+        """
+        result = weighted(gradients)
+        indices = [index for index, gradient in enumerate(result) if gradient is not None]
+        if indices:
+            self._reducer.name = f"{self._options.name}.{_number_in_graph()}"
+            self._reducer.verification = self._verification([sources[index] for index in indices])
+            named = [_named(sources[index], index) for index in indices]
+            reduced = self._reducer([result[index] for index in indices], named, [])
+            for index, gradient in zip(indices, reduced, strict=True):
+                result[index] = gradient
+        return result
+
+    def _verification(self, sources: Sequence[Any]) -> Verification:
+        """Return the verification of these variables. It outlives a tape, because each step may use a new tape."""
+        in_session = not (tf.executing_eagerly() or tf.inside_function())
+        if in_session or not all(hasattr(source, "assign") for source in sources):
+            return Verification(self._engine, self._options, Policy(0))
+        policy = replace(Policy.from_environment(), first=1, strict=False, again=True)
+        new = Verification(self._engine, self._options, policy)
+        # Stored in the first variable, so that it lives as long as the variables that it verifies.
+        verifications = sources[0].__dict__.setdefault("_hvdtrain_verifications", {})
+        key = (id(self._engine), self._options.op, *(id(source) for source in sources))
+        return verifications.setdefault(key, new)
+
+
+@dataclass(frozen=True)
+class _NamedTensor:
+    """A name and the shape of a tensor among the sources, because the name of a tensor is not meaningful."""
+
+    name: str
+    shape: Any
+
+
+def _named(source: Any, index: int) -> Any:
+    return source if hasattr(source, "assign") else _NamedTensor(f"source {index}", source.shape)
+
+
+def _number_in_graph() -> int:
+    """Return the number of earlier reductions in this graph: two may run at once and need different names.
+
+    The count starts at 0 in each graph. With a common count, the names would differ between ranks if a function is
+    traced again on one rank only.
+    """
+    if tf.executing_eagerly():
+        return 0
+    reductions = tf.compat.v1.get_default_graph().get_collection_ref("hvdtrain_reductions")
+    reductions.append(None)
+    return len(reductions) - 1
 
 
 class LocalGradientAggregationHelper:
@@ -20,8 +106,7 @@ class LocalGradientAggregationHelper:
         allreduce_func: Function that takes gradients and their variables and returns the reduced gradients.
         sparse_as_dense: Whether to make sparse gradients dense; only dense gradients can be accumulated.
         average_aggregated_gradients: Whether to divide the sum of a window by its number of passes.
-        rank: Ignored; accepted for compatibility with Horovod.
-        optimizer_type: Ignored; accepted for compatibility with Horovod.
+        rank: Ignored, as is `optimizer_type`; accepted for compatibility with Horovod.
         process_set: The ranks that train together.
         scale_local_gradients: Whether to divide gradients of local variables by the number of ranks.
         name: Prefix of the name of the counter variable.
@@ -87,7 +172,12 @@ class LocalGradientAggregationHelper:
         indices = [index for index, grad in enumerate(grads) if grad is not None]
         dense = [self._dense(grads[index]) for index in indices]
         variables = [vars[index] for index in indices]
-        self._make_variables(dense)
+        if self.counter is None:
+            with tf.init_scope():
+                self.counter = tf.Variable(0, trainable=False, name=f"{self.name}counter")
+                self._sums = [
+                    tf.Variable(tf.zeros(grad.shape, grad.dtype), trainable=False) for grad in dense
+                ]
         sums = [total.assign_add(grad) for total, grad in zip(self._sums, dense, strict=True)]
         with tf.control_dependencies(sums):
             passes = self.counter.assign_add(1)
@@ -103,13 +193,9 @@ class LocalGradientAggregationHelper:
     def apply_gradients(
         self, apply_grads_closure: Callable[[], Any], optimizer: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        """Apply gradients if a window has just ended.
+        """Apply gradients with `apply_grads_closure` if a window has just ended.
 
-        Args:
-            apply_grads_closure: Function that applies them.
-            optimizer: The optimizer. If it has `iterations`, they count the other passes too.
-            *args: Not used.
-            **kwargs: Not used.
+        If the optimizer has `iterations`, they count the other passes too. Further arguments are not used.
         """
 
         def skip() -> Any:
@@ -128,7 +214,11 @@ class LocalGradientAggregationHelper:
     def _end_window(self, variables: Sequence[Any]) -> list[Any]:
         """Reduce the accumulated gradients and set the sums to zero."""
         accumulated = [tf.identity(total) for total in self._sums]
-        shared = [index for index, variable in enumerate(variables) if not self._is_local(variable)]
+        shared = [
+            index
+            for index, variable in enumerate(variables)
+            if not any(variable is local for local in self._local)
+        ]
         reduced = self._reduce(
             [accumulated[index] for index in shared], [variables[index] for index in shared]
         )
@@ -143,9 +233,6 @@ class LocalGradientAggregationHelper:
         passes = self.backward_passes_per_step if self.average_aggregated_gradients else 1
         return [grad / passes for grad in results]
 
-    def _is_local(self, variable: Any) -> bool:
-        return any(variable is local for local in self._local)
-
     def _dense(self, gradient: Any) -> Any:
         if isinstance(gradient, tf.IndexedSlices) and not self.sparse_as_dense:
             raise ValueError(
@@ -153,11 +240,3 @@ class LocalGradientAggregationHelper:
                 "gradients: pass sparse_as_dense=True."
             )
         return tf.convert_to_tensor(gradient)
-
-    def _make_variables(self, gradients: Sequence[Any]) -> None:
-        if self.counter is None:
-            with tf.init_scope():
-                self.counter = tf.Variable(0, trainable=False, name=f"{self.name}counter")
-                self._sums = [
-                    tf.Variable(tf.zeros(grad.shape, grad.dtype), trainable=False) for grad in gradients
-                ]

@@ -11,7 +11,7 @@ from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.scaling import Reduction
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
-from hvdtrain.tensorflow.compatibility import check_adasum, handle_average_backwards_compatibility
+from hvdtrain.tensorflow.util import check_adasum, handle_average_backwards_compatibility
 
 
 def allreduce(
@@ -42,10 +42,9 @@ def allreduce(
         op: `hvd.Average` (default), `hvd.Sum`, `hvd.Adasum`, `hvd.Min`, `hvd.Max` or `hvd.Product`.
         prescale_factor: Factor before the reduction. Integers are scaled in float64 and rounded toward zero.
         postscale_factor: Factor after the reduction.
-        name: Ignored here and below; accepted for compatibility with Horovod. The order of calls identifies an
-            operation.
+        name, ignore_name_scope: Ignored here and below; accepted for compatibility with Horovod. The order of calls
+            identifies an operation.
         process_set: The ranks that take part.
-        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
 
     Returns:
         A tensor or `tf.IndexedSlices` like `tensor`, of the same shape and dtype.
@@ -85,17 +84,8 @@ def grouped_allreduce(
     """Reduce several tensors as `allreduce` does, with fewer operations.
 
     Args:
-        tensors: Tensors or `tf.IndexedSlices`, the same list of shapes and dtypes on all ranks.
-        average: As in `allreduce`, like all following arguments.
-        device_dense: Device of the dense results.
-        device_sparse: Device of the sparse results.
-        compression: How the tensors are compressed before they are sent.
-        op: The reduction.
-        prescale_factor: Factor before the reduction.
-        postscale_factor: Factor after the reduction.
-        process_set: The ranks that take part.
-        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
-        name: Ignored; accepted for compatibility with Horovod.
+        tensors: Tensors or `tf.IndexedSlices`, the same list of shapes and dtypes on all ranks. All other arguments
+            are those of `allreduce`.
 
     Returns:
         A list like `tensors`.
@@ -112,10 +102,7 @@ def grouped_allreduce(
         of_sparse = iter(_sparse(engine, sparse, reduction))
     with tf.device(device_dense):
         of_dense = iter(_compressed(compression, dense, engine, reduction, differentiable.grouped_allreduce))
-    results = []
-    for tensor in tensors:
-        results.append(next(of_sparse if isinstance(tensor, tf.IndexedSlices) else of_dense))
-    return results
+    return [next(of_sparse if isinstance(tensor, tf.IndexedSlices) else of_dense) for tensor in tensors]
 
 
 def allgather(
@@ -131,8 +118,6 @@ def allgather(
     Args:
         tensor: Tensor of any dtype but string; the first dimension may differ between ranks, the others may
             not. A scalar counts as one row.
-        name: Ignored; accepted for compatibility with Horovod.
-        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
         process_set: The ranks that take part.
 
     Returns:
@@ -171,8 +156,6 @@ def broadcast(
     Args:
         tensor: Tensor of any dtype but string, of the same shape on all ranks.
         root_rank: The rank whose values all ranks receive, numbered as in the global process set.
-        name: Ignored; accepted for compatibility with Horovod.
-        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
         process_set: The ranks that take part; `root_rank` is one of them.
 
     Returns:
@@ -198,8 +181,6 @@ def alltoall(
         tensor: Tensor of any dtype but string; the first dimension may differ between ranks.
         splits: Number of rows for each rank, int32 of shape (size,). Rows beyond their sum are not sent. By
             default equal parts; then the first dimension must be divisible by the number of ranks.
-        name: Ignored; accepted for compatibility with Horovod.
-        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
         process_set: The ranks that take part.
 
     Returns:
@@ -237,14 +218,7 @@ def reducescatter(
     Args:
         tensor: Tensor of at least one dimension, of the same shape and dtype on all ranks. If the first
             dimension is not divisible by the number of ranks, the first ranks get one row more.
-        device_dense: Device of the result.
-        compression: As in `allreduce`.
-        op: `hvd.Average` (default) or `hvd.Sum`.
-        name: Ignored; accepted for compatibility with Horovod.
-        process_set: The ranks that take part.
-        ignore_name_scope: Ignored; accepted for compatibility with Horovod.
-        prescale_factor: Factor before the reduction, as in `allreduce`.
-        postscale_factor: Factor after the reduction.
+        op: `hvd.Average` (default) or `hvd.Sum`. All other arguments are those of `allreduce`.
 
     Returns:
         The rows of this rank in the reduced tensor.
@@ -319,9 +293,7 @@ def _sparse(engine: Engine, slices: Sequence[Any], reduction: Reduction) -> list
             "For sparse tensors (tf.IndexedSlices) only a mean and a sum without scaling are possible. Received: "
             f"{reduction}. Pass tf.convert_to_tensor(...) of the tensor, or sparse_as_dense=True."
         )
-    parts = []
-    for tensor in slices:
-        parts += [tensor.values, tensor.indices]
+    parts = [part for tensor in slices for part in (tensor.values, tensor.indices)]
     gathered = differentiable.allgather(engine, parts)
     divisor = engine.size if reduction.op is Op.AVERAGE else 1
     results = []

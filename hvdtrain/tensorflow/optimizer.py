@@ -11,10 +11,9 @@ from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.keras.optimizer.distributed import DistributedOptimizer as _KerasDistributedOptimizer
 from hvdtrain.keras.world import rank
 from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
-from hvdtrain.tensorflow.compatibility import groups_or_num_groups
-from hvdtrain.tensorflow.gradient_aggregation import LocalGradientAggregationHelper
+from hvdtrain.tensorflow.gradient_aggregation import LocalGradientAggregationHelper, Reduction
 from hvdtrain.tensorflow.ops import grouped_allreduce
-from hvdtrain.tensorflow.reduction import Reduction
+from hvdtrain.tensorflow.util import groups_or_num_groups
 
 
 def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
@@ -151,7 +150,6 @@ class _DistributedOptimizer(tf.compat.v1.train.Optimizer):
         combined = grouped_allreduce(
             changes, op=Op.ADASUM, compression=self._options.compression, process_set=self.process_set
         )
-        assigned = []
-        for variable, old, change in zip(variables, before, combined, strict=True):
-            assigned.append(variable.assign(old + change))
+        changed = zip(variables, before, combined, strict=True)
+        assigned = [variable.assign(old + change) for variable, old, change in changed]
         return None if tf.executing_eagerly() else tf.group(*assigned)

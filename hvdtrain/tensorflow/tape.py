@@ -10,8 +10,8 @@ from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.keras.optimizer.distributed import local_variables
 from hvdtrain.runtime.process_sets import ProcessSet, global_process_set
-from hvdtrain.tensorflow.compatibility import groups_or_num_groups
-from hvdtrain.tensorflow.reduction import Reduction
+from hvdtrain.tensorflow.gradient_aggregation import Reduction
+from hvdtrain.tensorflow.util import groups_or_num_groups
 
 
 def DistributedGradientTape(  # noqa: N802 - the name is Horovod's
@@ -59,7 +59,13 @@ def DistributedGradientTape(  # noqa: N802 - the name is Horovod's
         TypeError: If `gradtape` is not a `tf.GradientTape`, or `compression` not a compressor.
         NotImplementedError: For Adasum on a number of ranks that is not a power of two.
     """
-    _check(gradtape)
+    if not isinstance(gradtape, tf.GradientTape):
+        raise TypeError(
+            "DistributedGradientTape takes the tape itself: hvd.DistributedGradientTape(tape). Received: "
+            f"{gradtape!r} of type {type(gradtape).__name__}."
+        )
+    if isinstance(gradtape, _Distributed):
+        raise ValueError("This tape is distributed already. Wrapping it twice would reduce twice.")
     options = ReduceOptions(
         "DistributedGradientTape",
         Op.of(op),
@@ -147,11 +153,9 @@ class _Distributed:
         """Differentiate as `tf.GradientTape.gradient` does, and combine the gradients of all ranks.
 
         Args:
-            target: The tensors to differentiate.
+            target: As in `tf.GradientTape.gradient`, like the other arguments.
             sources: A nested structure of variables or tensors, the same on all ranks.
-            output_gradients: Gradients of the targets; ones by default.
             use_generic_names: Ignored; accepted for compatibility with Horovod.
-            unconnected_gradients: The value of a gradient that does not exist; None by default.
 
         Returns:
             Gradients in the structure of `sources`: tensors, `tf.IndexedSlices` or None.
@@ -172,11 +176,7 @@ class _Distributed:
         output_gradients: Any = None,
         use_generic_names: bool = False,
     ) -> tuple[list[tuple[Any, Any]], list[tuple[Any, Any]]]:
-        """Return local and combined gradients separately.
-
-        Args:
-            target: As in `gradient`, like the other arguments.
-            sources: A flat list.
+        """Call `gradient` with a flat list of sources, and return local and combined gradients separately.
 
         Returns:
             Two lists of pairs of source and gradient: those of local sources, and the others.
@@ -188,13 +188,3 @@ class _Distributed:
             pairs = local if self._hvdtrain_reduction.is_local(source) else combined
             pairs.append((source, gradient))
         return local, combined
-
-
-def _check(gradtape: Any) -> None:
-    if not isinstance(gradtape, tf.GradientTape):
-        raise TypeError(
-            "DistributedGradientTape takes the tape itself: hvd.DistributedGradientTape(tape). Received: "
-            f"{gradtape!r} of type {type(gradtape).__name__}."
-        )
-    if isinstance(gradtape, _Distributed):
-        raise ValueError("This tape is distributed already. Wrapping it twice would reduce twice.")

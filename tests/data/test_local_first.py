@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.data import first_on_node, first_overall, local_first
+from hvdtrain.data import collective_errors, first_on_node, first_overall
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -71,7 +71,7 @@ def test_every_host_has_a_first(engine, monkeypatch):
 
 @pytest.mark.ranks
 def test_who_waits_long_says_for_whom(engine, monkeypatch, capfd):
-    monkeypatch.setattr(local_first, "REMIND", 0.0)
+    monkeypatch.setattr(collective_errors, "REMIND", 0.0)
     with first_overall(timeout=60):
         pass
     said = "waiting for rank 0 since 0 s, for 60 s at most" in capfd.readouterr().err

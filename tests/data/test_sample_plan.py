@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hvdtrain.data.sample_plan import Plan, checked_batch_size, deal, permutation
+from hvdtrain.data.sample_plan import Plan, deal, permutation
+from hvdtrain.data.shard import checked_batch_size
 
 
 @settings(max_examples=200, deadline=None)

@@ -146,7 +146,7 @@ def test_an_error_that_the_ranks_share_is_shown_by_the_rank_that_met_it(jobs, en
 def test_a_rank_that_goes_on_after_its_error_does_not_keep_the_others(jobs):
     script = """
 from hvdtrain import runtime
-from hvdtrain.data.local_first import first_overall
+from hvdtrain.data import first_overall
 
 engine = runtime.init()
 try:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from hvdtrain.runtime import build_info
-from hvdtrain.tensorflow.compatibility import (
+from hvdtrain.tensorflow.util import (
     check_extension,
     check_num_rank_power_of_2,
     gpu_available,

@@ -26,8 +26,8 @@ import tensorflow as tf
 
 from hvdtrain.collectives.engine import Call, Engine
 from hvdtrain.collectives.single import SingleEngine
-from hvdtrain.data import caches
-from hvdtrain.data.callback_order import preceded
+from hvdtrain.data import dataset_graph
+from hvdtrain.data.adapters import preceded
 from hvdtrain.data.collective_errors import compare
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.shard import Sharded
@@ -144,7 +144,7 @@ class InStep(keras.callbacks.Callback):
         unsharded = [
             data for name in ("x", "validation_data") if not isinstance(data := given.get(name), Sharded)
         ]
-        self._caches = [path for data in unsharded for path in caches.files_of(data)]
+        self._caches = [path for data in unsharded for path in dataset_graph.cache_files(data)]
         self._epoch = self._steps = 0
         self._train: Any = None
 
@@ -170,7 +170,7 @@ class InStep(keras.callbacks.Callback):
             facts["the list of metrics"] = _compiled_metrics(self.model)
         compare(self._engine, "model.fit", [*facts.items()], _ADVICE)
         if self._caches:
-            caches.refuse_common(self._engine, "model.fit", self._caches)
+            dataset_graph.refuse_common_caches(self._engine, "model.fit", self._caches)
         self._train = self.model.train_function
         self.model.train_function = self._step
 

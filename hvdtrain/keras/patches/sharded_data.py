@@ -33,8 +33,7 @@ from keras.src.trainers import compile_utils, data_adapters
 
 from hvdtrain import runtime
 from hvdtrain.data import losses
-from hvdtrain.data.adapters import DatasetAdapter, TFAdapter, untuned
-from hvdtrain.data.callback_order import Follow, preceded
+from hvdtrain.data.adapters import DatasetAdapter, Follow, TFAdapter, preceded, untuned
 from hvdtrain.data.fingerprint import Fingerprint
 from hvdtrain.data.global_batch import (
     Dealt,
@@ -44,7 +43,7 @@ from hvdtrain.data.global_batch import (
     metrics_update,
     weighted_statistics,
 )
-from hvdtrain.data.position import Position
+from hvdtrain.data.sample_plan import Position
 from hvdtrain.data.shard import Sharded
 from hvdtrain.data.sharded_dataset import ShardedDataset
 from hvdtrain.patching import replace, replace_where_defined

@@ -1,17 +1,69 @@
-"""Divide a user's `keras.utils.PyDataset`: split each batch among the ranks, or give each rank whole batches."""
+"""Provide a rank's samples of any step of any epoch: from arrays, or from a user's `keras.utils.PyDataset`."""
 
 import contextlib
 import dataclasses
+import functools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
 from hvdtrain.data import structures
-from hvdtrain.data.local_batch import Part, part_of
-from hvdtrain.data.sample_plan import Rows, deal, permutation
+from hvdtrain.data.global_batch import refuse_both
+from hvdtrain.data.sample_plan import Part, Plan, Rows, class_weights, deal, part_of, permutation
+
+
+@dataclasses.dataclass(frozen=True)
+class ArraySource:
+    """Arrays that every rank holds completely, and of which it reads its part; y and sample_weight may be None."""
+
+    x: Any
+    y: Any
+    sample_weight: Any
+    plan: Plan
+
+    @property
+    def steps(self) -> int:
+        """Number of global batches an epoch."""
+        return self.plan.steps
+
+    @property
+    def partial(self) -> bool:
+        """Whether some global batch is not full."""
+        return self.plan.partial
+
+    @property
+    def remainder(self) -> str:
+        """Treatment of a last batch that is not full: "keep" or "drop"."""
+        return self.plan.remainder
+
+    def part(self, epoch: int, step: int) -> Part:
+        """Return this rank's rows of a global batch."""
+        indices, rows = self.plan.part(self._order(epoch), step)
+        x, y, weight = (structures.rows(value, indices) for value in (self.x, self.y, self.sample_weight))
+        return Part(x, y, weight, rows)
+
+    def weighted(self, class_weight: dict[int, float]) -> "ArraySource":
+        """Return a source of the same samples with weights by class."""
+        refuse_both(self.sample_weight)
+        return dataclasses.replace(self, sample_weight=class_weights(self.y, class_weight))
+
+    def facts(self) -> structures.Facts:
+        """Return the facts that must be the same on all ranks."""
+        described = structures.all_described((self.x, self.y, self.sample_weight))
+        return [("the number of samples", str(self.plan.length)), *described]
+
+    def begin(self, epoch: int) -> None:
+        """Do nothing: arrays need no preparation before an epoch."""
+
+    def end(self, epoch: int) -> None:
+        """Do nothing: arrays do not change after an epoch."""
+
+    @functools.cached_property
+    def _order(self) -> Callable[[int], np.ndarray]:
+        return functools.lru_cache(maxsize=1)(self.plan.order)  # only the epoch that is read is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,29 +72,17 @@ class BatchSource:
 
     If `batch_size` equals the rows of a batch, every rank makes every batch and takes its part. If `batch_size`
     is a multiple of rows times size, a rank makes only its own batches.
-
-    Args:
-        dataset: The user's data set.
-        batch_size: The global batch.
-        rows: Rows of the user's batches.
-        last: Rows of the last one.
-        rank: This rank.
-        size: Number of ranks.
-        shuffle: Whether each epoch takes the batches in a new order.
-        seed: Seed of the order, together with the epoch.
-        remainder: "keep" or "drop".
-        class_weight: Weights by class, or None.
     """
 
     dataset: keras.utils.PyDataset
     batch_size: int
-    rows: int
-    last: int
+    rows: int  # of the user's batches
+    last: int  # rows of the last one
     rank: int
     size: int
-    shuffle: bool
+    shuffle: bool  # whether each epoch takes the batches in a new order
     seed: int
-    remainder: str
+    remainder: str  # "keep" or "drop"
     class_weight: dict[int, float] | None = None
 
     @property
@@ -54,20 +94,19 @@ class BatchSource:
     @property
     def steps(self) -> int:
         """Number of global batches an epoch."""
-        group = self._group
-        return self.batches // group if self.remainder == "drop" else -(-self.batches // group)
+        return self.batches // self._group if self.remainder == "drop" else -(-self.batches // self._group)
 
     @property
     def partial(self) -> bool:
         """Whether some global batch is not full."""
         full = self.last == self.rows and self.batches % self._group == 0
-        return self.remainder == "keep" and not full and self.size > 1
+        return self.remainder == "keep" and not full
 
     def part(self, epoch: int, step: int) -> Part:
         """Make the batches of a step and take this rank's rows."""
         group = self.order(epoch)[step * self._group : (step + 1) * self._group]
         batch, rows = self._divided(group[0]) if self._group == 1 else self._whole(group)
-        return part_of(structures.unpacked(batch), rows, self.class_weight)
+        return part_of(batch, rows, self.class_weight)
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the order of the user's batches; with whole batches, a last one that is not full stays last."""
@@ -82,7 +121,7 @@ class BatchSource:
         """Return a source of the same batches with weights by class."""
         return dataclasses.replace(self, class_weight=class_weight)
 
-    def facts(self) -> list[tuple[str, str]]:
+    def facts(self) -> structures.Facts:
         """Return the facts that must be the same on all ranks: targets, since inputs may be augmented at random."""
         x, y, _ = _batch(self.dataset, 0)
         part, name = (x, "x of batch 0") if y is None else (y, "y of batch 0")
@@ -101,10 +140,11 @@ class BatchSource:
 
     @property
     def _group(self) -> int:
+        """Number of the user's batches in a global batch."""
         return self.batch_size // self.rows
 
     def _divided(self, index: int) -> tuple[Any, Rows]:
-        batch = _batch(self.dataset, int(index))
+        batch = _batch(self.dataset, index)
         count = structures.length(batch)
         if count > self.batch_size:
             raise ValueError(
@@ -116,7 +156,7 @@ class BatchSource:
     def _whole(self, group: np.ndarray) -> tuple[Any, Rows]:
         count = self._group // self.size
         mine = group[self.rank * count : (self.rank + 1) * count]
-        found = [_batch(self.dataset, int(index)) for index in (mine if len(mine) else group[:1])]
+        found = [_batch(self.dataset, index) for index in (mine if len(mine) else group[:1])]
         batch = tuple(_joined(parts) for parts in zip(*found, strict=True))
         own = structures.length(batch) if len(mine) else 0
         # Only the last batch may be smaller; whether the group holds it is the same on all ranks.
@@ -124,14 +164,11 @@ class BatchSource:
         return batch, Rows(np.arange(max(own, 1)), own, len(group) * self.rows - short, self.size)
 
 
-def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, make: Any) -> BatchSource:
-    """Make a source after reading the first and the last batch of a user's data set.
+def batch_rows(dataset: keras.utils.PyDataset, batch_size: int | None, size: int) -> tuple[int, int, int]:
+    """Read the first and the last batch of a user's data set.
 
-    Args:
-        dataset: The user's data set.
-        batch_size: The global batch; None for the data set's own.
-        size: Number of ranks.
-        make: Function that makes the source from batch_size, rows and last.
+    Returns:
+        The global batch, by default the data set's own, the rows of the user's batches, and those of the last one.
 
     Raises:
         ValueError: If the data set is empty or endless, or its batches cannot be divided.
@@ -154,11 +191,11 @@ def batch_source(dataset: keras.utils.PyDataset, batch_size: Any, size: int, mak
             f"that divides by {size} (each rank takes a part of every batch), or a multiple of {rows * size} "
             f"(each takes whole batches). Received: batch_size={wanted}."
         )
-    return make(batch_size=wanted, rows=rows, last=last)
+    return wanted, rows, last
 
 
 def _batch(dataset: keras.utils.PyDataset, index: int) -> tuple[Any, Any, Any]:
-    return structures.all_arrays(structures.unpacked(dataset[index]))
+    return structures.all_arrays(structures.unpacked(dataset[int(index)]))
 
 
 def _joined(parts: Any) -> Any:
