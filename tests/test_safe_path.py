@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hvdtrain import safe_path
+from hvdtrain.doctor.probe_runner import probe_command
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "hvdtrain"
@@ -81,7 +82,7 @@ def test_modules_in_the_scripts_own_folder_raise_there_as_with_python(shadowed):
 
 @pytest.mark.parametrize("probe", ["mpi", "stack"])
 def test_what_doctor_asks_is_answered_there(shadowed, probe):
-    done = run_in(shadowed, sys.executable, *safe_path.main_of(f"hvdtrain.doctor.probes.{probe}"))
+    done = run_in(shadowed, *probe_command(probe))
     assert done.returncode == 0, done.stderr
     assert '{"mpi4py"' in done.stdout or '"keras": ' in done.stdout
 

@@ -30,31 +30,12 @@ _KINDS: dict[Any, tuple[tuple[type, ...], str]] = {
 
 @dataclass(frozen=True)
 class Profile:
-    """The settings of a cluster; for empty ones the command line, the template or Slurm decides.
+    """The settings of a cluster, as docs/slurm.md describes them.
 
-    Args:
-        partition: The partition of the jobs.
-        account: The account to which jobs are charged.
-        qos: The quality of service.
-        time: The time limit, in a form of sbatch.
-        mem: The memory of a node, in a form of sbatch.
-        nodes: Number of nodes.
-        ntasks_per_node: Ranks of a node.
-        cpus_per_task: CPUs of a rank.
-        gpus_per_node: GPUs of a node, or "kind:number".
-        template: The template, unless the command line names one.
-        image: The image for the template `container`.
-        sbatch: More options for sbatch.
-        modules: The modules that the nodes load, in this order.
-        venv: The folder of a virtual environment to activate on the nodes.
-        conda: The name or the folder of a conda environment to activate on the nodes.
-        setup: Lines of bash that the nodes run after modules, venv and conda.
-        pmi: The value of `srun --mpi=`.
-        launcher: "srun" or "mpirun".
-        network: The network interface for messages between ranks.
-        path: The file of the profile.
+    For empty ones the command line, the template or Slurm decides.
     """
 
+    # Options of sbatch, and more of them in `sbatch`.
     partition: str = ""
     account: str = ""
     qos: str = ""
@@ -64,13 +45,15 @@ class Profile:
     ntasks_per_node: int = 0
     cpus_per_task: int = 0
     gpus_per_node: int | str = ""
+    sbatch: tuple[str, ...] = ()
     template: str = ""
     image: str = ""
-    sbatch: tuple[str, ...] = ()
+    # What the nodes load, activate and run before the script, in this order.
     modules: tuple[str, ...] = ()
     venv: str = ""
     conda: str = ""
     setup: tuple[str, ...] = ()
+    # The value of `srun --mpi=`, "srun" or "mpirun", and the interface for messages between ranks.
     pmi: str = ""
     launcher: str = ""
     network: str = ""

@@ -1,19 +1,21 @@
 """Print what to type after a submission, and with --follow show the job's log until the job ends."""
 
 import os
+import re
 import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hvdtrain.batch.job_state import SlurmJob, read_jobs
-from hvdtrain.batch.templates import Template
+from hvdtrain.batch.sbatch_options import Template
+from hvdtrain.doctor.program import run_program
 
 POLL_SECONDS = 3.0  # between two questions to the controller, which serves many users
 LOG_SECONDS = 0.5  # between two looks at the log
 FILE_SECONDS = 30.0  # after which a file written on a node is visible here, also on slow file systems
+ANSWER_SECONDS = 30  # the time limit of a question to the controller
 SMOKE_PASSED = "smoke test passed"
 
 # Explanations of Slurm's keywords for why a job waits.
@@ -33,8 +35,9 @@ _REASONS = {
     "launch_failed_requeued_held": "its start failed and it is held: scontrol release it",
 }
 
-# Explanations of final states, and what to type.
-_END_REASONS = {
+# The final states, with explanations of some and what to type.
+_ENDED = dict.fromkeys(("BOOT_FAIL", "COMPLETED", "DEADLINE", "FAILED", "LAUNCH_FAILED", "REVOKED"), "")
+_ENDED |= {
     "TIMEOUT": "it reached its time limit; --time sets a longer one, and --preemptible continues from a checkpoint",
     "OUT_OF_MEMORY": "a node did not have enough memory for it; --mem asks for more",
     "NODE_FAIL": "a node failed; --preemptible continues from a checkpoint after that",
@@ -49,19 +52,14 @@ NO_TASK = "4294967294"
 def follow(number: str, template: Template, environ: Mapping[str, str], stay: bool) -> int:
     """Print where a job's log is and what to type next, and wait until the job ends if `stay` is true.
 
-    Args:
-        number: The job ID.
-        template: The template of the job.
-        environ: The environment variables for Slurm's programs.
-        stay: Whether to show the log until the job has ended.
-
     Returns:
         0 if the job succeeded, or if `stay` is false; else the exit code of the job, or 1 if that is 0 although no
         done file shows success; 130 after Ctrl-C, which leaves the job running.
     """
-    logs = {_log_pattern(job.log) for job in read_jobs(number, environ) or [] if job.log}
-    for log in sorted(logs)[:1]:
-        print(f"  its log:   tail -F {log}")
+    logs = sorted(str(job.log) for job in read_jobs(number, environ) or [])
+    if logs:
+        # Quoted for a shell; for an array, a pattern that matches all its logs.
+        print("  its log:   tail -F " + "*".join(shlex.quote(part) for part in logs[0].split(NO_TASK)))
     print(f"  its state: squeue -j {number}\n  its end:   scancel {number}", flush=True)
     if not stay:
         return 0
@@ -70,6 +68,63 @@ def follow(number: str, template: Template, environ: Mapping[str, str], stay: bo
     except KeyboardInterrupt:
         print(f"\nhvdtrain: job {number} continues; scancel {number} ends it.", file=sys.stderr)
         return 130
+
+
+@dataclass(frozen=True)
+class SlurmJob:
+    """One job, or one task of an array, as `scontrol show job` describes it."""
+
+    number: str  # as squeue prints it: 12, or 12_3 for a task, or 12_[3-8] for tasks that have not started
+    own: str  # the job ID without the array notation; each task of an array has its own
+    name: str
+    state: str  # PENDING, RUNNING, COMPLETED …
+    reason: str  # Slurm's keyword for why the job waits
+    restarts: int
+    code: int  # the exit code, or 128 plus the signal that ended it
+    runtime: str  # as hours:minutes:seconds
+    nodes: str
+    log: Path
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has ended; it may still be requeued."""
+        return self.state in _ENDED
+
+
+def read_jobs(number: str, environ: Mapping[str, str]) -> list[SlurmJob] | None:
+    """Ask Slurm for the state of a job, or of each task of an array.
+
+    Returns:
+        The job, or the tasks; empty if Slurm no longer knows the job; None if the controller does not answer.
+    """
+    result = run_program(["scontrol", "show", "job", number], environ, ANSWER_SECONDS)
+    if result.code == 0:
+        return [_read_job(record) for record in re.split(r"\n(?=JobId=)", result.out) if "JobId=" in record]
+    return [] if "Invalid job id" in result.err else None
+
+
+def _read_job(record: str) -> SlurmJob:
+    def field(pattern: str) -> str:
+        match = re.search(pattern, record, re.MULTILINE)
+        return match[1] if match else ""
+
+    own = number = field(r"^JobId=(\S+)")
+    array, task = field(r"\sArrayJobId=(\S+)"), field(r"\sArrayTaskId=(\S+)")
+    if task:
+        number = f"{array}_{task if task.isdigit() else f'[{task}]'}"
+    code, signal = int(field(r"\bExitCode=(\d+)") or 0), int(field(r"\bExitCode=\d+:(\d+)") or 0)
+    return SlurmJob(
+        number=number,
+        own=own,
+        name=field(r"\bJobName=(.*)$"),
+        state=field(r"^\s+JobState=(\S+)"),
+        reason=field(r"^\s+JobState=\S+ Reason=(\S+)"),
+        restarts=int(field(r"\bRestarts=(\d+)") or 0),
+        code=code or (128 + signal if signal else 0),
+        runtime=field(r"^\s+RunTime=(\S+)"),
+        nodes=field(r"^\s+NodeList=(\S*)"),
+        log=Path(field(r"^\s+StdOut=(.*)$") or os.devnull),
+    )
 
 
 class Log:
@@ -110,13 +165,7 @@ class Log:
 
 
 class JobFollower:
-    """Follow a job, through requeues, or all tasks of an array.
-
-    Args:
-        number: The job ID.
-        template: The template of the job.
-        environ: The environment variables for Slurm's programs.
-    """
+    """Follow a job, through requeues, or all tasks of an array."""
 
     def __init__(self, number: str, template: Template, environ: Mapping[str, str]) -> None:
         self._number, self._template, self._environ = number, template, environ
@@ -146,8 +195,11 @@ class JobFollower:
         if jobs is None:
             return False
         if not jobs:
-            return self._conclude_forgotten()
-        self._open_log(jobs)
+            self._conclude_forgotten()
+            return True
+        # The logs of an array are not shown, because their lines would mix.
+        if not self._log and len(jobs) == 1 and "_" not in jobs[0].number:
+            self._log = Log(jobs[0].log)
         for job in jobs:
             self._report_state(job)
             # An end counts when it is seen twice, because a requeued job is in a final state for a moment.
@@ -162,27 +214,22 @@ class JobFollower:
         if job.state == "RUNNING":
             message += f" on {job.nodes}"
         if job.state == "PENDING" and job.reason != "None":
-            message += f" ({job.reason}{_explanation(job.reason)})"
+            explanation = _REASONS.get(job.reason.split(",")[0])
+            message += f" ({job.reason}: {explanation})" if explanation else f" ({job.reason})"
         if job.restarts:
             message += f", restart {job.restarts}"
         if self._reported.get(job.number) != message and not job.ended and job.state != "COMPLETING":
             self._reported[job.number] = message
             _print(message)
 
-    def _open_log(self, jobs: list[SlurmJob]) -> None:
-        """Open the log of a single job; the logs of an array are not shown, because their lines would mix."""
-        if not self._log and len(jobs) == 1 and "_" not in jobs[0].number and jobs[0].log:
-            self._log = Log(jobs[0].log)
-
-    def _conclude_forgotten(self) -> bool:
+    def _conclude_forgotten(self) -> None:
         """Conclude from the done file, because Slurm forgets a job some minutes after its end."""
         for job in self._known.values():
             if job.number not in self._codes:
                 self._codes[job.number] = self._conclude(replace(job, state="COMPLETED", runtime="some time"))
-        return True
 
     def _conclude(self, job: SlurmJob) -> int:
-        log = self._log or Log(job.log or Path(os.devnull))
+        log = self._log or Log(job.log)
         completed = job.state == "COMPLETED"
         succeeded = completed and _wait_until(lambda: self._succeeded(job, log), FILE_SECONDS)
         if self._log:
@@ -191,7 +238,7 @@ class JobFollower:
             _print(f"job {job.number} has done its work on {job.nodes} in {job.runtime}.")
             return 0
         code = f", exit code {job.code}" if job.code else ""
-        reason = "nothing proves that every rank did its work" if completed else _END_REASONS.get(job.state)
+        reason = "nothing proves that every rank did its work" if completed else _ENDED[job.state]
         ended = f"job {job.number} ended as {job.state} after {job.runtime}{code}"
         ended += f": {reason}." if reason else "."
         _print(f"{ended} The last lines of {job.log}:\n{log.last_lines()}")
@@ -199,11 +246,12 @@ class JobFollower:
 
     def _succeeded(self, job: SlurmJob, log: Log) -> bool:
         """Return whether the job has left its sign of success: a done file, or the last line of the smoke test."""
-        if self._template.proves:
-            names = {f"{stem}.done" for stem in job.stems}
-            # Listing the folder makes a network file system refresh its cache.
-            return any(path.name in names and path.stat().st_size for path in Path.cwd().iterdir())
-        return self._template.name != "smoke" or SMOKE_PASSED in log.last_lines()
+        if not self._template.proves:
+            return self._template.name != "smoke" or SMOKE_PASSED in log.last_lines()
+        # The templates name the file by the job's own ID, or by those of the array and the task.
+        names = {f"{job.name}-{job.own}.done", f"{job.name}-{job.number.replace('_', '-')}.done"}
+        # Listing the folder makes a network file system refresh its cache.
+        return any(path.name in names and path.stat().st_size for path in Path.cwd().iterdir())
 
 
 def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
@@ -214,16 +262,6 @@ def _wait_until(condition: Callable[[], bool], seconds: float) -> bool:
             return False
         time.sleep(LOG_SECONDS)
     return True
-
-
-def _log_pattern(log: Path) -> str:
-    """Return the path of a log, quoted for a shell; for an array, a pattern that matches all its logs."""
-    return "*".join(shlex.quote(part) for part in str(log).split(NO_TASK))
-
-
-def _explanation(reason: str) -> str:
-    text = _REASONS.get(reason.split(",")[0])
-    return f": {text}" if text else ""
 
 
 def _print(message: str) -> None:

@@ -1,16 +1,15 @@
-"""Check script, trials, variables, image and log of a job before it is submitted, without asking Slurm."""
+"""Check script, trials, option values, variables, image and log of a job before it is submitted, without Slurm."""
 
 import os
 import pwd
 import re
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from hvdtrain import settings
 from hvdtrain.batch.sbatch_command import Batch
-from hvdtrain.batch.value_checks import examine_values
+from hvdtrain.batch.sbatch_options import mebibytes, minutes
 from hvdtrain.doctor.finding import Finding, note, ok, wrong
 
 # Options that the user may have meant for submit, although they are after the script.
@@ -22,17 +21,11 @@ _SUBMIT_OPTIONS = re.compile(
 # Programs that start Python or ranks; the templates do this already.
 _STARTERS = re.compile(r"python[\d.]*|mpirun|mpiexec|srun|hvdtrain|horovodrun")
 
+_SWEEP = "hvdtrain submit --array=0-8 trials.txt train.py"
+
 
 def examine_job(batch: Batch, environ: Mapping[str, str]) -> Iterator[Finding]:
-    """Check everything that can be judged without Slurm.
-
-    Args:
-        batch: The job.
-        environ: The environment of the submission.
-
-    Yields:
-        The findings, in the order of the checks.
-    """
+    """Check everything that can be judged without Slurm, and yield the findings in the order of the checks."""
     yield ok("template", f"{batch.template.path}")
     base = Path(batch.options.get("chdir") or ".")
     if batch.template.name == "array_sweep":
@@ -40,20 +33,11 @@ def examine_job(batch: Batch, environ: Mapping[str, str]) -> Iterator[Finding]:
     if batch.template.name != "array_sweep" or len(batch.words) > 1:
         yield _script(batch, base)
         yield from _script_options(batch)
-    yield from examine_values(batch)
+    yield from _values(batch)
+    yield from _gpus(batch)
+    yield from _stop_signal(batch)
     yield from _variables(batch, base, environ)
     yield _log(batch, base)
-
-
-def examine_programs(environ: Mapping[str, str]) -> Finding:
-    """Check that sbatch is on PATH."""
-    found = shutil.which("sbatch", path=environ.get("PATH"))
-    if found:
-        return ok("sbatch", found)
-    problem = (
-        "There is no sbatch on PATH: this is not a login node of Slurm, or the module of Slurm is not loaded."
-    )
-    return wrong("sbatch", problem, "on one machine: hvdtrain run -np 2 train.py")
 
 
 def trials_of(path: Path) -> list[str]:
@@ -63,29 +47,28 @@ def trials_of(path: Path) -> list[str]:
 
 
 def _script(batch: Batch, base: Path) -> Finding:
+    script = batch.script
     if batch.template.name == "smoke":
         if not batch.words:
             return ok("script", "that of the smoke test")
         return wrong("script", "The smoke test has its own script and takes no arguments.", "leave them out")
-    if not batch.script:
+    if not script:
         return wrong("script", "There is no script to run.", "hvdtrain submit --nodes=2 train.py --epochs 10")
-    path = base / batch.script
-    if batch.script.startswith("-"):
-        return wrong(
-            "script", f"{batch.script} looks like an option.", f"./{batch.script} for a file of that name"
-        )
+    path = base / script
+    if script.startswith("-"):
+        return wrong("script", f"{script} looks like an option.", f"./{script} for a file of that name")
     if path.is_file() and os.access(path, os.R_OK):
         return ok("script", f"{path.absolute()}")
-    if _STARTERS.fullmatch(path.name) and batch.words[-1] != batch.script:
-        found = f"hvdtrain starts the ranks and their Python, so {batch.script} is not needed here."
-        return wrong("script", found, f"hvdtrain submit train.py, without {batch.script}")
+    if _STARTERS.fullmatch(path.name) and batch.words[-1] != script:
+        found = f"hvdtrain starts the ranks and their Python, so {script} is not needed here."
+        return wrong("script", found, f"hvdtrain submit train.py, without {script}")
     if path.is_dir():
         problem = "is a folder"
     elif path.exists():
         problem = "cannot be read"
     else:
         problem = "is not there"
-    found = f"The script {batch.script} {problem} (searched from {base.absolute()})."
+    found = f"The script {script} {problem} (searched from {base.absolute()})."
     return wrong("script", found, "ls, to see the names of the files")
 
 
@@ -101,19 +84,18 @@ def _script_options(batch: Batch) -> Iterator[Finding]:
 def _trials(base: Path, batch: Batch) -> Finding:
     if len(batch.words) < 2:
         given = f", and only {batch.words[0]} was given" if batch.words else ""
-        found = f"A sweep needs a file of trials, then a script{given}."
-        return wrong("trials", found, "hvdtrain submit --array=0-8 trials.txt train.py")
+        return wrong("trials", f"A sweep needs a file of trials, then a script{given}.", _SWEEP)
     path = base / batch.words[0]
     try:
         lines = trials_of(path)
     except OSError as error:
-        found = f"The file of trials {path} cannot be read: {error.strerror}."
-        return wrong("trials", found, "hvdtrain submit --array=0-8 trials.txt train.py")
-    open_quotes = [number for number, line in enumerate(lines) if not _closed(line)]
-    if open_quotes:
-        number = open_quotes[0]
-        found = f"Trial {number} of {path} has an opening quote without a closing one: {lines[number]}"
-        return wrong("trials", found, "close the quote, or put it between quotes of the other kind")
+        return wrong("trials", f"The file of trials {path} cannot be read: {error.strerror}.", _SWEEP)
+    for number, line in enumerate(lines):
+        try:
+            shlex.split(line)
+        except ValueError:
+            found = f"Trial {number} of {path} has an opening quote without a closing one: {line}"
+            return wrong("trials", found, "close the quote, or put it between quotes of the other kind")
     array = batch.options.get("array") or ""
     last = max(_last(part) for part in array.partition("%")[0].split(","))
     if last < len(lines):
@@ -123,13 +105,6 @@ def _trials(base: Path, batch: Batch) -> Finding:
     return wrong("trials", found, f"--array=0-{len(lines) - 1}" if lines else "write one trial a line")
 
 
-def _closed(line: str) -> bool:
-    try:
-        return shlex.split(line) is not None
-    except ValueError:
-        return False
-
-
 def _last(part: str) -> int:
     """Return the last number of a part of --array: 7, 0-8, or 0-8:2."""
     match = re.fullmatch(r"\s*(\d+)(?:-(\d+)(?::(\d+))?)?\s*", part)
@@ -137,6 +112,47 @@ def _last(part: str) -> int:
         return 0  # sbatch reports the error
     first, last, step = int(match[1]), int(match[2] or match[1]), int(match[3] or 1) or 1
     return first + (last - first) // step * step
+
+
+def _values(batch: Batch) -> Iterator[Finding]:
+    """Check the values of the options that sbatch will parse."""
+    time, mem = batch.options.get("time"), batch.options.get("mem")
+    if time is not None and minutes(time) is None:
+        found = f"--time={time} is not a time that Slurm accepts: minutes, hours:minutes:seconds, days-hours."
+        yield wrong("time", found, "--time=8:00:00 for eight hours, --time=2-00:00:00 for two days")
+    if mem is not None and mebibytes(mem) is None:
+        found = f"--mem={mem} is not an amount that Slurm accepts."
+        yield wrong("memory", found, "--mem=32G, the memory of a node")
+    for name in ("nodes", "ntasks", "ntasks-per-node", "cpus-per-task"):
+        value = batch.options.get(name)
+        pattern = r"[1-9]\d*(-[1-9]\d*)?" if name == "nodes" else r"[1-9]\d*"
+        if value is not None and not re.fullmatch(pattern, value):
+            yield wrong(name, f"--{name}={value} is not a number of 1 or more.", f"--{name}=2")
+
+
+def _gpus(batch: Batch) -> Iterator[Finding]:
+    """Compare the numbers of ranks and GPUs."""
+    count = batch.gpus[1]
+    if not count or batch.template.name == "smoke":
+        return
+    numbers = f"{batch.ranks} rank(s) and {count} GPU(s) a node"
+    fix = f"--ntasks-per-node={count}, or --gpus-per-node={batch.ranks}"
+    if batch.ranks > count:
+        yield wrong("GPUs", f"There are {numbers}: ranks would share a GPU, which NCCL refuses.", fix)
+    elif batch.ranks < count:
+        yield note("GPUs", f"There are {numbers}: {count - batch.ranks} GPU(s) would be idle.", fix)
+    else:
+        yield ok("GPUs", numbers)
+
+
+def _stop_signal(batch: Batch) -> Iterator[Finding]:
+    """Check that the time limit leaves time to train before Slurm sends the signal to stop."""
+    notice = re.search(r"@(\d+)", batch.options.get("signal") or "")
+    limit = minutes(batch.options.get("time") or "") or float("inf")
+    if notice and limit * 60 < 2 * int(notice[1]) + 60:
+        found = f"The job is asked to stop {notice[1]} s before the end of --time={batch.options['time']}, "
+        found += "so almost no time is left to train."
+        yield note("time", found, "a longer --time")
 
 
 def _variables(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -162,22 +178,16 @@ def _variables(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator
 
 def _image(batch: Batch, base: Path, environ: Mapping[str, str]) -> Iterator[Finding]:
     image = settings.get("HVDTRAIN_IMAGE", batch.settings)
+    apptainer = settings.get("HVDTRAIN_CONTAINER", environ) in ("", "apptainer", "singularity")
+    # Shifter, Sarus and Pyxis also take names of a registry.
+    is_file = "://" not in image and (apptainer or image.startswith(("/", "./")))
     if not image:
         yield wrong("image", "The template container needs an image.", "--image=/shared/train.sif")
-    elif _is_file(image, environ) and not os.access(base / image, os.R_OK):
+    elif is_file and not os.access(base / image, os.R_OK):
         yield wrong("image", f"The image {image} cannot be read.", "--image=/shared/train.sif")
-    elif batch.gpus[1] and _needs_nv(environ) and "--nv" not in settings.get("HVDTRAIN_APPTAINER", environ):
+    elif batch.gpus[1] and apptainer and "--nv" not in settings.get("HVDTRAIN_APPTAINER", environ):
         found = "Without Apptainer's --nv the container does not see the GPUs."
         yield note("image", found, "export HVDTRAIN_APPTAINER=--nv")
-
-
-def _needs_nv(environ: Mapping[str, str]) -> bool:
-    return settings.get("HVDTRAIN_CONTAINER", environ) in ("", "apptainer", "singularity")
-
-
-def _is_file(image: str, environ: Mapping[str, str]) -> bool:
-    """Return whether an image is a file; Shifter, Sarus and Pyxis also take names of a registry."""
-    return "://" not in image and (_needs_nv(environ) or image.startswith(("/", "./")))
 
 
 def _log(batch: Batch, base: Path) -> Finding:
@@ -195,9 +205,8 @@ def _log(batch: Batch, base: Path) -> Finding:
             return wrong("log", found, fix)
         if not folder.is_dir():
             # Slurm would end the job at once, without any message.
-            return wrong(
-                "log", f"The log's folder {folder} is not there.", f"mkdir -p {shlex.quote(str(folder))}"
-            )
+            fix = f"mkdir -p {shlex.quote(str(folder))}"
+            return wrong("log", f"The log's folder {folder} is not there.", fix)
     for needed in (*folders, Path()):
         if not os.access(needed, os.W_OK):
             found = f"The log and the done file are written to {needed.absolute()}, where you may not write."

@@ -34,14 +34,10 @@ conda activate {name} || exit
 
 @dataclass(frozen=True)
 class Site:
-    """A shell file that applies a cluster profile on the nodes.
+    """A shell file that applies a cluster profile on the nodes; HVDTRAIN_SITE passes its path to the job.
 
     Its name is a digest of its content: a waiting job keeps the file with which it was submitted, also if the
     profile changes, and jobs with the same profile share a file.
-
-    Args:
-        path: Its path, which HVDTRAIN_SITE passes to the job.
-        text: Its content.
     """
 
     path: Path
@@ -71,40 +67,26 @@ class Site:
 
 
 def compose_site(profile: Profile, environ: Mapping[str, str] = os.environ) -> Site | None:
-    """Compose the site file of a profile.
-
-    Args:
-        profile: The cluster profile.
-        environ: The environment of the submission.
-
-    Returns:
-        The file, not yet written; None if the profile needs none.
+    """Compose the site file of a profile, without writing it; None if the profile needs none.
 
     Raises:
         LaunchError: If the profile or HVDTRAIN_SITE names a file or folder that is not there.
     """
     named = settings.get("HVDTRAIN_SITE", environ)
-    if settings.is_set("HVDTRAIN_SITE", environ) and not Path(named).expanduser().is_file():
+    own = Path(named).expanduser()
+    if settings.is_set("HVDTRAIN_SITE", environ) and not own.is_file():
         raise LaunchError(
             f"HVDTRAIN_SITE names {named}, which is not there: unset HVDTRAIN_SITE, or write that file."
         )
     lines = [*_environment(profile, environ), *_exports(profile)]
     if not lines:
         return None
-    source = f" from {profile.path}" if profile.path else ""
-    text = "\n".join([f"# Written by hvdtrain submit{source}.", *_own(environ), *lines, ""])
+    title = "# Written by hvdtrain submit" + (f" from {profile.path}." if profile.path else ".")
+    # The user's own site file is read before the profile.
+    first = [f"source {shlex.quote(str(own.absolute()))}"] if own.exists() else []
+    text = "\n".join([title, *first, *lines, ""])
     digest = hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
     return Site(config_folder(environ) / "sites" / f"{digest[:12]}.sh", text)
-
-
-def own_site(environ: Mapping[str, str]) -> Path:
-    """Return the path of the user's own site file, which is read in addition to the profile."""
-    return Path(settings.get("HVDTRAIN_SITE", environ)).expanduser()
-
-
-def _own(environ: Mapping[str, str]) -> list[str]:
-    path = own_site(environ)
-    return [f"source {shlex.quote(str(path.absolute()))}"] if path.exists() else []
 
 
 def _environment(profile: Profile, environ: Mapping[str, str]) -> list[str]:
@@ -148,12 +130,8 @@ def _conda(profile: Profile, environ: Mapping[str, str]) -> str:
             )
         named = str(path)
     # If the nodes have no conda on PATH, the conda of the submitting user is used, from a shared file system.
-    base = (
-        Path(environ["CONDA_EXE"]).parent.parent
-        if environ.get("CONDA_EXE")
-        else Path("~/miniconda3").expanduser()
-    )
-    start = shlex.quote(str(base / "etc" / "profile.d" / "conda.sh"))
+    conda = Path(environ.get("CONDA_EXE") or Path("~/miniconda3/bin/conda").expanduser())
+    start = shlex.quote(str(conda.parent.parent / "etc" / "profile.d" / "conda.sh"))
     return _CONDA.format(start=start, name=shlex.quote(named))
 
 

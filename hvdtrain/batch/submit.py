@@ -1,43 +1,48 @@
-"""Check a Slurm job, submit it, and follow it: `hvdtrain submit`."""
+"""Check a Slurm job, submit it with sbatch, and follow it: `hvdtrain submit`."""
 
 import os
+import re
 import shutil
 import signal
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from hvdtrain.batch.cluster_profile import Profile, read_profile
 from hvdtrain.batch.follow import follow
-from hvdtrain.batch.partition_limits import examine_limits
-from hvdtrain.batch.partitions import read_partitions
-from hvdtrain.batch.preflight import examine_job, examine_programs, trials_of
-from hvdtrain.batch.sbatch import examine_test, submit_batch
+from hvdtrain.batch.partition_limits import examine_limits, read_partitions
+from hvdtrain.batch.preflight import examine_job, trials_of
 from hvdtrain.batch.sbatch_command import Batch, compose
 from hvdtrain.batch.site_script import Site, compose_site
 from hvdtrain.batch.submit_options import SubmitOptions
-from hvdtrain.doctor.finding import Finding, note, ok
+from hvdtrain.doctor.finding import Finding, note, ok, wrong
+from hvdtrain.doctor.program import Result, run_program
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers import slurm
 from hvdtrain.launch.run_options import RunOptions, check_wrapping
 
-__all__ = ["SubmitOptions", "read_typed", "submit"]
+SECONDS = 120  # the time limit of sbatch
 
-# Options of sbatch that `hvdtrain submit` has as options too, and options passed to `hvdtrain run`.
-_OPTIONS = ["nodes", "ntasks", "ntasks-per-node", "cpus-per-task", "time", "mem"]
-_OPTIONS += ["gpus-per-task", "cpus-per-gpu", "mem-per-gpu"]
-_OPTIONS += ["partition", "account", "qos", "job-name", "array"]
-_FLAGS = ("wrap", "scale_batch", "as_horovod")
-_FOR_SRUN = ("cpu_bind", "gpu_bind")
+_ASSOCIATIONS = "sacctmgr show assoc user=$USER format=account,partition,qos"
+
+# Error messages of Slurm, and what to type.
+_HINTS = {
+    r"invalid partition": "sinfo",
+    r"[Ii]nvalid account|InvalidAccount": f"--account=… with one of yours: {_ASSOCIATIONS}",
+    r"[Ii]nvalid qos": f"--sbatch='--qos=…' with one of yours: {_ASSOCIATIONS}",
+    r"node configuration is not available": "sinfo -N -l, for the resources of the nodes; see also --sbatch",
+    r"[Tt]ime limit": "scontrol show partition, for MaxTime",
+    r"generic resource|gres": "sinfo -o '%P %G', for the GPUs there are",
+    r"group not permitted": "scontrol show partition, for AllowGroups",
+    r"[Pp]olicy|[Ll]imit": f"{_ASSOCIATIONS},maxsubmit,maxjobs; squeue --me",
+    r"contact slurm|[Cc]onnection refused|[Tt]imed out|configuration source": "scontrol ping",
+    r"unrecognized option|ambiguous|doesn't allow an argument|requires an argument": "sbatch --help",
+}
 
 
 def submit(options: SubmitOptions) -> int:
     """Submit a script to Slurm, after checks that find most reasons for which the job would fail or never start.
-
-    Args:
-        options: The options of the command.
 
     Returns:
         0 if the job is submitted, or with `follow` if it succeeded; 2 if it is not submitted; with `follow` the
@@ -54,19 +59,10 @@ def submit(options: SubmitOptions) -> int:
         return 128 + signal.SIGPIPE
 
 
-def read_typed(typed: Mapping[str, Any]) -> SubmitOptions:
-    """Sort the options of the command line into those of sbatch, of `hvdtrain run`, and of submit itself."""
-    names = {field.name for field in fields(SubmitOptions)}
-    own = {name: value for name, value in typed.items() if name in names}
-    flags = tuple(_dashed(name) for name in _FLAGS if typed.get(name))
-    flags += tuple(f"{_dashed(name)}={typed[name]}" for name in _FOR_SRUN if typed.get(name))
-    values = {name: typed[name.replace("-", "_")] for name in _OPTIONS}
-    asked = {name: str(value) for name, value in values.items() if value is not None}
-    return SubmitOptions(**own, flags=flags, asked=asked)
-
-
 def _submit(options: SubmitOptions, environ: dict[str, str]) -> int:
-    wrap, scale_batch, as_horovod = (_dashed(name) in options.flags for name in _FLAGS)
+    wrap, scale_batch, as_horovod = (
+        flag in options.flags for flag in ("--wrap", "--scale-batch", "--as-horovod")
+    )
     check_wrapping(RunOptions(1, "", wrap=wrap, scale_batch=scale_batch, as_horovod=as_horovod))
     profile = read_profile(options.cluster, environ)
     site = compose_site(profile, environ)
@@ -84,13 +80,9 @@ def _submit(options: SubmitOptions, environ: dict[str, str]) -> int:
         return 0
     if site:
         site.write()
-    number = submit_batch(batch, environ | batch.settings)
+    number = _run_sbatch(batch, environ | batch.settings)
     print(f"Submitted batch job {number}", flush=True)
     return follow(number, batch.template, environ, stay=options.follow)
-
-
-def _dashed(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
 
 
 def _add_site_and_array(batch: Batch, site: Site | None) -> Batch:
@@ -109,19 +101,21 @@ def _add_site_and_array(batch: Batch, site: Site | None) -> Batch:
 
 def _examine(batch: Batch, profile: Profile, environ: Mapping[str, str], dry_run: bool) -> Iterator[Finding]:
     """Run all checks, the cheapest first; `sbatch --test-only` runs only if the others found no problem."""
-    slurm_found = examine_programs(environ)
     findings = [ok("profile", str(profile.path or "none")), *examine_job(batch, environ)]
-    if slurm_found.status == "ok":
-        limits = examine_limits(batch, read_partitions(environ))
-        findings += [slurm_found, *limits, *_check_pmi(profile, environ)]
-    elif dry_run:
-        findings.append(note("sbatch", f"{slurm_found.found} So the checks that need Slurm were skipped."))
+    sbatch = shutil.which("sbatch", path=environ.get("PATH"))
+    if sbatch:
+        findings += [ok("sbatch", sbatch), *examine_limits(batch, read_partitions(environ))]
+        findings += _check_pmi(profile, environ)
     else:
-        findings.append(slurm_found)
+        found = "There is no sbatch on PATH: this is not a login node of Slurm, or its module is not loaded."
+        if dry_run:
+            findings.append(note("sbatch", f"{found} So the checks that need Slurm were skipped."))
+        else:
+            findings.append(wrong("sbatch", found, "on one machine: hvdtrain run -np 2 train.py"))
     yield from findings
-    if slurm_found.status == "ok" and not any(finding.status == "wrong" for finding in findings):
+    if sbatch and not any(finding.status == "wrong" for finding in findings):
         waits = any(finding.name == "waiting" for finding in findings)
-        yield examine_test(batch, {**environ, **batch.settings}, waits)
+        yield _test_sbatch(batch, {**environ, **batch.settings}, waits)
 
 
 def _check_pmi(profile: Profile, environ: Mapping[str, str]) -> Iterator[Finding]:
@@ -133,6 +127,54 @@ def _check_pmi(profile: Profile, environ: Mapping[str, str]) -> Iterator[Finding
         yield note("PMI", found, "srun --mpi=list")
 
 
+def _test_sbatch(batch: Batch, environ: Mapping[str, str], waits: bool) -> Finding:
+    """Ask sbatch whether it would accept a job, and when and where the job would start.
+
+    If `waits`, nodes that the job needs are known to be down, and `sbatch --test-only` refuses a job that sbatch
+    itself would accept.
+    """
+    result = run_program(batch.command("--test-only"), environ, SECONDS)
+    message = _message(result)
+    if result.code == 0:
+        start = re.search(r"to start at (\S+) using .*? on nodes (\S+)", message)
+        found = f"it would start at {start[1]} on {start[2]}" if start else "sbatch would accept the job"
+        return ok("sbatch --test-only", found)
+    if waits and "not available" in message:
+        return note("sbatch --test-only", f"While these nodes are missing, sbatch prints: {message}")
+    return wrong("sbatch --test-only", f"sbatch would refuse this job: {message}", _hint(message))
+
+
+def _run_sbatch(batch: Batch, environ: Mapping[str, str]) -> str:
+    """Submit a job and return its ID, or raise a LaunchError with the error message of sbatch."""
+    result = run_program(batch.command("--parsable"), environ, SECONDS)
+    number = re.search(r"^(\d+)(;\S*)?$", result.out, re.MULTILINE)
+    if result.code is None:
+        raise LaunchError(
+            f"sbatch has not answered within {SECONDS} s. Check with `squeue --me` whether the job was submitted."
+        )
+    if result.code or not number:
+        message = _message(result)
+        raise LaunchError(f"sbatch refused the job: {message}\n  -> {_hint(message)}")
+    return number[1]
+
+
+def _hint(message: str) -> str:
+    """Return what to type after an error message of Slurm."""
+    for pattern, advice in _HINTS.items():
+        if re.search(pattern, message):
+            return advice
+    return "sbatch --help, or send this message to the administrators of the cluster"
+
+
+def _message(result: Result) -> str:
+    """Join the lines that sbatch printed, without the prefix `sbatch: error:`."""
+    if result.code is None:
+        return f"nothing within {result.seconds:g} s"
+    printed = (result.err or result.out).splitlines()
+    lines = [re.sub(r"^sbatch: (error: )?", "", line.strip()) for line in printed]
+    return " ".join(dict.fromkeys(line for line in lines if line)) or f"nothing, with exit code {result.code}"
+
+
 def _report(findings: Iterator[Finding], options: SubmitOptions) -> int:
     """Print the notes and problems, in a dry run all findings, and return the number of problems."""
     problems = 0
@@ -141,17 +183,14 @@ def _report(findings: Iterator[Finding], options: SubmitOptions) -> int:
         if options.dry_run:
             _print(_comment(finding))
         elif finding.status != "ok":
-            print(f"hvdtrain: {_sentence(finding)}", file=sys.stderr)
+            advice = f"\n  -> {finding.mend}" if finding.mend else ""
+            print(f"hvdtrain: {finding.found}{advice}", file=sys.stderr)
     return problems
-
-
-def _sentence(finding: Finding) -> str:
-    return finding.found + (f"\n  -> {finding.mend}" if finding.mend else "")
 
 
 def _comment(finding: Finding) -> str:
     """Return a finding as a shell comment on one line, so that the whole output can be pasted into a shell."""
-    mark = {"ok": "ok", "note": "note", "wrong": "WRONG"}[finding.status]
+    mark = "WRONG" if finding.status == "wrong" else finding.status
     text = f"{finding.name}: {finding.found}" + (f" -> {finding.mend}" if finding.mend else "")
     return f"# {mark:5} " + " ".join(text.split())
 

@@ -46,7 +46,6 @@ class ProbeRunner:
 
     def __init__(self, environ: Mapping[str, str] = os.environ, engines: Sequence[str] = ("mpi",)):
         self.environ = rank_environment(environ)
-        self._running: list[Program] = []
         self.launcher: mpirun.Launcher | None = None
         self.launcher_problem = ""
         try:
@@ -58,69 +57,60 @@ class ProbeRunner:
         if self._tasks:
             mpi = self.launcher.mpi if self.launcher else None
             self.environ |= slurm.settle(self._tasks, mpi, self.environ)
-        self._mpi = self._start([*(self.launch_command(1) or []), *_probe("mpi")])
-        self._stack = self._start(_probe("stack"))
-        self._allreduces: dict[str, Program] = {}
-        if self.launch_command(2):
-            self._allreduces = {engine: self._start_allreduce(engine) for engine in engines}
+        commands = {"mpi": [*self.launch_command(1), *probe_command("mpi")], "stack": probe_command("stack")}
+        self._probes = {name: Program(command, self.environ, SLOW) for name, command in commands.items()}
+        two_ranks = self.launch_command(2)
+        for engine in engines if two_ranks else ():
+            command = [*two_ranks, *probe_command("allreduce", str(SLOW))]
+            settings = self.environ | {"HVDTRAIN_ENGINE": engine}
+            self._probes[f"allreduce {engine}"] = Program(command, settings, SLOW)
 
     def __enter__(self) -> "ProbeRunner":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for program in self._running:
+        for program in self._probes.values():
             program.close()
 
     @cached_property
     def stack(self) -> dict[str, Any]:
         """TensorFlow, Keras, backend and GPUs, as a training script would see them."""
-        return read_json(self._stack.result())
+        return read_json(self._probes["stack"].result())
 
     @cached_property
     def mpi(self) -> dict[str, Any]:
         """The version of mpi4py and its MPI library, loaded under the launcher as a rank would load it."""
-        return read_json(self._mpi.result())
-
-    def launch_command(self, ranks: int) -> list[str] | None:
-        """Return the command with which `hvdtrain run` would start ranks here; None if there is no launcher."""
-        command = slurm.srun_command(ranks, "none", self.environ) if self._tasks >= ranks else None
-        if command is not None:
-            return command
-        return self.launcher.command(ranks, (), ()) if self.launcher else None
+        return read_json(self._probes["mpi"].result())
 
     def allreduce(self, engine: str) -> dict[str, Any]:
-        """Return the result on rank 0 of an allreduce of known numbers over two ranks.
-
-        Args:
-            engine: One of the engines given to the constructor.
+        """Return the result on rank 0 of an allreduce of known numbers over two ranks, on one of the engines.
 
         Raises:
             ProbeError: The ranks failed or hung.
         """
-        return read_json(self._allreduces[engine].result())
+        return read_json(self._probes[f"allreduce {engine}"].result())
+
+    def launch_command(self, ranks: int) -> list[str]:
+        """Return the command with which `hvdtrain run` would start ranks here; empty if there is no launcher."""
+        command = slurm.srun_command(ranks, "none", self.environ) if self._tasks >= ranks else None
+        if command is None and self.launcher:
+            return self.launcher.command(ranks, (), ())
+        return command or []
 
     def run(self, *command: str) -> Result:
         """Run a program that takes a few seconds at most."""
         return run_program(command, self.environ, QUICK)
 
-    def _start_allreduce(self, engine: str) -> Program:
-        command = [*(self.launch_command(2) or []), *_probe("allreduce", str(SLOW))]
-        return self._start(command, {"HVDTRAIN_ENGINE": engine})
 
-    def _start(self, command: list[str], settings: Mapping[str, str] | None = None) -> Program:
-        program = Program(command, {**self.environ, **(settings or {})}, SLOW)
-        self._running.append(program)
-        return program
+def probe_command(*words: str) -> list[str]:
+    """Return the command that runs a probe, given its name and arguments."""
+    return [sys.executable, *safe_path.main_of("hvdtrain.doctor.probes"), *words]
 
 
 def rank_environment(environ: Mapping[str, str]) -> dict[str, str]:
     """Return an environment in which new ranks can start, also if doctor itself runs as a rank of a job.
 
-    Args:
-        environ: The environment variables of doctor.
-
-    Returns:
-        The same without the variables of a launcher, with hvdtrain importable and MPI allowed to run as root.
+    It has no variables of a launcher, hvdtrain can be imported, and MPI may run as root.
     """
     # srun must still know that it starts a step within a step.
     inherited = launcher_variables() - {"SLURM_STEP_ID"}
@@ -160,7 +150,3 @@ def failure_reason(result: Result) -> str:
     if result.code < 0:
         return f"it was killed by {signal.Signals(-result.code).name}"
     return result.last_line.rstrip(".") or f"it ended with exit code {result.code}"
-
-
-def _probe(name: str, *args: str) -> list[str]:
-    return [sys.executable, *safe_path.main_of(f"hvdtrain.doctor.probes.{name}"), *args]

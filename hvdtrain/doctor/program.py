@@ -15,19 +15,12 @@ GRACE = 3  # seconds between SIGTERM and SIGKILL
 
 @dataclass(frozen=True)
 class Result:
-    """The exit code and the output of a program.
-
-    Args:
-        code: Its exit code; None if it was still running at its time limit.
-        out: Its standard output.
-        err: Its standard error.
-        seconds: Its time limit.
-    """
+    """The exit code of a program, None if it was still running at its time limit, and its output."""
 
     code: int | None
     out: str
     err: str
-    seconds: float = 0
+    seconds: float = 0  # the time limit
 
     @property
     def last_line(self) -> str:

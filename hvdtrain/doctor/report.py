@@ -1,6 +1,9 @@
-"""Run all checks of `hvdtrain doctor` and print their findings as a table or as JSON."""
+"""Run all checks of `hvdtrain doctor` and print their findings, or the list of `--patches`."""
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
@@ -10,20 +13,11 @@ from rich.table import Table
 from rich.text import Text
 
 from hvdtrain import __version__
-from hvdtrain.doctor.checks import (
-    allreduce,
-    cores,
-    engine,
-    gpus,
-    horovod,
-    memory,
-    mpi,
-    network,
-    slurm,
-    software,
-)
-from hvdtrain.doctor.finding import Finding, examine
-from hvdtrain.doctor.probe_runner import ProbeRunner
+from hvdtrain.doctor import check_hardware, check_horovod, check_mpi, check_network, check_software
+from hvdtrain.doctor.finding import Finding, wrong
+from hvdtrain.doctor.probe_runner import ProbeRunner, probe_command
+
+Check = Callable[[], Finding]
 
 MARKS = {"ok": ("✓", "ok", "green"), "note": ("!", "!", "yellow"), "wrong": ("✗", "x", "bold red")}
 
@@ -38,13 +32,13 @@ def doctor(as_json: bool = False) -> int:
     Returns:
         The exit code: 1 if a finding is `wrong`, else 0.
     """
-    built = horovod.installed()
+    built = check_horovod.installed()
     engines = ("mpi", "horovod") if built and built.tensorflow else ("mpi",)
     with (
         Console(stderr=True).status("Running the checks; this takes half a minute …"),
         ProbeRunner(engines=engines) as probes,
     ):
-        findings = examine(checks(probes, built))
+        findings = run_checks(_checks(probes, built))
     if as_json:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
     else:
@@ -52,29 +46,41 @@ def doctor(as_json: bool = False) -> int:
     return int(any(finding.status == "wrong" for finding in findings))
 
 
-def checks(probes: ProbeRunner, built: horovod.Horovod | None) -> Sequence[tuple[str, Callable[[], Finding]]]:
+def _checks(probes: ProbeRunner, built: check_horovod.Horovod | None) -> dict[str, Check]:
     """Return the name and the function of every check, in the order of the rows."""
-    return (
-        ("Python", software.python),
-        ("Settings", partial(software.variables, probes.environ)),
-        ("TensorFlow", partial(software.tensorflow, probes)),
-        ("Keras", partial(software.keras, probes)),
-        ("MPI library", partial(mpi.library, probes)),
-        ("Launcher", partial(mpi.launcher, probes)),
-        ("Horovod", partial(horovod.horovod, probes, built)),
-        ("One MPI", partial(mpi.agreement, probes, built)),
-        ("Engine", partial(engine.engine, probes)),
-        ("Allreduce, mpi", partial(allreduce.allreduce, probes, "mpi")),
-        ("Allreduce, horovod", partial(allreduce.allreduce, probes, "horovod", built)),
-        ("Cores and threads", partial(cores.cores, probes.environ)),
-        ("GPUs", partial(gpus.gpus, probes)),
-        ("Shared memory", memory.shared),
-        ("Locked memory", memory.locked),
-        ("Network", partial(network.network, probes)),
-        ("Host name", partial(network.hostname, probes)),
-        ("ssh", partial(network.ssh, probes.environ)),
-        ("Slurm", partial(slurm.slurm, probes)),
-    )
+    return {
+        "Python": check_software.python,
+        "Settings": partial(check_software.variables, probes.environ),
+        "TensorFlow": partial(check_software.tensorflow, probes),
+        "Keras": partial(check_software.keras, probes),
+        "MPI library": partial(check_mpi.library, probes),
+        "Launcher": partial(check_mpi.launcher, probes),
+        "Horovod": partial(check_horovod.horovod, probes, built),
+        "One MPI": partial(check_mpi.agreement, probes, built),
+        "Engine": partial(check_horovod.engine, probes),
+        "Allreduce, mpi": partial(check_mpi.allreduce, probes, "mpi"),
+        "Allreduce, horovod": partial(check_mpi.allreduce, probes, "horovod", built),
+        "Cores and threads": partial(check_hardware.cores, probes.environ),
+        "GPUs": partial(check_hardware.gpus, probes),
+        "Shared memory": check_hardware.shared_memory,
+        "Locked memory": check_hardware.locked_memory,
+        "Network": partial(check_network.network, probes),
+        "Host name": partial(check_network.hostname, probes),
+        "ssh": partial(check_network.ssh, probes.environ),
+        "Slurm": partial(check_mpi.slurm, probes),
+    }
+
+
+def run_checks(checks: dict[str, Check]) -> list[Finding]:
+    """Run every check; one that raises an exception becomes a `wrong` finding, and the others still run."""
+    findings = []
+    for name, check in checks.items():
+        try:
+            findings.append(check())
+        except Exception as error:  # an unusual machine may break a check in any way
+            found = f"This check itself failed with {type(error).__name__}: {error}"
+            findings.append(wrong(name, found, "report it, with what `hvdtrain doctor --json` prints"))
+    return findings
 
 
 def render(findings: Sequence[Finding], console: Console) -> None:
@@ -91,12 +97,38 @@ def render(findings: Sequence[Finding], console: Console) -> None:
             text.append(f"\n{'->' if plain else '→'} {finding.mend}", style="bold")
         table.add_row(Text(plain_mark if plain else mark, style=style), finding.name, text)
     console.print(table)
-    console.print(Text(summary(findings)))
+    problems = ", ".join(finding.name for finding in findings if finding.status == "wrong")
+    summary = f"Training would be wrong or fail here: fix {problems}."
+    console.print(Text(summary if problems else "Training would be right here."))
 
 
-def summary(findings: Sequence[Finding]) -> str:
-    """Return one line that says whether training would be right."""
-    wrong = [finding.name for finding in findings if finding.status == "wrong"]
-    if wrong:
-        return f"Training would be wrong or fail here: fix {', '.join(wrong)}."
-    return "Training would be right here."
+def list_patches(as_json: bool = False) -> int:
+    """Print the functions of Keras that hvdtrain has replaced in a process where it was started.
+
+    Args:
+        as_json: Whether to print a JSON list of `{replaced, by, purpose}` in place of the list.
+
+    Returns:
+        The exit code: 1 if hvdtrain cannot start.
+    """
+    done = subprocess.run(
+        probe_command("patches"),
+        env=os.environ | {"HVDTRAIN_ENGINE": "single", "TF_CPP_MIN_LOG_LEVEL": "2"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        print(f"hvdtrain cannot start here; `hvdtrain doctor` finds out why.\n{done.stderr}", file=sys.stderr)
+        return 1
+    rows = json.loads(done.stdout.splitlines()[-1])
+    if as_json:
+        print(json.dumps(rows, indent=2))
+        return 0
+    for module in dict.fromkeys(row["by"] for row in rows):
+        of_module = [row for row in rows if row["by"] == module]
+        print(f"{module}: {of_module[0]['purpose']}")
+        for row in of_module:
+            print(f"    {row['replaced']}")
+    print("--as-horovod and --wrap replace more functions; see docs/horovod.md and docs/wrap.md.")
+    return 0

@@ -9,82 +9,69 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
 from rich.console import Console
 
-from hvdtrain.horovod_build.progress import BuildProgress, Steps
+from hvdtrain.horovod_build.progress import Steps
 from hvdtrain.horovod_build.target import HOROVOD, RECORD, CannotBuild, Target, inspect, installed_record
 from hvdtrain.horovod_build.wheel import build_wheel, install, verify
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-@dataclass(frozen=True)
-class BuildOptions:
-    """The options of `hvdtrain build-horovod`.
+def build(mpi: str, gpu: str, wheel_dir: str | None, verbose: bool) -> int:
+    """Build Horovod, verify an allreduce over two ranks, and install it in this environment.
+
+    Nothing is installed before the verification, so a failed or interrupted build leaves the environment unchanged.
 
     Args:
         mpi: Name or path of MPI's C++ compiler wrapper.
         gpu: "none", or "nccl" for allreduces between GPUs.
         wheel_dir: The cache of built wheels; by default `~/.cache/hvdtrain/wheels`.
         verbose: Whether to show the output of pip and the compiler.
-    """
-
-    mpi: str = "mpicxx"
-    gpu: str = "none"
-    wheel_dir: str | None = None
-    verbose: bool = False
-
-
-def build(options: BuildOptions) -> int:
-    """Build Horovod, verify an allreduce over two ranks, and install it in this environment.
-
-    Nothing is installed before the verification, so a failed or interrupted build leaves the environment unchanged.
-
-    Args:
-        options: The options of the command.
 
     Returns:
         The exit code: 0 ready, 1 build or verification failed, 2 a requirement is missing, 130 interrupted.
     """
     console = Console(stderr=True)
+    # A space in the path would split compiler flags.
+    temporary = "/tmp" if " " in tempfile.gettempdir() else None
+    started = time.monotonic()
     try:
         with (
             _signals_interrupt(),
-            tempfile.TemporaryDirectory(prefix="hvdtrain-", dir=_plain_folder()) as name,
+            tempfile.TemporaryDirectory(prefix="hvdtrain-", dir=temporary) as folder,
         ):
-            started = time.monotonic()
-            target = inspect(options.mpi, options.gpu, Path(name))
+            target = inspect(mpi, gpu, Path(folder))
             if (installed_record() or {}).get("key") != target.key:
-                _build_and_install(target, options, Path(name), console)
-            ready = f"Horovod {HOROVOD} is ready for {target} ({time.monotonic() - started:.0f} s)."
-        console.print(ready, markup=False, highlight=False, soft_wrap=True)
+                cache = _cache_folder(wheel_dir) / target.key
+                with Steps(cache / "build.log", console, verbose) as steps:
+                    _build_and_install(target, cache, Path(folder), steps)
+        seconds = time.monotonic() - started
+        message, exit_code = f"Horovod {HOROVOD} is ready for {target} ({seconds:.0f} s).", 0
     except CannotBuild as error:
-        console.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        return error.exit_code
+        message, exit_code = str(error), error.exit_code
     except KeyboardInterrupt:
-        console.print("Interrupted: Horovod was not built, and the environment is unchanged.")
-        return 130
-    return 0
+        message, exit_code = "Interrupted: Horovod was not built, and the environment is unchanged.", 130
+    console.print(message, markup=False, highlight=False, soft_wrap=True)
+    return exit_code
 
 
-def _build_and_install(target: Target, options: BuildOptions, folder: Path, console: Console) -> None:
-    cache = _cache_folder(options.wheel_dir) / target.key
-    with BuildProgress(console, options.verbose) as progress:
-        steps = Steps(cache / "build.log", progress)
-        wheel = _cached_wheel(cache, target)
-        cached = wheel is not None
-        wheel = wheel or build_wheel(target, folder, steps, progress)
-        progress.phase("verifying an allreduce of two ranks")
-        wheels = verify(wheel, target, folder, steps)
-        if not cached:
-            _add_to_cache(wheel, cache)
-        progress.phase("installing")
-        _ignore_signals()
-        install(wheels, steps)
+def _build_and_install(target: Target, cache: Path, folder: Path, steps: Steps) -> None:
+    cached = _cached_wheel(cache, target)
+    wheel = cached or build_wheel(target, folder, steps)
+    steps.phase("verifying an allreduce of two ranks")
+    wheels = verify(wheel, target, folder, steps)
+    if not cached:
+        # An atomic rename, so that no other process reads an incomplete file.
+        part = cache / f".{os.getpid()}.{wheel.name}"
+        part.write_bytes(wheel.read_bytes())
+        part.replace(cache / wheel.name)
+    steps.phase("installing")
+    _ignore_signals()
+    install(wheels, steps)
 
 
 def _cache_folder(asked: str | None) -> Path:
@@ -118,19 +105,6 @@ def _cached_wheel(cache: Path, target: Target) -> Path | None:
         if record.get("key") == target.key:
             return wheel
     return None
-
-
-def _add_to_cache(wheel: Path, cache: Path) -> None:
-    """Copy the wheel into the cache by an atomic rename, so that no other process reads an incomplete file."""
-    part = cache / f".{os.getpid()}.{wheel.name}"
-    part.write_bytes(wheel.read_bytes())
-    part.replace(cache / wheel.name)
-
-
-def _plain_folder() -> str:
-    """Return a folder for temporary files without spaces in its path, which would split compiler flags."""
-    folder = tempfile.gettempdir()
-    return "/tmp" if " " in folder else folder
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Run the commands of a build, show their progress, and write their output to a log."""
 
+import contextlib
 import os
 import re
 import signal
@@ -26,10 +27,15 @@ _ERROR = re.compile(r"error:|CMake Error|undefined reference|No space left|Kille
 _STEP = 20  # percent between two lines of progress
 
 
-class BuildProgress:
-    """Show each phase and its time: a bar in a terminal, else a line for every 20 %."""
+class Steps:
+    """Run the commands of a build with one log for all; no process of a command outlives it.
 
-    def __init__(self, console: Console, verbose: bool = False):
+    The console shows each phase and its time: a bar in a terminal, else a line for every 20 %; with `verbose` also
+    the output of the commands.
+    """
+
+    def __init__(self, log: Path, console: Console, verbose: bool = False):
+        self.log = log
         self._console = console
         self._verbose = verbose
         self._phase = ""
@@ -37,8 +43,10 @@ class BuildProgress:
         self._printed = 0  # the last percentage of a line
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())
         self._bar = Progress(*columns, TimeElapsedColumn(), console=console, disable=not console.is_terminal)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("")
 
-    def __enter__(self) -> "BuildProgress":
+    def __enter__(self) -> "Steps":
         self._bar.start()
         return self
 
@@ -47,42 +55,29 @@ class BuildProgress:
 
     def phase(self, text: str, measured: bool = False) -> None:
         """Begin a phase; `measured` means that the output of its command contains percentages."""
-        self._finish_phase()
+        if self._phase:
+            self._bar.update(self._task, total=100, completed=100)
         self._phase, self._printed = text, 0
         self._task = self._bar.add_task(text, total=100 if measured else None)
         if not self._console.is_terminal:
-            self._print(f"{text} …")
+            self._print(f"build-horovod: {text} …")
 
     def line(self, text: str) -> None:
         """Process one line of output of the running command."""
         if self._verbose:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._print(text)
         found = _PERCENT.match(text)
-        if found:
-            self._percent(int(found.group(1)))
-
-    def _percent(self, value: int) -> None:
-        self._bar.update(self._task, completed=value)
-        if not self._console.is_terminal and value >= self._printed + _STEP:
-            self._printed = value - value % _STEP
-            self._print(f"{self._phase}: {value} % after {time.monotonic() - self._started:.0f} s")
-
-    def _finish_phase(self) -> None:
-        if self._phase:
-            self._bar.update(self._task, total=100, completed=100)
+        if not found:
+            return
+        percent = int(found[1])
+        self._bar.update(self._task, completed=percent)
+        if not self._console.is_terminal and percent >= self._printed + _STEP:
+            self._printed = percent - percent % _STEP
+            seconds = time.monotonic() - self._started
+            self._print(f"build-horovod: {self._phase}: {self._printed} % after {seconds:.0f} s")
 
     def _print(self, text: str) -> None:
-        self._console.print(f"build-horovod: {text}", markup=False, highlight=False, soft_wrap=True)
-
-
-class Steps:
-    """Run the commands of a build with one log for all; no process of a command outlives it."""
-
-    def __init__(self, log: Path, progress: BuildProgress):
-        self.log = log
-        self._progress = progress
-        log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("")
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def run(
         self,
@@ -93,7 +88,7 @@ class Steps:
         timeout: float = 3600,
         exit_code: int = 1,
     ) -> str:
-        """Run one command to its end.
+        """Run one command to its end, and return its output.
 
         Args:
             command: The command and its arguments.
@@ -103,16 +98,12 @@ class Steps:
             timeout: Time limit in seconds; a command that exceeds it is ended and has failed.
             exit_code: The exit code of the build if it fails.
 
-        Returns:
-            The output of the command.
-
         Raises:
             CannotBuild: It failed; the text has the lines with errors and the path of the log.
         """
-        arguments = [str(argument) for argument in command]
         process = subprocess.Popen(
-            arguments,
-            env=dict(env) if env is not None else None,
+            command,
+            env=env,
             cwd=cwd,
             text=True,
             errors="replace",
@@ -123,26 +114,23 @@ class Steps:
         )
         alarm = threading.Timer(timeout, _end, [process])
         alarm.start()
+        lines = []
         try:
-            output = self._read_output(process, arguments)
+            with self.log.open("a") as log:
+                log.write(f"$ {' '.join(map(str, command))}\n")
+                for line in process.stdout or []:
+                    log.write(line)
+                    log.flush()
+                    lines.append(line)
+                    self.line(line.rstrip("\n"))
             code = process.wait()
         finally:
             alarm.cancel()
             _end(process)
+        output = "".join(lines)
         if code:
             raise CannotBuild(f"{failure}\n{error_lines(output)}\nThe full log: {self.log}", exit_code)
         return output
-
-    def _read_output(self, process: subprocess.Popen, arguments: list[str]) -> str:
-        lines = []
-        with self.log.open("a") as log:
-            log.write(f"$ {' '.join(arguments)}\n")
-            for line in process.stdout or []:
-                log.write(line)
-                log.flush()
-                lines.append(line)
-                self._progress.line(line.rstrip("\n"))
-        return "".join(lines)
 
 
 def error_lines(output: str, most: int = 6) -> str:
@@ -154,8 +142,6 @@ def error_lines(output: str, most: int = 6) -> str:
 
 def _end(process: subprocess.Popen) -> None:
     """End a command and all that it started; it has its own session, so no other process is affected."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        return
-    process.wait()
+        process.wait()

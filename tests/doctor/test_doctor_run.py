@@ -19,8 +19,8 @@ from rich.console import Console
 import hvdtrain
 from hvdtrain.doctor import probe_runner
 from hvdtrain.doctor import report as module
-from hvdtrain.doctor.checks import allreduce
-from hvdtrain.doctor.finding import Finding, examine, ok, wrong
+from hvdtrain.doctor.check_mpi import allreduce
+from hvdtrain.doctor.finding import Finding, ok, wrong
 from hvdtrain.doctor.probe_runner import ProbeRunner
 
 REPOSITORY = Path(hvdtrain.__file__).parent.parent
@@ -45,7 +45,7 @@ RIGHT_SUM = """echo '{"size": 2, "lowest": 3.0, "highest": 3.0}'"""
 MPIRUN = """#!/bin/sh
 case "$*" in
   --version) printf '%s\\n' "{version}" ;;
-  *probes.allreduce*) {allreduce} ;;
+  *doctor.probes*allreduce*) {allreduce} ;;
   *) until [ "${{1##*/}}" = python ]; do shift; done; exec "$@" ;;
 esac
 """
@@ -262,7 +262,7 @@ def test_a_sum_that_never_comes(environment, monkeypatch):
     monkeypatch.setattr(probe_runner, "SLOW", 1)
     monkeypatch.setattr(sys, "executable", str(environment.python))
     with ProbeRunner(environment.environ) as probes:
-        finding = allreduce.allreduce(probes, "mpi")
+        finding = allreduce(probes, "mpi")
     assert finding.status == "wrong"
     assert "still running after 1 s" in finding.found
 
@@ -332,7 +332,7 @@ def test_a_check_that_breaks_is_a_row_and_the_others_still_run():
     def broken():
         raise PermissionError("/sys/class/net")
 
-    findings = examine([("Broken", broken), ("Sound", lambda: ok("Sound", "fine"))])
+    findings = module.run_checks({"Broken": broken, "Sound": lambda: ok("Sound", "fine")})
     assert [finding.status for finding in findings] == ["wrong", "ok"]
     assert "PermissionError: /sys/class/net" in findings[0].found
     assert findings[0].mend

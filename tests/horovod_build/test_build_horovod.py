@@ -23,11 +23,10 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from hvdtrain.horovod_build.mpi_wrapper import mpi_behind, mpi_name
-from hvdtrain.horovod_build.progress import BuildProgress, Steps, error_lines
-from hvdtrain.horovod_build.source_patches import patch_source
-from hvdtrain.horovod_build.target import HOROVOD, RECORD, SDIST_SHA256, CannotBuild, Target
-from hvdtrain.horovod_build.wheel import fetch_source
+from hvdtrain.collectives.mpi.library import mpi_name
+from hvdtrain.horovod_build.progress import Steps, error_lines
+from hvdtrain.horovod_build.target import HOROVOD, RECORD, SDIST_SHA256, CannotBuild, Target, mpi_behind
+from hvdtrain.horovod_build.wheel import fetch_source, patch_source
 
 ROOT = Path(__file__).parents[2]
 COMMAND = ["-c", "from hvdtrain.cli import main; main()", "build-horovod"]
@@ -203,10 +202,9 @@ def test_another_source_under_the_same_name(tmp_path, monkeypatch):
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
     monkeypatch.setenv("PIP_FIND_LINKS", str(forged.parent))
-    with BuildProgress(Console(file=io.StringIO())) as progress:
-        steps = Steps(tmp_path / "build.log", progress)
-        with pytest.raises(CannotBuild) as refusal:
-            fetch_source(tmp_path, steps, dict(os.environ))
+    steps = Steps(tmp_path / "build.log", Console(file=io.StringIO()))
+    with steps, pytest.raises(CannotBuild) as refusal:
+        fetch_source(tmp_path, steps, dict(os.environ))
     assert refusal.value.exit_code == 2
     assert SDIST_SHA256 in str(refusal.value)
     assert hashlib.sha256(forged.read_bytes()).hexdigest() in str(refusal.value)
@@ -319,21 +317,20 @@ def test_the_mended_source_carries_its_record_and_names_only_an_mpi_wheel_relati
     assert operations.read_text().startswith("static GpuStreamHandle AsGpuStreamValue")
 
 
-def test_a_measured_phase_tells_where_it_is_now_and_then():
+def test_a_measured_phase_tells_where_it_is_now_and_then(tmp_path):
     screen = io.StringIO()
-    with BuildProgress(Console(file=screen, width=200)) as progress:
-        progress.phase("compiling", measured=True)
+    with Steps(tmp_path / "build.log", Console(file=screen, width=200)) as steps:
+        steps.phase("compiling", measured=True)
         for percent in range(101):
-            progress.line(f"[{percent:3d}%] Building CXX object")
-            progress.line("  warning: [99%] of this is not a percentage")
+            steps.line(f"[{percent:3d}%] Building CXX object")
+            steps.line("  warning: [99%] of this is not a percentage")
     told = screen.getvalue().splitlines()
     assert told[0] == "build-horovod: compiling …"
     assert [line.split()[2] for line in told[1:]] == ["20", "40", "60", "80", "100"]
 
 
 def test_the_log_keeps_everything_and_the_error_only_what_tells(tmp_path):
-    with BuildProgress(Console(file=io.StringIO())) as progress:
-        steps = Steps(tmp_path / "logs/build.log", progress)
+    with Steps(tmp_path / "logs/build.log", Console(file=io.StringIO())) as steps:
         script = "echo compiling; echo 'x.cc:1: error: no such thing' >&2; echo later; exit 3"
         with pytest.raises(CannotBuild) as failure:
             steps.run(["sh", "-c", script], "It did not compile.")
@@ -351,10 +348,9 @@ def test_the_first_errors_tell_and_where_there_is_none_the_last_lines():
 
 
 def test_a_step_that_does_not_end_is_ended(tmp_path):
-    with BuildProgress(Console(file=io.StringIO())) as progress:
-        steps = Steps(tmp_path / "build.log", progress)
-        with pytest.raises(CannotBuild, match="too slow"):
-            steps.run(["sh", "-c", "echo begun; sleep 600"], "too slow", timeout=0.5)
+    steps = Steps(tmp_path / "build.log", Console(file=io.StringIO()))
+    with steps, pytest.raises(CannotBuild, match="too slow"):
+        steps.run(["sh", "-c", "echo begun; sleep 600"], "too slow", timeout=0.5)
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")

@@ -6,8 +6,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
 from hvdtrain.horovod_build.target import installed_record
+from hvdtrain.horovod_build.wheel import lenient_settings
 
 ROOT = Path(__file__).parents[2]
 ENGINES = ("plain", "single", "mpi", "horovod")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.horovod_build.mpi_wrapper import lenient_settings
+from hvdtrain.horovod_build.wheel import lenient_settings
 from hvdtrain.launch.start_plan import clean_environ
 
 pytestmark = pytest.mark.jobs

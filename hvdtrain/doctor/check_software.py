@@ -1,4 +1,4 @@
-"""Check the versions of Python, TensorFlow and Keras."""
+"""Check Python, the settings of hvdtrain, TensorFlow and Keras."""
 
 import sys
 from collections.abc import Mapping
@@ -23,14 +23,10 @@ def variables(environ: Mapping[str, str]) -> Finding:
     """Check the variables HVDTRAIN_… of the environment for names that hvdtrain does not know."""
     unknown = settings.unknown(environ)
     if unknown:
-        name = unknown[0].split()[0]
-        return note("Settings", " ".join(unknown), f"unset {name}")
-    chosen = [
-        f"{setting.name}={settings.get(setting.name, environ)}"
-        for setting in settings.SETTINGS
-        if settings.is_set(setting.name, environ)
-    ]
-    return ok("Settings", ", ".join(chosen) or "all have their defaults")
+        return note("Settings", " ".join(unknown), f"unset {unknown[0].split()[0]}")
+    names = [setting.name for setting in settings.SETTINGS if settings.is_set(setting.name, environ)]
+    chosen = ", ".join(f"{name}={settings.get(name, environ)}" for name in names)
+    return ok("Settings", chosen or "all have their defaults")
 
 
 def tensorflow(probes: ProbeRunner) -> Finding:
@@ -46,13 +42,12 @@ def tensorflow(probes: ProbeRunner) -> Finding:
 def judge_tensorflow(version: str | None, error: str) -> Finding:
     """Judge TensorFlow by its version, or by the error that its import raised."""
     if version is None and "No module named 'tensorflow'" in error:
-        return wrong(
-            "TensorFlow", "It is not installed for this Python.", "pip install 'tensorflow-cpu>=2.16'"
-        )
+        found = "It is not installed for this Python."
+        return wrong("TensorFlow", found, "pip install 'tensorflow-cpu>=2.16'")
     if version is None:
         found = f"It is installed but cannot be imported: {error}."
         return wrong("TensorFlow", found, "pip install --force-reinstall 'tensorflow-cpu>=2.16'")
-    if older(version, OLDEST_TENSORFLOW):
+    if _minor(version) < _minor(OLDEST_TENSORFLOW):
         found = f"{version} is here; hvdtrain needs {OLDEST_TENSORFLOW} or later, which come with Keras 3."
         return wrong("TensorFlow", found, "pip install --upgrade 'tensorflow-cpu>=2.16'")
     return ok("TensorFlow", version)
@@ -81,7 +76,7 @@ def judge_keras(version: str | None, backend: str, error: str) -> Finding:
     if version is None:
         found = f"It is installed but cannot be imported: {error}."
         return wrong("Keras", found, "pip install 'tensorflow-cpu>=2.16' 'keras>=3.3'")
-    if older(version, OLDEST_KERAS):
+    if _minor(version) < _minor(OLDEST_KERAS):
         found = f"{version} is here; hvdtrain needs {OLDEST_KERAS} or later."
         return wrong("Keras", found, "pip install --upgrade 'keras>=3.3'")
     if backend != "tensorflow":
@@ -90,11 +85,7 @@ def judge_keras(version: str | None, backend: str, error: str) -> Finding:
     return ok("Keras", f"{version} on {backend}")
 
 
-def older(version: str, oldest: str) -> bool:
-    """Return whether a version is older, comparing major and minor only."""
-    return _numbers(version) < _numbers(oldest)
-
-
-def _numbers(version: str) -> tuple[int, ...]:
+def _minor(version: str) -> tuple[int, ...]:
+    """Return major and minor version."""
     major, minor, *_ = [*version.split("."), "0"]
     return int(major), int(minor)
