@@ -36,14 +36,7 @@ class AllreduceWorker:
     fetch: Callable[[Any], np.ndarray] = np.asarray  # converts the result of that function to an array
 
     def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer one request.
-
-        Args:
-            request: `bytes`, `dtype` and `seed` of the array, and the number of repetitions, `repeat`.
-
-        Returns:
-            The `seconds` of one sum, and whether the result is `right`.
-        """
+        """Return the `seconds` of one sum, and whether the last of `repeat` results is `right`."""
         if request["dtype"] == "bfloat16":
             import ml_dtypes  # noqa: F401  # makes the name known to NumPy
         dtype = np.dtype(request["dtype"])

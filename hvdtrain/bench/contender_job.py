@@ -72,8 +72,8 @@ class ContenderJob:
     Args:
         contender: The contender.
         ranks: Number of ranks.
-        hosts: Hosts and their slots, as for `hvdtrain run -H`.
-        bind: How ranks are bound to cores, as for `hvdtrain run --bind`.
+        hosts: The hosts of `hvdtrain run -H`.
+        bind: The value of `hvdtrain run --bind`.
         addresses: Names of this host for ranks on other hosts; empty when all ranks are on this host.
         limit: Seconds that a worker may take to get ready, or to answer.
     """
@@ -166,7 +166,7 @@ class ContenderJob:
                 )
 
     def _addresses(self) -> list[str]:
-        """Return `host:port` of each rank, where it may open a server, with a name that the other ranks know."""
+        """Return `host:port` of each rank, where it may open a server, with names that the other ranks know."""
         names = [info["host"] for info in self.rank_infos]
         if not self._remote and len(set(names)) == 1:
             names = ["127.0.0.1"] * len(names)

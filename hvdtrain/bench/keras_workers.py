@@ -17,6 +17,7 @@ from hvdtrain.bench.models import WORKLOADS, compiled
 from hvdtrain.bench.worker import StepWorker, threads
 
 Settings = Mapping[str, Any]
+FitArguments = Callable[[int, int], dict[str, Any]]  # of a batch and a number of steps, for an epoch
 
 # Between their turns all ranks are stopped for longer than the default limit of TensorFlow's heartbeat.
 _HEARTBEAT_SECONDS = 3600
@@ -33,7 +34,8 @@ def keras_step(settings: Settings) -> StepWorker:
     import keras
 
     name, mode = settings["model"], settings["mode"]
-    wrap, fit_arguments = None, None
+    wrap: Callable[[Any], Any] | None = None
+    fit_arguments: FitArguments | None = None
     if mode in ("plain", "wrapped"):
         _limit_threads(settings)
     if mode != "plain":
@@ -41,11 +43,7 @@ def keras_step(settings: Settings) -> StepWorker:
 
         hvd.init()
         wrap = _without_exchange if mode == "compute_only" else hvd.DistributedOptimizer
-
-        def fit_arguments(batch: int, steps: int) -> dict[str, Any]:
-            global_batch = batch * hvd.size()
-            return {"x": hvd.shard(_samples(name, global_batch, steps, 0), batch_size=global_batch)}
-
+        fit_arguments = partial(_sharded, name)
     keras.utils.set_random_seed(0)
     model = compiled(keras, name, wrap, settings.get("xla", False))
     return KerasSteps(keras, model, settings, fit_arguments=fit_arguments).worker()
@@ -83,8 +81,7 @@ class KerasSteps:
     model: Any
     settings: Settings
     iterate: Callable[[Any], Iterator] = iter  # converts a data set to an iterator for the train function
-    # Returns the data arguments of `fit` for an epoch, `fit_arguments(batch, steps)`; arrays by default.
-    fit_arguments: Callable[[int, int], dict[str, Any]] | None = None
+    fit_arguments: FitArguments | None = None  # returns the data arguments of `fit`; arrays by default
     _prepared: dict[int, tuple[Callable[[Iterator], dict], Iterator]] = field(default_factory=dict)
 
     def worker(self) -> StepWorker:
@@ -151,6 +148,13 @@ def _without_exchange(optimizer: Any) -> Any:
     distributed = hvd.DistributedOptimizer(optimizer)
     object.__setattr__(distributed, "_hvdtrain_reducer", _LocalReducer(distributed._hvdtrain_reducer))
     return distributed
+
+
+def _sharded(model: str, batch: int, steps: int) -> dict[str, Any]:
+    import hvdtrain.keras as hvd
+
+    global_batch = batch * hvd.size()
+    return {"x": hvd.shard(_samples(model, global_batch, steps, 0), batch_size=global_batch)}
 
 
 def _samples(model: str, batch: int, steps: int, seed: int) -> tuple[np.ndarray, np.ndarray]:

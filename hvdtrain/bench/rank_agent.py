@@ -64,12 +64,7 @@ def main() -> None:
 
 @final
 class RankAgent:
-    """Controls one worker, which runs only while its contender is asked.
-
-    Args:
-        sock: The connection to the benchmark's process.
-        place: Rank, size and local rank of this process.
-    """
+    """Controls one worker over the connection `sock` to the benchmark's process."""
 
     def __init__(self, sock: socket.socket, place: topology.Place | None) -> None:
         self._socket, self._link, self._place = sock, rank_guard.Connection(sock), place

@@ -57,7 +57,7 @@ class Scheduler(Generic[AnyContender]):
         limit: Seconds that a contender may take to answer.
 
     Raises:
-        LaunchError: If the hosts do not exist or have too few slots, or this process may not open enough files.
+        LaunchError: If the hosts cannot take the ranks, or this process may not open enough files.
     """
 
     def __init__(
@@ -108,11 +108,7 @@ class Scheduler(Generic[AnyContender]):
         return sorted({info["host"] for job in self._jobs.values() for info in job.rank_infos})
 
     def ask(self, contender: Contender, request: dict[str, Any]) -> Answers | None:
-        """Let one contender run for one request to all its ranks.
-
-        Returns:
-            The answers by rank, or None if the contender has failed, now or before; `left_out` holds the reason.
-        """
+        """Send one request to the ranks of a contender, and return their answers; None if it has failed or does."""
         job = self._jobs.get(contender.name)
         if job is None:
             return None
@@ -128,9 +124,9 @@ class Scheduler(Generic[AnyContender]):
         """Let the contenders work in turns, round after round; each round starts with another contender.
 
         Args:
-            works: For each kind of work a function that returns the request to a contender; None to skip it. The
-                request is repeated with another `seed` in each round, and contains how often its work is repeated,
-                `repeat`; only if it sets that itself, the first turn, which is not counted, uses its number.
+            works: For each kind of work a function that returns the request to a contender; None to skip it. A
+                `seed`, another one in each round, and the number of repetitions, `repeat`, are added. The number
+                that it contains already is used in a first turn, which is not counted.
             seconds: Aimed duration of a turn.
             repeats: Minimum and maximum number of repetitions in a turn.
             rounds: Number of rounds.

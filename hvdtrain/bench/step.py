@@ -31,10 +31,8 @@ STEP_SECONDS = 30.0  # no step takes longer
 class ScalingTimes:
     """Measurements with one size of batch, by contender."""
 
-    seconds: dict[str, list[float]] = field(
-        default_factory=dict
-    )  # of a step by round, the mean over the ranks
-    slowest: dict[str, list[float]] = field(default_factory=dict)  # of a step by round, on the slowest rank
+    seconds: dict[str, list[float]] = field(default_factory=dict)  # of a step by round, the mean over ranks
+    slowest: dict[str, list[float]] = field(default_factory=dict)  # the same on the slowest rank
     final_states: dict[str, Answers] = field(default_factory=dict)  # checksums of the weights and peak memory
 
 

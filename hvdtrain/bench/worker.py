@@ -48,14 +48,11 @@ class StepWorker:
         self._finite = True
 
     def __call__(self, request: Mapping[str, Any]) -> dict[str, Any]:
-        """Answer one request.
+        """Return the `seconds` of a step, nothing on a rank that does not run, or the state of the model.
 
         Args:
             request: `batch` and the number of steps of a turn, `repeat`; with `first_only` only rank 0 runs; with
                 `fit` the turn is an epoch. Or `end`, which asks for the state of the model.
-
-        Returns:
-            The `seconds` of a step, nothing on a rank that does not run, or the state of the model.
         """
         if request.get("end"):
             return self._final_state()
