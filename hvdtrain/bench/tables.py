@@ -71,9 +71,9 @@ def render_allreduce(report: Report, console: Console) -> None:
 
 def render_step(report: Report, console: Console) -> None:
     """Print weak scaling, strong scaling, and an explanation of the columns."""
-    console.print(_step_table(report, WEAK))
-    if any(row.key["scaling"] == STRONG for row in report.rows):
-        console.print(_step_table(report, STRONG))
+    for scaling in (WEAK, STRONG):
+        if any(row.key["scaling"] == scaling for row in report.rows):
+            console.print(_step_table(report, scaling))
     console.print(_EXPLANATION, markup=False)
     if report.options.get("fit"):
         console.print(_EXPLANATION_FIT, markup=False)
@@ -96,7 +96,7 @@ def _best_mpi(rows: Sequence[Row]) -> Row | None:
 
 
 def _time_table(report: Report) -> Table:
-    columns = [
+    columns: list[Column] = [
         median("time, µs", "latency_us", _three_figures),
         quartiles("latency_us", _three_figures),
         median("algorithm, GB/s", "algorithm_gb_s", _three_figures),

@@ -88,7 +88,7 @@ def measure(options: Options, progress: Progress) -> Report:
 def render(report: Report, console: Console) -> None:
     """Print the table of all settings, and which of them were stored."""
     options = report.options
-    columns = [
+    columns: list[tables.Column] = [
         ("setting", _name),
         tables.median("gain", "gain", "{:.3f}".format),
         tables.quartiles("gain", "{:.3f}".format),
