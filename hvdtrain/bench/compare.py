@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from hvdtrain.bench import sizes
 from hvdtrain.bench.output import open_console
 from hvdtrain.bench.report import Report, ReportError, Row, Spread, load
+from hvdtrain.bench.tables import new_table
 
 
 def compare(before: str, after: str) -> int:
@@ -34,11 +34,11 @@ def compare(before: str, after: str) -> int:
     except ReportError as error:
         print(f"hvdtrain: {error}", file=sys.stderr)
         return 2
-    render(*reports, (before, after), open_console())
+    _render(*reports, (before, after), open_console())
     return 0
 
 
-def render(first: Report, second: Report, names: tuple[str, str], console: Console) -> None:
+def _render(first: Report, second: Report, names: tuple[str, str], console: Console) -> None:
     """Print the conditions that differ, each quantity that both reports have, and the rows that only one has."""
     for line in differing_conditions(first, second):
         console.print(line, markup=False)
@@ -48,7 +48,7 @@ def render(first: Report, second: Report, names: tuple[str, str], console: Conso
     for report, other, name in ((first, second, names[0]), (second, first, names[1])):
         for row in report.rows:
             if not any(_same(row, other_row) for other_row in other.rows):
-                console.print(f"Only in {name}: {key_text(row.key)}, {row.contender}", markup=False)
+                console.print(f"Only in {name}: {_key_text(row.key)}, {row.contender}", markup=False)
 
 
 def matching_rows(first: Report, second: Report) -> Iterator[tuple[Row, Row]]:
@@ -61,21 +61,19 @@ def matching_rows(first: Report, second: Report) -> Iterator[tuple[Row, Row]]:
 
 def differing_conditions(first: Report, second: Report) -> list[str]:
     """Return a line for each difference in version, ranks, machine and options."""
-    pairs: list[tuple[str, Any, Any]] = [
-        ("hvdtrain", first.hvdtrain, second.hvdtrain),
-        ("ranks", first.ranks, second.ranks),
-    ]
-    for title, before, after in (
-        ("machine", first.machine, second.machine),
-        ("option", first.options, second.options),
-    ):
-        names = dict.fromkeys([*before, *after])
-        pairs += [(f"{title} {name}", before.get(name), after.get(name)) for name in names]
+    before, after = _conditions(first), _conditions(second)
     lines = []
-    for name, old, new in pairs:
+    for name in dict.fromkeys([*before, *after]):
+        old, new = before.get(name), after.get(name)
         if old != new:
             lines.append(f"Different {name}: {_value_text(old)}, then {_value_text(new)}")
     return lines
+
+
+def _conditions(report: Report) -> dict[str, Any]:
+    conditions: dict[str, Any] = {"hvdtrain": report.hvdtrain, "ranks": report.ranks}
+    conditions |= {f"machine {name}": value for name, value in report.machine.items()}
+    return conditions | {f"option {name}": value for name, value in report.options.items()}
 
 
 def quartiles_apart(first: Spread, second: Spread) -> bool:
@@ -83,25 +81,15 @@ def quartiles_apart(first: Spread, second: Spread) -> bool:
     return first.high < second.low or second.high < first.low
 
 
-def key_text(key: Mapping[str, Any]) -> str:
-    """Return the key of a row as text: "16 MiB", or "model cnn, batch 64"."""
-    return ", ".join(
-        sizes.format_size(value) if name == "bytes" else f"{name} {_value_text(value)}"
-        for name, value in key.items()
-    )
-
-
 def _table(bench: str, pairs: list[tuple[Row, Row]], names: tuple[str, str]) -> Table:
-    table = Table(title=f"bench {bench}: after over before", title_justify="left")
-    for heading in ("", "contender", "quantity"):
-        table.add_column(heading)
-    for heading in (*names, "after / before"):
-        table.add_column(Text(heading), justify="right")
-    table.add_column()
+    left = ("", "contender", "quantity")
+    table = new_table(f"bench {bench}: after over before", [*left, *names, "after / before", ""], left)
     last_key = None
     for before, after in pairs:
-        key = key_text(before.key)
-        for quantity in [name for name in before.values if name in after.values]:
+        key = _key_text(before.key)
+        for quantity in before.values:
+            if quantity not in after.values:
+                continue
             cells = _cells(before.values[quantity], after.values[quantity])
             table.add_row(key if key != last_key else "", before.contender, quantity, *cells)
             last_key = key
@@ -121,3 +109,11 @@ def _cells(before: Spread, after: Spread) -> tuple[str, ...]:
 
 def _value_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _key_text(key: Mapping[str, Any]) -> str:
+    """Return the key of a row as text: "16 MiB", or "model cnn, batch 64"."""
+    return ", ".join(
+        sizes.format_size(value) if name == "bytes" else f"{name} {_value_text(value)}"
+        for name, value in key.items()
+    )

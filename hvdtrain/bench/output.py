@@ -1,18 +1,16 @@
 """Run a measurement, show its report as tables or JSON, write files, and return the exit code."""
 
-import contextlib
 import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from rich.console import Console
 
-from hvdtrain.bench import machine
 from hvdtrain.bench.report import Report, ReportError
-from hvdtrain.bench.scheduler import FAILED
+from hvdtrain.bench.scheduler import FAILED, Progress
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
 
@@ -20,7 +18,7 @@ MIN_WIDTH = 120  # columns, if the output is not a terminal
 
 
 def run(
-    measure: Callable[[Callable[[str], None]], Report],
+    measure: Callable[[Progress], Report],
     render: Callable[[Report, Console], None],
     as_json: bool,
     save: str | None,
@@ -28,7 +26,7 @@ def run(
     """Measure, and show the report.
 
     Args:
-        measure: Returns the report; its argument is a function that shows a line of progress.
+        measure: Returns the report; its argument is a function that shows a line of progress on standard error.
         render: Prints the tables of the report.
         as_json: Whether to print JSON instead of the tables.
         save: A file for the JSON; a plot is written beside it.
@@ -39,8 +37,8 @@ def run(
     """
     try:
         path = _report_path(save) if save is not None else None
-        with hearing(), _progress() as progress:
-            report = measure(progress)
+        with hearing(), Console(stderr=True, highlight=False).status("starting") as status:
+            report = measure(status.update)
     except (LaunchError, ReportError) as error:
         return _refuse(str(error))
     except Interrupted as stop:
@@ -50,26 +48,22 @@ def run(
     if as_json:
         print(report.to_json(), end="")
     else:
-        show(report, render, open_console())
+        _show(report, render, open_console())
     return _refuse(failure) if failure else _exit_code(report)
-
-
-def show(report: Report, render: Callable[[Report, Console], None], console: Console) -> None:
-    """Print the machine, the tables, and the contenders that were left out."""
-    for line in (
-        machine.summary(report.machine),
-        f"{report.ranks} ranks on {machine.placement(report.machine)}",
-    ):
-        console.print(line, markup=False)
-    render(report, console)
-    for name, reason in report.left_out.items():
-        console.print(f"Left out: {name}: {reason}", markup=False)
 
 
 def open_console() -> Console:
     """Return a console on standard output, wide enough for a table if the output is not a terminal."""
     columns = max(MIN_WIDTH, shutil.get_terminal_size((MIN_WIDTH, 24)).columns)
     return Console(width=None if sys.stdout.isatty() else columns, highlight=False, soft_wrap=False)
+
+
+def _show(report: Report, render: Callable[[Report, Console], None], console: Console) -> None:
+    for line in (report.machine_line, report.ranks_line):
+        console.print(line, markup=False)
+    render(report, console)
+    for name, reason in report.left_out.items():
+        console.print(f"Left out: {name}: {reason}", markup=False)
 
 
 def _exit_code(report: Report) -> int:
@@ -118,13 +112,6 @@ def _write(report: Report, path: Path) -> str:
         return f"--save: {error.filename or path} cannot be written: {error.strerror}."
     print(f"hvdtrain: wrote {path} and {picture}.", file=sys.stderr)
     return ""
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Show the current state on standard error while the measurement runs."""
-    with Console(stderr=True, highlight=False).status("starting") as status:
-        yield lambda line: status.update(line)
 
 
 def _refuse(message: str) -> int:

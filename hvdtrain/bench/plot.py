@@ -8,9 +8,9 @@ from matplotlib import colormaps
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from hvdtrain.bench import machine, sizes
+from hvdtrain.bench import sizes
 from hvdtrain.bench.report import Report, Row
-from hvdtrain.bench.step.rows import STRONG, WEAK
+from hvdtrain.bench.step_contenders import STRONG, WEAK
 
 # One colour and marker for each contender; they differ in greyscale too.
 _COLOURS = [colormaps["tab20"](number) for number in (*range(0, 20, 2), *range(1, 20, 2))]
@@ -21,17 +21,12 @@ _SCALING_TITLES = {WEAK: "for each rank", STRONG: "for all ranks"}
 
 
 def draw(report: Report, path: Path) -> None:
-    """Draw a report into a PNG file.
-
-    Args:
-        report: The report of bench allreduce or bench step.
-        path: The file to write.
-    """
+    """Draw a report of bench allreduce or bench step into a PNG file."""
     figure = Figure(figsize=(12, 5.5), layout="constrained")
     FigureCanvasAgg(figure)
     {"allreduce": _draw_allreduce, "step": _draw_step}[report.bench](figure, report)
     title = f"hvdtrain bench {report.bench}, {report.ranks} ranks, {report.date[:10]}"
-    figure.suptitle(f"{title}\n{machine.summary(report.machine)}", fontsize=9)
+    figure.suptitle(f"{title}\n{report.machine_line}", fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -1,7 +1,7 @@
 """Run the worker of one rank only when its contender is asked; `hvdtrain run` starts this script on each rank.
 
-It connects to the benchmark's process over TCP. Each message from there names what to do: `start` the worker, `go`
-with a request, `pause`, `end`. When the benchmark's process ends, the worker is killed.
+It connects to the benchmark's process over TCP and executes its orders, which are frames as between a guard and the
+launcher: START the worker, GO with a request, PAUSE, END. When the benchmark's process ends, the worker is killed.
 """
 
 import contextlib
@@ -14,17 +14,18 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from functools import partial
 from typing import IO, Any, final
 
 from hvdtrain import safe_path, topology
-from hvdtrain.bench.json_lines import MessageBuffer, pack_message
 from hvdtrain.launch.start_plan import clean_environ
 from hvdtrain.launch.supervision import protocol, rank_guard
 from hvdtrain.launch.supervision.console import NOISE
 from hvdtrain.launch.supervision.rank_main import PR_SET_PDEATHSIG
 
 ADDRESS, TOKEN = "HVDTRAIN_BENCH_ADDRESS", "HVDTRAIN_BENCH_TOKEN"
+START, GO, PAUSE, END = b"S", b"G", b"P", b"E"
 
 END_SECONDS = 10.0  # for a worker to end by itself, MPI_Finalize included
 CHUNK = 1 << 16
@@ -53,7 +54,6 @@ def main() -> None:
     info = {
         "token": os.environ.pop(TOKEN),
         "rank": place.rank if place else 0,
-        "size": place.size if place else 1,
         "host": socket.gethostname(),
         "port": _free_port(),
         "cpus": sorted(os.sched_getaffinity(0)),
@@ -62,13 +62,130 @@ def main() -> None:
     RankAgent(sock, place).serve()
 
 
-def environ_for(order: Mapping[str, Any], place: topology.Place | None) -> dict[str, str]:
-    """Return the environment of a worker.
+@final
+class RankAgent:
+    """Controls one worker over the connection `sock` to the benchmark's process."""
 
-    Args:
-        order: The `start` message: `environ`, `independent` and `stock` of the contender, `addresses` of all ranks.
-        place: Rank, size and local rank of this process.
-    """
+    def __init__(self, sock: socket.socket, place: topology.Place | None) -> None:
+        self._socket, self._link, self._place = sock, rank_guard.Connection(sock), place
+        self._frames = protocol.Frames()
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._stderr = b""
+        self._done = False
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(sock, selectors.EVENT_READ, self._read_orders)
+
+    def serve(self) -> None:
+        """Obey the benchmark's process until it sends END or closes the connection."""
+        try:
+            while not self._done:
+                for key, _ in self._selector.select():
+                    key.data()
+        finally:
+            self._signal(signal.SIGKILL)
+            if self._worker:
+                self._worker.wait()
+
+    def _read_orders(self) -> None:
+        try:
+            data = self._socket.recv(CHUNK)
+        except OSError:
+            data = b""
+        self._done = self._done or not data
+        for kind, payload in self._frames.feed(data):
+            content = json.loads(payload)
+            if kind == START:
+                self._start(content)
+            elif kind == GO:
+                self._signal(signal.SIGCONT)
+                self._send(content)
+            elif kind == PAUSE:
+                self._pause()
+            else:
+                self._end()
+
+    def _start(self, order: Mapping[str, Any]) -> None:
+        worker = subprocess.Popen(
+            [sys.executable, *safe_path.main_of("hvdtrain.bench.worker"), order["work"]],
+            env=_environ(order, self._place),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            bufsize=0,
+            close_fds=False,  # MPICH's ranks communicate with their launcher through a file descriptor
+            start_new_session=True,  # so that all processes that it starts are stopped with it
+            preexec_fn=_die_with_parent,
+        )
+        self._worker = worker
+        assert worker.stdout and worker.stderr
+        self._selector.register(
+            worker.stdout, selectors.EVENT_READ, partial(self._read_answer, worker.stdout)
+        )
+        self._selector.register(
+            worker.stderr, selectors.EVENT_READ, partial(self._read_stderr, worker.stderr)
+        )
+        rank, size = (self._place.rank, self._place.size) if self._place else (0, 1)
+        self._send({**order["settings"], "rank": rank, "size": size, "addresses": order["addresses"]})
+
+    def _pause(self) -> None:
+        assert self._worker
+        self._signal(signal.SIGSTOP)
+        # No other contender starts before this worker has really stopped. WNOWAIT: if it has ended instead, `_fail`
+        # still needs its exit status.
+        os.waitid(os.P_PID, self._worker.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
+        self._report({"paused": True})
+
+    def _end(self) -> None:
+        self._done = True
+        self._signal(signal.SIGCONT)
+        if self._worker:
+            with contextlib.suppress(subprocess.TimeoutExpired, OSError, ValueError):
+                self._worker.communicate(timeout=END_SECONDS)
+
+    def _read_answer(self, stdout: IO[bytes]) -> None:
+        line = stdout.readline()
+        if line.endswith(b"\n"):
+            self._link.send(protocol.REPORT, line)
+        else:
+            self._selector.unregister(stdout)
+            self._fail()
+
+    def _read_stderr(self, stderr: IO[bytes]) -> None:
+        data = os.read(stderr.fileno(), CHUNK)
+        if not data:
+            self._selector.unregister(stderr)
+        self._stderr = (self._stderr + data)[-KEPT:]
+
+    def _fail(self) -> None:
+        """Report the exit code of the worker and the last lines that it wrote."""
+        assert self._worker and self._worker.stderr
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._worker.wait(END_SECONDS)
+        os.set_blocking(self._worker.stderr.fileno(), False)
+        written = (self._stderr + (self._worker.stderr.read() or b""))[-KEPT:]
+        lines = []
+        for line in re.split(rb"[\r\n]+", written):
+            if line.strip() and not NOISE.match(line):
+                lines.append(line.decode(errors="replace"))
+        self._report({"failed": self._worker.returncode, "output": lines})
+
+    def _report(self, message: Mapping[str, Any]) -> None:
+        self._link.send(protocol.REPORT, json.dumps(message).encode())
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        assert self._worker and self._worker.stdin
+        # A worker that has ended is noticed at its standard output.
+        with contextlib.suppress(BrokenPipeError):
+            self._worker.stdin.write(json.dumps(message).encode() + b"\n")
+
+    def _signal(self, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            if self._worker:
+                os.killpg(self._worker.pid, number)
+
+
+def _environ(order: Mapping[str, Any], place: topology.Place | None) -> dict[str, str]:
+    """Return the environment of a worker for the content of START: a contender, and `addresses` of all ranks."""
     environ = dict(os.environ)
     if order["stock"]:
         environ = {name: value for name, value in environ.items() if not _TUNING.fullmatch(name)}
@@ -85,132 +202,6 @@ def environ_for(order: Mapping[str, Any], place: topology.Place | None) -> dict[
         if value is not None:
             environ[name] = value
     return environ
-
-
-@final
-class RankAgent:
-    """Controls one worker, which runs only while its contender is asked.
-
-    Args:
-        sock: The connection to the benchmark's process.
-        place: Rank, size and local rank of this process.
-    """
-
-    def __init__(self, sock: socket.socket, place: topology.Place | None) -> None:
-        self._socket, self._link, self._place = sock, rank_guard.Connection(sock), place
-        self._orders, self._answers = MessageBuffer(), MessageBuffer()
-        self._stderr = b""
-        self._worker: subprocess.Popen[bytes] | None = None
-        self._done = False
-        self._selector = selectors.DefaultSelector()
-        self._selector.register(sock, selectors.EVENT_READ, self._read_orders)
-
-    def serve(self) -> None:
-        """Obey the benchmark's process until it sends `end` or closes the connection."""
-        try:
-            while not self._done:
-                for key, _ in self._selector.select():
-                    key.data()
-        finally:
-            self._kill()
-
-    def _read_orders(self) -> None:
-        try:
-            data = self._socket.recv(CHUNK)
-        except OSError:
-            data = b""
-        self._done = self._done or not data
-        for order in self._orders.feed(data):
-            getattr(self, f"_{order['do']}")(order)
-
-    def _start(self, order: Mapping[str, Any]) -> None:
-        self._worker = subprocess.Popen(
-            [sys.executable, *safe_path.main_of("hvdtrain.bench.worker"), order["module"]],
-            env=environ_for(order, self._place),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            bufsize=0,
-            close_fds=False,  # MPICH's ranks communicate with their launcher through a file descriptor
-            start_new_session=True,  # so that all processes that it starts are stopped with it
-            preexec_fn=_die_with_parent,
-        )
-        self._register(self._worker.stdout, self._read_answers)
-        self._register(self._worker.stderr, self._keep_stderr)
-        rank, size = (self._place.rank, self._place.size) if self._place else (0, 1)
-        self._send({**order["settings"], "rank": rank, "size": size, "addresses": order["addresses"]})
-
-    def _go(self, order: Mapping[str, Any]) -> None:
-        self._signal(signal.SIGCONT)
-        self._send(order["request"])
-
-    def _pause(self, order: Mapping[str, Any]) -> None:
-        assert self._worker
-        self._signal(signal.SIGSTOP)
-        # No other contender starts before this worker has really stopped. WNOWAIT: if it has ended instead, `_fail`
-        # still needs its exit status.
-        os.waitid(os.P_PID, self._worker.pid, os.WSTOPPED | os.WEXITED | os.WNOWAIT)
-        self._report({"paused": True})
-
-    def _end(self, order: Mapping[str, Any]) -> None:
-        self._done = True
-        self._signal(signal.SIGCONT)
-        if self._worker:
-            with contextlib.suppress(subprocess.TimeoutExpired, OSError, ValueError):
-                self._worker.communicate(timeout=END_SECONDS)
-
-    def _read_answers(self, data: bytes) -> None:
-        if not data:
-            self._fail()
-        for answer in self._answers.feed(data):
-            self._report(answer)
-
-    def _keep_stderr(self, data: bytes) -> None:
-        self._stderr = (self._stderr + data)[-KEPT:]
-
-    def _fail(self) -> None:
-        """Report the exit code of the worker and the last lines that it wrote."""
-        assert self._worker and self._worker.stderr
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._worker.wait(END_SECONDS)
-        os.set_blocking(self._worker.stderr.fileno(), False)
-        self._keep_stderr(self._worker.stderr.read() or b"")
-        lines = []
-        for line in re.split(rb"[\r\n]+", self._stderr):
-            if line.strip() and not NOISE.match(line):
-                lines.append(line.decode(errors="replace"))
-        self._report({"failed": self._worker.returncode, "output": lines})
-
-    def _report(self, message: Mapping[str, Any]) -> None:
-        self._link.send(protocol.REPORT, json.dumps(message).encode())
-
-    def _send(self, message: Mapping[str, Any]) -> None:
-        assert self._worker and self._worker.stdin
-        # A worker that has ended is noticed at its standard output.
-        with contextlib.suppress(BrokenPipeError):
-            self._worker.stdin.write(pack_message(message))
-
-    def _register(self, pipe: IO[bytes] | None, take: Callable[[bytes], None]) -> None:
-        """Pass to `take` what the worker writes into a pipe, and an empty string at its end."""
-        assert pipe is not None
-
-        def read() -> None:
-            data = os.read(pipe.fileno(), CHUNK)
-            if not data:
-                self._selector.unregister(pipe)
-            take(data)
-
-        self._selector.register(pipe, selectors.EVENT_READ, read)
-
-    def _signal(self, number: int) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            if self._worker:
-                os.killpg(self._worker.pid, number)
-
-    def _kill(self) -> None:
-        self._signal(signal.SIGKILL)
-        if self._worker:
-            self._worker.wait()
 
 
 def _die_with_parent() -> None:

@@ -8,16 +8,13 @@ FACTOR = 4
 
 
 def parse(text: str) -> list[int]:
-    """Return the sizes that a text lists.
+    """Return the sizes in bytes that a text lists, without duplicates, in ascending order.
 
     Args:
         text: Sizes and ranges with commas between: "64K", "4K:256M" by factors of 4, "4K:256M:2" by factors of 2.
 
-    Returns:
-        The sizes in bytes, without duplicates, in ascending order.
-
     Raises:
-        ValueError: If the text is none of these; the message says what was expected.
+        ValueError: If it is none of these; the message says what was expected.
     """
     try:
         return sorted({size for part in text.split(",") for size in _parse_range(part.strip())})
@@ -38,17 +35,16 @@ def format_size(size: int) -> str:
 
 def _parse_range(text: str) -> list[int]:
     first, *rest = text.split(":")
-    low = _parse_size(first)
+    sizes = [_parse_size(first)]
     if not rest:
-        return [low]
-    high, factor = _parse_size(rest[0]), int(rest[1]) if len(rest) > 1 and rest[1].isdigit() else FACTOR
-    if len(rest) > 2 or (len(rest) == 2 and (not rest[1].isdigit() or factor < 2)):
+        return sizes
+    high, factors = _parse_size(rest[0]), rest[1:] or [str(FACTOR)]
+    if len(factors) > 1 or not factors[0].isdigit() or int(factors[0]) < 2:
         raise ValueError(f"{text!r} is not a range")
-    if high < low:
+    if high < sizes[0]:
         raise ValueError(f"{text!r} ends below its beginning")
-    sizes = [low]
-    while sizes[-1] * factor <= high:
-        sizes.append(sizes[-1] * factor)
+    while sizes[-1] * int(factors[0]) <= high:
+        sizes.append(sizes[-1] * int(factors[0]))
     return sizes
 
 

@@ -35,7 +35,7 @@ _SAVE = click.option(
 @_JSON
 def tune(as_json: bool, **options) -> None:
     """Measure settings of MPI, Horovod and the C library; `hvdtrain run` then uses the fastest ones."""
-    from hvdtrain.bench.tune.measure import Options, tune
+    from hvdtrain.bench.tune import Options, tune
 
     sys.exit(tune(Options(**options), as_json))
 
@@ -90,8 +90,7 @@ def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
 @_SAVE
 def bench_step(as_json: bool, save: str | None, **options) -> None:
     """Measure training steps: time, scaling efficiency, communication and memory, also of other frameworks."""
-    from hvdtrain.bench.step.measure import step
-    from hvdtrain.bench.step.options import Options
+    from hvdtrain.bench.step import Options, step
 
     sys.exit(step(Options(**options), as_json, save))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hvdtrain.bench.work.step_worker import StepWorker
+from hvdtrain.bench.worker import StepWorker
 
 
 def prepare(settings):

@@ -19,7 +19,8 @@ def prepare(settings):
             raise ValueError("a sentence of its own")
         if request.get("silent") == settings["rank"]:
             time.sleep(600)
-        return {
+        timed = {"seconds": settings["seconds"]} if "seconds" in settings else {}
+        return timed | {
             "pid": os.getpid(),
             "settings": settings,
             "environ": dict(os.environ),

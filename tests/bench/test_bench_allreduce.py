@@ -10,11 +10,10 @@ import numpy as np
 import pytest
 
 from hvdtrain.bench.allreduce import Options, check, contenders
-from hvdtrain.bench.allreduce_table import ADD, COPY
+from hvdtrain.bench.allreduce_workers import AllreduceWorker, one_core, summands
 from hvdtrain.bench.output import run
 from hvdtrain.bench.report import Report, Row, Spread
-from hvdtrain.bench.work import one_core
-from hvdtrain.bench.work.sums import Method, measure, summands
+from hvdtrain.bench.tables import ADD, COPY
 from hvdtrain.launch.hosts import LaunchError
 
 MACHINE = {"cpu": "one", "cores": 2, "memory_gib": 4, "python": "3", "hosts": ["a"], "pinned": True}
@@ -244,8 +243,8 @@ def test_16_bit_floats_need_no_whole_number_of_more_than_2_bytes():
         check(Options(sizes="7", dtype="bfloat16"))
 
 
-def method(bound):
-    return Method(lambda: None, bound)
+def worker(bind):
+    return AllreduceWorker(bind, lambda: None, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +252,7 @@ def method(bound):
 )
 def test_a_sum_of_one_rank_is_the_array_itself(dtype):
     request = {"bytes": 8 * 3001, "dtype": dtype, "seed": 3, "repeat": 2}
-    assert measure(method(lambda array: lambda: array), request, 0, 1)["right"] is True
+    assert worker(lambda array: lambda: array)(request)["right"] is True
 
 
 @pytest.mark.parametrize(
@@ -266,15 +265,15 @@ def test_a_sum_of_one_rank_is_the_array_itself(dtype):
 )
 def test_no_other_array_passes_for_the_sum(spoil):
     request = {"bytes": 4 * 2048, "dtype": "float32", "seed": 5, "repeat": 1}
-    assert measure(method(lambda array: lambda: spoil(array)), request, 0, 1)["right"] is False
+    assert worker(lambda array: lambda: spoil(array))(request)["right"] is False
 
 
 def test_the_sum_of_another_round_is_wrong():
     first = []
-    keep = method(lambda array: lambda: first.append(array) or first[0])
+    keep = worker(lambda array: lambda: first.append(array) or first[0])
     request = {"bytes": 4096, "dtype": "float32", "repeat": 1}
-    assert measure(keep, {**request, "seed": 1}, 0, 1)["right"] is True
-    assert measure(keep, {**request, "seed": 2}, 0, 1)["right"] is False
+    assert keep({**request, "seed": 1})["right"] is True
+    assert keep({**request, "seed": 2})["right"] is False
 
 
 @pytest.mark.parametrize("size", [2, 12, 64, 65, 1000])
@@ -304,10 +303,10 @@ def test_the_limits_of_one_core_do_what_they_are_called(monkeypatch, name, calle
             original(*args, **options),
         )
         monkeypatch.setattr(np, function, record)
-    one_core.prepare(contender.settings)({"bytes": 64, "dtype": "float32", "repeat": 2})
+    one_core(contender.settings)({"bytes": 64, "dtype": "float32", "repeat": 2})
     assert set(calls) == {called}
 
 
 def test_one_core_knows_no_other_operation():
     with pytest.raises(ValueError, match="copy or add"):
-        one_core.prepare({"operation": "copies"})
+        one_core({"operation": "copies"})

@@ -6,15 +6,15 @@ import subprocess
 import sys
 
 import pytest
-
 from hvdtrain.bench.contender import Contender
+
 from hvdtrain.bench.scheduler import Scheduler
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers import binding
 
 
 def contender(name, **settings):
-    return Contender(name, "fake_worker", settings)
+    return Contender(name, "fake_worker:prepare", settings)
 
 
 def pids(answers):
@@ -22,17 +22,37 @@ def pids(answers):
 
 
 def test_contenders_take_turns_and_another_is_first_in_each_round(marked):
-    with Scheduler([contender("a"), contender("b"), contender("c")], 2) as scheduler:
-        turns = [(number, who.name) for number, who, _ in scheduler.rounds(lambda who, number: {}, 4)]
-    assert turns == [
-        (number, name) for number, names in enumerate(("abc", "bca", "cab", "abc")) for name in names
+    told = []
+    with Scheduler([contender("a"), contender("b"), contender("c")], 2, progress=told.append) as scheduler:
+        answers = scheduler.measure({"it": lambda who: {}}, 0, (1, 1), 4)["it"]
+    assert [line for line in told if "round" in line] == [
+        f"it: round {number} of 4, {name}"
+        for number, names in enumerate(("abc", "bca", "cab", "abc"), 1)
+        for name in names
     ]
+    for turns in answers.values():
+        seeds = [[each["request"]["seed"] for each in turn] for turn in turns]
+        assert seeds == [[1, 1], [2, 2], [3, 3], [4, 4]]
 
 
-def test_a_contender_may_sit_out_a_round(marked):
-    with Scheduler([contender("a"), contender("b")], 1) as scheduler:
-        asked = scheduler.rounds(lambda who, number: {} if who.name == "a" or number else None, 2)
-        assert [(number, who.name) for number, who, _ in asked] == [(0, "a"), (1, "b"), (1, "a")]
+def test_a_contender_may_sit_out_one_kind_of_work(marked):
+    told = []
+    with Scheduler([contender("a"), contender("b")], 1, progress=told.append) as scheduler:
+        works = {"one": lambda who: {} if who.name == "a" else None, "other": lambda who: {}}
+        answers = scheduler.measure(works, 0, (1, 1), 2)
+    assert [line for line in told if "round" in line] == [
+        *("one: round 1 of 2, a", "other: round 1 of 2, a", "other: round 1 of 2, b"),
+        *("one: round 2 of 2, a", "other: round 2 of 2, b", "other: round 2 of 2, a"),
+    ]
+    turns = {(work, name): len(turns) for work, by_name in answers.items() for name, turns in by_name.items()}
+    assert turns == {("one", "a"): 2, ("other", "a"): 2, ("other", "b"): 2}
+
+
+@pytest.mark.parametrize("repeats, count", [((2, 7), 7), ((2, 100), 10), ((20, 100), 20)])
+def test_work_is_repeated_for_the_time_of_a_turn_within_limits(marked, repeats, count):
+    with Scheduler([contender("a", seconds=0.1)], 1) as scheduler:
+        answers = scheduler.measure({"it": lambda who: {"repeat": 3}}, 1.0001, repeats, 1)
+    assert [[each["request"]["repeat"] for each in turn] for turn in answers["it"]["a"]] == [[count]]
 
 
 def test_whoever_is_not_at_work_is_stopped(marked):
@@ -69,7 +89,7 @@ def test_ranks_have_a_core_each_where_there_are_enough(marked):
 
 
 def test_a_contender_may_have_ranks_of_its_own_number(marked):
-    one = Contender("one", "fake_worker", ranks=1)
+    one = Contender("one", "fake_worker:prepare", ranks=1)
     with Scheduler([contender("two"), one], 2) as scheduler:
         assert [len(scheduler.ask(who, {})) for who in scheduler.present] == [2, 1]
 
@@ -85,7 +105,7 @@ def test_peers_find_each_other_by_the_usual_variables(marked):
 def test_what_is_alone_sees_no_launcher(marked):
     from hvdtrain import topology
 
-    alone = Contender("alone", "fake_worker", independent=True)
+    alone = Contender("alone", "fake_worker:prepare", independent=True)
     with Scheduler([contender("together"), alone], 2) as scheduler:
         together, single = (scheduler.ask(who, {})[1]["environ"] for who in scheduler.present)
     assert topology.detect(together).rank == 1
@@ -100,7 +120,7 @@ def test_what_is_stock_runs_without_our_settings_and_the_users(marked, monkeypat
         monkeypatch.setenv(name, value)
     own = {"HOROVOD_CYCLE_TIME": "3", "HOROVOD_LOG_LEVEL": None}
     monkeypatch.setenv("HOROVOD_LOG_LEVEL", "info")
-    stock = Contender("stock", "fake_worker", environ=own, stock=True)
+    stock = Contender("stock", "fake_worker:prepare", environ=own, stock=True)
     with Scheduler([contender("ours"), stock], 1) as scheduler:
         ours, theirs = (scheduler.ask(who, {})[0]["environ"] for who in scheduler.present)
     assert tuned.items() <= ours.items()
@@ -127,13 +147,13 @@ def test_who_fails_is_left_out_by_name_and_the_others_go_on(marked, request_, wo
         assert scheduler.present == [good]
         assert scheduler.ask(bad, {}) is None
         assert len(scheduler.ask(good, {})) == 2
-        assert [who for _, who, _ in scheduler.rounds(lambda who, number: {}, 1)] == [good]
+        assert list(scheduler.measure({"it": lambda who: {}}, 0, (1, 1), 1)["it"]) == ["good"]
     assert not marked()
 
 
 def test_who_cannot_get_ready_is_left_out(marked):
     with Scheduler(
-        [contender("bad", unprepared=1), Contender("none", "no_such_module"), contender("good")], 2
+        [contender("bad", unprepared=1), Contender("none", "no_such_module:prepare"), contender("good")], 2
     ) as scheduler:
         assert "RuntimeError: nothing is as it should be" in scheduler.left_out["bad"]
         assert "No module named 'no_such_module'" in scheduler.left_out["none"]
@@ -141,7 +161,7 @@ def test_who_cannot_get_ready_is_left_out(marked):
 
 
 def test_what_is_not_installed_is_named_with_what_brings_it(marked):
-    peer = Contender("peer", "fake_worker", needs=("no_such_peer",))
+    peer = Contender("peer", "fake_worker:prepare", needs=("no_such_peer",))
     with Scheduler([peer], 2) as scheduler:
         assert scheduler.present == []
     assert scheduler.left_out["peer"] == "no_such_peer not installed; type pip install 'hvdtrain[peers]'"
@@ -158,9 +178,9 @@ def test_nothing_is_left_after_the_end_nor_after_an_error(marked):
 
 def test_nothing_outlives_a_driver_that_is_killed(marked):
     script = """
-from hvdtrain.bench.contender import Contender
+from hvdtrain.bench.contender_job import Contender
 from hvdtrain.bench.scheduler import Scheduler
-with Scheduler([Contender("a", "fake_worker"), Contender("b", "fake_worker")], 2) as scheduler:
+with Scheduler([Contender("a", "fake_worker:prepare"), Contender("b", "fake_worker:prepare")], 2) as scheduler:
     scheduler.ask(scheduler.present[0], {})
     print("up", flush=True)
     scheduler.ask(scheduler.present[1], {"silent": 0})

@@ -9,12 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.models.workloads import WORKLOADS
-from hvdtrain.bench.step import measure
-from hvdtrain.bench.step.contenders import StepContender, step_contenders
-from hvdtrain.bench.step.options import Options
-from hvdtrain.bench.step.rows import ScalingTimes, StepTimes, rows_of
+from hvdtrain.bench import models, step
+from hvdtrain.bench.models import WORKLOADS
+from hvdtrain.bench.step import ScalingTimes, rows_of
+from hvdtrain.bench.step_contenders import WEAK, Options, StepContender, step_contenders
 
 MILLIONS = {"resnet20": 0.27, "cnn": 6.4, "mlp": 14.7, "vgg": 14.7, "transformer": 10.0}
 
@@ -111,13 +109,12 @@ def test_epochs_of_fit_are_timed_beside_plain_keras(tmp_path, command):
 def test_an_epoch_lasts_from_its_first_step_to_the_first_step_of_the_next(monkeypatch):
     import keras
 
-    from hvdtrain.bench.models.keras_models import compiled
-    from hvdtrain.bench.work import keras_steps
+    from hvdtrain.bench import keras_workers
 
-    model = compiled(keras, "mlp")
+    model = models.compiled(keras, "mlp")
     # A clock that counts the steps that have been trained.
-    monkeypatch.setattr(keras_steps.time, "perf_counter", lambda: int(model.optimizer.iterations))
-    seconds, loss = keras_steps.KerasSteps(keras, model, {"model": "mlp", "rank": 0}).epoch(2, 3)
+    monkeypatch.setattr(keras_workers.time, "perf_counter", lambda: int(model.optimizer.iterations))
+    seconds, loss = keras_workers.KerasSteps(keras, model, {"model": "mlp", "rank": 0}).epoch(2, 3)
     assert (seconds, int(model.optimizer.iterations)) == (3, 4)
     assert math.isfinite(loss)
 
@@ -131,19 +128,17 @@ def played(monkeypatch, marked, tmp_path):
         settings = {"diary": str(diary)}
         participants = [
             StepContender(
-                Contender(
-                    name,
-                    "fake_step_worker",
-                    {**settings, "name": name, **changes.get(name, {})},
-                    independent=alone,
-                ),
-                "alone",
+                name,
+                "fake_step_worker:prepare",
+                {**settings, "name": name, **changes.get(name, {})},
+                independent=alone,
+                baseline="alone",
                 distributed=not alone,
             )
             for name, alone in (("alone", True), ("hvdtrain mpi", False))
         ]
-        monkeypatch.setattr(measure, "step_contenders", lambda *_: participants)
-        code = measure.step(options, as_json=True)
+        monkeypatch.setattr(step, "step_contenders", lambda *_: participants)
+        code = step.step(options, as_json=True)
         assert not marked()
         return code, [tuple(json.loads(line)) for line in diary.read_text().splitlines()]
 
@@ -199,21 +194,21 @@ def test_who_fails_half_way_keeps_what_was_measured_and_ends_with_1(played, caps
 
 def test_without_its_single_a_contender_has_no_efficiency():
     end = {"checksum": 1, "finite": True, "peak": 10, "gradients": 4}
-    mine = ScalingTimes({"torch DDP": {0: 0.5}}, final_states={"torch DDP": [end, end]})
-    ddp = next(each for each in step_contenders("cnn", ["mpi"], peers=True) if each.name == "torch DDP")
-    (row,) = rows_of(ddp, StepTimes(weak=mine), Options(2, batch=4))
+    mine = ScalingTimes({"torch DDP": [0.5]}, final_states={"torch DDP": [end, end]})
+    ddp = next(each for each in step_contenders(Options(engines=("mpi",))) if each.name == "torch DDP")
+    (row,) = rows_of([ddp], WEAK, mine, Options(2, batch=4))
     assert set(row.values) == {"step_ms", "images_per_s", "peak_mib"}
 
 
 def test_who_trains_together_is_also_set_beside_the_slowest_of_those_who_do_not():
     end = {"checksum": 1, "finite": True, "peak": 10, "gradients": 4}
-    seconds = {"torch alone": {0: 0.2, 1: 0.3}, "torch DDP": {0: 0.25, 1: 0.4}}
-    weak = ScalingTimes(seconds, {"torch alone": {0: 0.24, 1: 0.32}}, {name: [end, end] for name in seconds})
-    alone, ddp = [each for each in step_contenders("cnn", ["mpi"], peers=True) if each.name in seconds]
-    (row,) = rows_of(ddp, StepTimes(weak=weak), Options(2, batch=4))
+    seconds = {"torch alone": [0.2, 0.3], "torch DDP": [0.25, 0.4]}
+    weak = ScalingTimes(seconds, {"torch alone": [0.24, 0.32]}, {name: [end, end] for name in seconds})
+    alone, ddp = [each for each in step_contenders(Options(engines=("mpi",))) if each.name in seconds]
+    (row,) = rows_of([ddp], WEAK, weak, Options(2, batch=4))
     assert row.values["efficiency"].rounds == pytest.approx([0.8, 0.75])
     assert row.values["beside_slowest"].rounds == pytest.approx([0.96, 0.8])
-    (row,) = rows_of(alone, StepTimes(weak=weak), Options(2, batch=4))
+    (row,) = rows_of([alone], WEAK, weak, Options(2, batch=4))
     assert "beside_slowest" not in row.values
 
 
@@ -239,9 +234,9 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(bench, marked, w
 
 
 def test_peers_and_engines_can_be_left_out():
-    names = [each.name for each in step_contenders("cnn", ["horovod"], peers=False)]
+    names = [each.name for each in step_contenders(Options(engines=("horovod",), peers=False))]
     assert names == ["alone", "wrapped, one rank", "hvdtrain horovod", "compute only"]
-    assert {each.baseline for each in step_contenders("cnn", ["mpi"], True)} == {
+    assert {each.baseline for each in step_contenders(Options(engines=("mpi",)))} == {
         "alone",
         "torch alone",
         "tf_keras alone",
@@ -252,9 +247,7 @@ def test_peers_and_engines_can_be_left_out():
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_keras_models_have_the_sizes_that_are_documented(module, name):
     keras = pytest.importorskip(module)
-    from hvdtrain.bench.models import keras_models
-
-    model = keras_models.build(keras, name)
+    model = models.build(keras, name)
     count = sum(math.prod(each.shape) for each in model.trainable_weights)
     assert count == pytest.approx(MILLIONS[name] * 1e6, rel=0.01)
     inputs, labels = next(WORKLOADS[name].batches(2, seed=0))
@@ -264,12 +257,12 @@ def test_keras_models_have_the_sizes_that_are_documented(module, name):
 @pytest.mark.parametrize("name", WORKLOADS)
 def test_torch_trains_models_of_the_same_size(name):
     torch = pytest.importorskip("torch")
-    from hvdtrain.bench.models import torch_models
+    from hvdtrain.bench import torch_worker
 
-    model = torch_models.build(name)
+    model = torch_worker.build(name)
     count = sum(each.numel() for each in model.parameters())
     assert count == pytest.approx(MILLIONS[name] * 1e6, rel=0.01)
-    assert torch_models.optimizer(name, model).defaults["lr"] == WORKLOADS[name].rate
+    assert torch_worker.optimizer(name, model).defaults["lr"] == WORKLOADS[name].rate
     inputs, labels = next(WORKLOADS[name].batches(2, seed=0))
     made = torch.from_numpy(inputs)
     outputs = model(made.movedim(-1, 1) if made.dim() == 4 else made)

@@ -9,9 +9,9 @@ import sys
 import numpy as np
 import pytest
 
-from hvdtrain.bench.contender import Contender
-from hvdtrain.bench.tune import choose, measure, trial
-from hvdtrain.bench.tune.choose import KnobResult
+from hvdtrain.bench import tune, tune_trial
+from hvdtrain.bench.contender_job import Contender
+from hvdtrain.bench.tune import KnobResult
 from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.launchers.mpirun import KNOWN
 from hvdtrain.launch.tunable_settings import KNOBS, STEPS, Knob, unasked
@@ -29,14 +29,14 @@ def tuning(monkeypatch, marked, tmp_path):
     file = tmp_path / "found" / "tuned.json"
 
     def contender(shows, engine, model, name, environ):
-        return Contender(name, "fake_tuned_worker", environ={**environ, "HVDTRAIN_ENGINE": engine})
+        return Contender(name, "fake_tuned_worker:prepare", environ={**environ, "HVDTRAIN_ENGINE": engine})
 
-    monkeypatch.setattr(trial, "_contender", contender)
+    monkeypatch.setattr(tune_trial, "_contender", contender)
 
     def run(*knobs, **options):
         monkeypatch.setenv(tuned_settings.VARIABLE, str(file))
-        monkeypatch.setattr(measure, "KNOBS", knobs)
-        code = measure.tune(measure.Options(2, rounds=3, engines=("mpi",), **options), as_json=True)
+        monkeypatch.setattr(tune, "KNOBS", knobs)
+        code = tune.tune(tune.Options(2, rounds=3, engines=("mpi",), **options), as_json=True)
         assert not marked()
         return code, file
 
@@ -57,8 +57,8 @@ def test_the_best_of_each_choice_is_written_down_and_used(tuning, tmp_path, caps
         # Of four sums three take half, and the largest 1.25 times as long.
         ("third: lopsided",): pytest.approx((8 / 1.25) ** 0.25),
         ("fourth: stepping",): pytest.approx(2),
-        (measure.TOGETHER, "sums, mpi"): pytest.approx(4),
-        (measure.TOGETHER, "steps, mpi"): pytest.approx(4),
+        (tune.TOGETHER, "sums, mpi"): pytest.approx(4),
+        (tune.TOGETHER, "steps, mpi"): pytest.approx(4),
     }
     (found,) = tuned_settings.read(file)
     assert found.settings == {"HVDTRAIN_TEST_FACTOR_A": "0.5", "HVDTRAIN_TEST_FACTOR_D": "0.5"}
@@ -115,7 +115,7 @@ def test_a_gain_is_a_geometric_mean_over_the_work_of_each_round():
     chance = np.random.default_rng(0)
     before, after = chance.uniform(1, 2, (2, 3, 5))
     works = [f"work {number}" for number in range(3)]
-    gain, worst = choose.gain(dict(zip(works, before, strict=True)), dict(zip(works, after, strict=True)))
+    gain, worst = tune_trial.gain(dict(zip(works, before, strict=True)), dict(zip(works, after, strict=True)))
     expected = np.exp(np.log(before / after).mean(axis=0))
     np.testing.assert_allclose(gain.rounds, expected)
     assert gain.median == pytest.approx(np.median(expected))
@@ -131,14 +131,14 @@ def test_a_gain_is_a_geometric_mean_over_the_work_of_each_round():
     ],
 )
 def test_noise_is_no_help(times, helps):
-    assert KnobResult(HALF, *choose.gain({"a": [1, 1, 1]}, {"a": times})).helps == helps
+    assert KnobResult(HALF, *tune_trial.gain({"a": [1, 1, 1]}, {"a": times})).helps == helps
 
 
 def test_harm_in_one_kind_of_work_is_not_made_up_for_by_another():
     before = {"a": [1, 1, 1], "b": [1, 1, 1]}
-    assert KnobResult(HALF, *choose.gain(before, {"a": [0.5] * 3, "b": [1.0] * 3})).helps
-    assert not KnobResult(HALF, *choose.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})).helps
-    assert math.isclose(choose.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})[1], 1 / 1.2)
+    assert KnobResult(HALF, *tune_trial.gain(before, {"a": [0.5] * 3, "b": [1.0] * 3})).helps
+    assert not KnobResult(HALF, *tune_trial.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})).helps
+    assert math.isclose(tune_trial.gain(before, {"a": [0.5] * 3, "b": [1.2] * 3})[1], 1 / 1.2)
 
 
 @pytest.mark.parametrize("mpi", [each.name for each in KNOWN])
@@ -187,8 +187,8 @@ def test_a_file_that_cannot_be_added_to_is_named_before_anything_is_measured(tun
 
 def test_one_real_setting_is_tried_with_real_sums(monkeypatch, marked, tmp_path, capsys):
     monkeypatch.setenv(tuned_settings.VARIABLE, str(tmp_path / "tuned.json"))
-    monkeypatch.setattr(measure, "KNOBS", (Knob("none", "verification", {"HVDTRAIN_VERIFY": "off"}),))
-    code = measure.tune(measure.Options(2, rounds=3, engines=("mpi",)), as_json=False)
+    monkeypatch.setattr(tune, "KNOBS", (Knob("none", "verification", {"HVDTRAIN_VERIFY": "off"}),))
+    code = tune.tune(tune.Options(2, rounds=3, engines=("mpi",)), as_json=False)
     out = capsys.readouterr().out
     assert code == 0 and "verification: none" in out
     assert not marked()

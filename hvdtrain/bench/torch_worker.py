@@ -1,34 +1,79 @@
-"""Build the same models in torch, with channels first."""
+"""Train the same models with torch: in one process, or in several with DistributedDataParallel over Gloo."""
 
 import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any, final
 
+import numpy as np
 import torch
 from torch import nn
 
-from hvdtrain.bench.models.workloads import BLOCKS, HEADS, WIDTH, WORKLOADS
+from hvdtrain.bench.models import BLOCKS, HEADS, WIDTH, WORKLOADS
+from hvdtrain.bench.worker import StepWorker, threads
+
+
+def torch_step(settings: Mapping[str, Any]) -> StepWorker:
+    """Build the model, the same on all ranks.
+
+    Args:
+        settings: `model`, one of `WORKLOADS`; `mode`: "plain" or "ddp".
+    """
+    torch.set_num_threads(threads(settings))
+    torch.manual_seed(0)
+    steps = _TorchSteps(settings)
+    return StepWorker(steps.run, steps.weights, settings["rank"])
 
 
 def build(name: str) -> nn.Module:
-    """Build one of the models; its weights depend on the current random seed.
-
-    Args:
-        name: One of `WORKLOADS`.
-    """
+    """Build one of `WORKLOADS`; its weights depend on the current random seed."""
     makers = {"resnet20": _resnet20, "cnn": _cnn, "mlp": _mlp, "vgg": _vgg, "transformer": _Transformer}
     return makers[name]()
 
 
 def optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
-    """Return the same optimizer as in Keras.
-
-    Args:
-        name: One of `WORKLOADS`.
-        model: The model that `build` made.
-    """
+    """Return the same optimizer as in Keras for one of `WORKLOADS`."""
     workload = WORKLOADS[name]
     if workload.adam:
         return torch.optim.Adam(model.parameters(), workload.rate)
     return torch.optim.SGD(model.parameters(), workload.rate, 0.9)
+
+
+@final
+class _TorchSteps:
+    """Runs steps in the usual training loop of torch."""
+
+    def __init__(self, settings: Mapping[str, Any]) -> None:
+        self._name, self._rank = settings["model"], settings["rank"]
+        model: Any = build(self._name)
+        self._model = model.to(memory_format=torch.channels_last)
+        if settings["mode"] == "ddp":
+            torch.distributed.init_process_group("gloo")
+            self._model = nn.parallel.DistributedDataParallel(self._model)
+        self._optimizer = optimizer(self._name, self._model)
+        self._batches: dict[int, Iterator[tuple[torch.Tensor, torch.Tensor]]] = {}
+
+    def run(self, batch: int, steps: int) -> float:
+        if batch not in self._batches:
+            self._batches[batch] = itertools.cycle(self._make_batches(batch))
+        for inputs, labels in itertools.islice(self._batches[batch], steps):
+            self._optimizer.zero_grad()
+            outputs = self._model(inputs)
+            loss = nn.functional.cross_entropy(outputs.flatten(0, -2), labels.flatten())
+            loss.backward()
+            self._optimizer.step()
+        return loss.item()
+
+    def weights(self) -> list[np.ndarray]:
+        return [param.detach().numpy() for param in self._model.parameters()]
+
+    def _make_batches(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        batches = WORKLOADS[self._name].batches(size, self._rank)
+        return [(_channels_first(torch.from_numpy(x)), torch.from_numpy(y).long()) for x, y in batches]
+
+
+def _channels_first(inputs: torch.Tensor) -> torch.Tensor:
+    """Return a view with channels first, as torch expects; in memory they stay last, which is faster on CPUs."""
+    return inputs.movedim(-1, 1) if inputs.dim() == 4 else inputs
 
 
 def _resnet20() -> nn.Module:

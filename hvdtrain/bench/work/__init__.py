@@ -1,1 +1,0 @@
-"""Define the work of each contender: `prepare(settings)` returns a function that answers requests."""
