@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 
 from hvdtrain.collectives.engine import Engine
-from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
+from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt
 
 
 @contextlib.contextmanager

@@ -134,7 +134,7 @@ def _abbreviated(loss: Any) -> dict[str, Any]:
 
 
 class _Maker:
-    """Adapter that lets Keras use a function in place of an optimizer's class."""
+    """A function in the form in which Keras expects an optimizer's class."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -143,7 +143,6 @@ class _Maker:
         return self._function(**config)
 
     def from_config(self, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Make the optimizer from its configuration."""
         return self._function(**config)
 
 
