@@ -125,12 +125,8 @@ class Lock:
 
     A second training would remove and resume the checkpoints of the first.
 
-    Args:
-        folder: The folder; it must exist.
-
     Raises:
         InUseError: If another process, or another training of this one, holds it; the message names it.
-        OSError: If the lock file cannot be written.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -58,11 +58,7 @@ class CallbackStates:
         }
 
     def restore(self, values: Mapping[str, Any]) -> list[str]:
-        """Set the captured attributes among `values`.
-
-        Returns:
-            The names of callbacks that have a saved state but are not in this `fit`.
-        """
+        """Set the captured attributes among `values`; return the callbacks with such that this `fit` lacks."""
         missing = set()
         for name, value in values.items():
             if not name.startswith(_PREFIX):

@@ -63,7 +63,7 @@ class Store:
         self._newest: Path | None = None
 
     def open(self) -> Saved | None:
-        """Lock the folder for this training, and return the newest complete checkpoint in it, or None.
+        """Lock the folder, and return the newest complete checkpoint in it, or None; all ranks call this.
 
         Raises:
             InUseError: If another training uses it.
@@ -81,11 +81,7 @@ class Store:
             self._pending = self._thread.submit(lambda: Folder(self._path).write(step, make(), self._keep))
 
     def settle(self) -> tuple[Path | None, str | None]:
-        """Wait until the last checkpoint is written; all ranks call this.
-
-        Returns:
-            The newest checkpoint, and why a newer one could not be written.
-        """
+        """Wait, and return the newest checkpoint and why a newer one could not be written; all ranks call this."""
         failure = self._wait()
         return self._engine.broadcast_object((self._newest, failure), self._engine.ranks[0])
 

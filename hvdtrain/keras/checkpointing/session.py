@@ -37,7 +37,7 @@ class CheckpointedFit:
 
     Args:
         settings: The arguments of `Checkpoint`.
-        callback: The user's callback, which forwards events to this object.
+        callback: The user's `Checkpoint`, which forwards events to this object.
         model: The model.
         given: The arguments of `fit`; its callbacks are put in order.
     """
@@ -63,11 +63,7 @@ class CheckpointedFit:
         self._due = NOTHING
 
     def open(self, again: bool) -> None:
-        """Find the newest complete checkpoint, and prepare to resume from it.
-
-        Args:
-            again: Whether this process has finished a `fit` with the same directory before.
-        """
+        """Prepare to resume; `again` if this process has finished a `fit` with the same directory before."""
         saved = self._restoring.saved = self._store.open()
         if saved is not None:
             self._resume(saved, again)

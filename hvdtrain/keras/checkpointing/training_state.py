@@ -38,12 +38,7 @@ class TrainingState:
     """The state of a training, to be captured and restored.
 
     Values that are equal on all ranks are saved once; for each rank its values that differ from the first rank are
-    saved: BatchNormalization statistics, random states, the metrics of its samples.
-
-    Args:
-        model: The model, which need not be built yet.
-        engine: The ranks that train it.
-        callbacks: The callbacks whose state is saved.
+    saved: BatchNormalization statistics, random states, the metrics of its samples. The model may be unbuilt.
     """
 
     def __init__(self, model: keras.Model, engine: Engine, callbacks: Sequence[Any]) -> None:
@@ -60,12 +55,9 @@ class TrainingState:
     def capture(self, place: Place, more: Mapping[str, Any]) -> Callable[[], Files] | None:
         """Copy the state; all ranks call this.
 
-        Args:
-            place: The position of the training.
-            more: Further facts for `state.json`.
-
         Returns:
-            On the first rank, a function that makes the files of a checkpoint, also in a thread; None on others.
+            On the first rank, a function that makes the files of a checkpoint, with the facts `more` in
+            `state.json`; it may be called in a thread. None on other ranks.
         """
         root = self._engine.ranks[0]
         first = self._engine.rank == root

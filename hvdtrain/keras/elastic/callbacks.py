@@ -54,9 +54,8 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
     At the end of an epoch `state.batch` is 0 again. When `model.fit` starts with a state that was restored in the
     middle of an epoch, the batches before the commit are read but not trained, so that the epoch continues with
     the next one: all callbacks see the batch numbers, and metrics continue, as in an uninterrupted run. If the
-    data has the same order again (`shuffle=False`, or an order made from the epoch), the
-    result is that of a run without interruption. `params["steps"]` of this callback is the number of
-    remaining batches in the first epoch.
+    data has the same order again (`shuffle=False`, or an order made from the epoch), the result is that of a run
+    without interruption. `params["steps"]` of this callback is the number of remaining batches in the first epoch.
 
     With a state that has only attributes, or was set manually, `state.batch` batches are skipped.
 
@@ -70,9 +69,8 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self.state = state
         self.skip_data = skip_data
         self.steps_per_epoch: int | None = None
-        self._already = self._seen = (
-            0  # batches of this epoch that were trained before; that this fit has read
-        )
+        self._already = 0  # batches of this epoch that were trained before the commit
+        self._seen = 0  # batches of this epoch that this `fit` has read
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Determine how many batches of the first epoch are done."""
