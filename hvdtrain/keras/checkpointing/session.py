@@ -26,11 +26,6 @@ class Settings:
     every_minutes: float | None = None
     keep: int = 3
 
-    @property
-    def by_epochs(self) -> bool:
-        """Whether each epoch ends with a checkpoint."""
-        return self.every_steps is None and self.every_minutes is None
-
 
 class CheckpointedFit:
     """One `fit` with checkpoints.
@@ -59,6 +54,7 @@ class CheckpointedFit:
         self._agreement = StopAgreement(self._engine, settings.every_minutes)
         self._restoring = RestoreState(self._state)
         self._store = Store(settings.directory, settings.keep, self._engine)
+        self._by_epochs = settings.every_steps is None and settings.every_minutes is None
         self._epoch = self._step = self._total = 0
         self._due = NOTHING
 
@@ -110,7 +106,7 @@ class CheckpointedFit:
 
     def after_epoch(self, epochs: int) -> None:
         """Write or stop, if due, at the end of an epoch."""
-        self._due = max(self._due, self._agreement.ask(), int(self._settings.by_epochs))
+        self._due = max(self._due, self._agreement.ask(), int(self._by_epochs))
         self._epoch, self._step = epochs, 0
         ends = epochs >= self._given.get("epochs", 1) or self._model.stop_training
         if self._due and not ends:
