@@ -2,19 +2,22 @@
 
 checkpoints/
     latest                  name of the newest checkpoint
+    .lock                   held by the training that uses the folder
     step-000000311/
         model.weights.h5    and other files
         manifest.json       length and checksum of each file
 """
 
 import contextlib
+import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+import socket
+from collections.abc import Mapping
 from pathlib import Path
 
 Files = Mapping[str, bytes]
@@ -24,32 +27,28 @@ _MANIFEST = "manifest.json"
 _LATEST = "latest"
 _PARTIAL = ".partial-"
 _REMOVED = ".removed-"
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
+
+_locked: set[Path] = set()  # file locks do not exclude a second lock in the same process
 
 
 class DamagedError(ValueError):
     """Raised for a checkpoint whose content is not what was written."""
 
 
+class InUseError(RuntimeError):
+    """Raised if another training uses the folder."""
+
+
 class Folder:
-    """The checkpoints of one training.
-
-    Args:
-        path: The folder; it is created if it does not exist.
-
-    Raises:
-        OSError: If it cannot be created.
-    """
+    """The checkpoints of one training, in a folder that is created if it does not exist."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
 
     def clean(self) -> None:
-        """Remove incomplete files of a run that was killed, and check that the folder is writable.
-
-        Raises:
-            OSError: If it cannot be written to.
-        """
+        """Remove incomplete files of a run that was killed; raise OSError if the folder is not writable."""
         for path in self.path.iterdir():
             if path.name.startswith((_PARTIAL, _REMOVED)):
                 shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
@@ -69,11 +68,7 @@ class Folder:
         return sorted(found, key=lambda entry: entry.name != latest)
 
     def newest_whole(self) -> tuple[Path | None, list[str]]:
-        """Find the checkpoint to resume from.
-
-        Returns:
-            The newest complete checkpoint, or None; and a message for each newer one that is damaged.
-        """
+        """Return the newest complete checkpoint, or None, and a message for each newer one that is damaged."""
         complaints: list[str] = []
         for entry in self.entries():
             try:
@@ -84,24 +79,18 @@ class Folder:
         return None, complaints
 
     def write(self, step: int, files: Files, keep: int) -> Path:
-        """Add a checkpoint and remove the oldest; existing checkpoints stay complete if the process dies meanwhile.
+        """Add a checkpoint, keep the newest `keep` ones, and return its path.
 
-        Args:
-            step: Step number, used in the name.
-            files: Name and content of each file.
-            keep: Number of checkpoints to keep.
-
-        Returns:
-            Its path.
-
-        Raises:
-            OSError: If it cannot be written, for example because the disk is full.
+        Existing checkpoints stay complete if the process dies meanwhile, or if this raises OSError.
         """
         partial = self.path / f"{_PARTIAL}{step}"
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            manifest = {name: _write(partial / name, content) for name, content in files.items()}
+            manifest = {}
+            for name, content in files.items():
+                _write(partial / name, content)
+                manifest[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
             _write(partial / _MANIFEST, json.dumps({"files": manifest}, indent=1).encode())
             _sync(partial)
             final = self._free_name(step)
@@ -110,7 +99,7 @@ class Folder:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         _sync(self.path)
-        self._mark(final)
+        replace_file(self.path / _LATEST, f"{final.name}\n".encode())
         self._prune(keep)
         return final
 
@@ -122,12 +111,6 @@ class Folder:
             path = path.with_suffix(f".{again}")
         return path
 
-    def _mark(self, entry: Path) -> None:
-        partial = self.path / f"{_PARTIAL}{_LATEST}"
-        _write(partial, f"{entry.name}\n".encode())
-        partial.replace(self.path / _LATEST)
-        _sync(self.path)
-
     def _prune(self, keep: int) -> None:
         for entry in self.entries()[keep:]:
             # Rename it first, so that a partly removed checkpoint is not reported as damaged.
@@ -137,63 +120,53 @@ class Folder:
             shutil.rmtree(removed, ignore_errors=True)
 
 
-class Writer:
-    """A thread that writes one checkpoint after another, so that at most one is in memory.
+class Lock:
+    """A lock on a folder, held until `release` or the end of the process, however it ends.
 
-    Args:
-        folder: The folder of the checkpoints.
-        keep: Number of checkpoints to keep.
+    A second training would remove and resume the checkpoints of the first.
+
+    Raises:
+        InUseError: If another process, or another training of this one, holds it; the message names it.
     """
 
-    def __init__(self, folder: Folder, keep: int) -> None:
-        self._folder, self._keep = folder, keep
-        self._thread = ThreadPoolExecutor(1, "hvdtrain-checkpoint")
-        self._step = 0
-        self._pending: Future[Path] | None = None
-        self.newest: Path | None = None
-
-    def submit(self, step: int, make: Callable[[], Files]) -> str | None:
-        """Wait for the previous checkpoint, then start writing the next.
-
-        Args:
-            step: Step number, used in the name.
-            make: Function that makes the files, called in the thread.
-
-        Returns:
-            Why the previous checkpoint could not be written, or None.
-        """
-        failure = self.wait()
-        self._step = step
-        self._pending = self._thread.submit(lambda: self._folder.write(step, make(), self._keep))
-        return failure
-
-    def wait(self) -> str | None:
-        """Wait until the last checkpoint is written; return why it could not be, or None."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return None
+    def __init__(self, folder: Path) -> None:
+        self._path = folder.resolve() / ".lock"
+        if self._path in _locked:
+            raise InUseError(f"{folder} is already in use by another model.fit of this process.")
+        self._file = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        self.works = True
         try:
-            self.newest = pending.result()
-        except Exception as error:
-            exists = self.newest is not None and self.newest.exists()
-            kept = f"the last complete one is {self.newest}" if exists else "there is no earlier one"
-            return f"the checkpoint of step {self._step} could not be written ({error}); {kept}."
-        return None
+            # A POSIX lock: it works over NFS, and a forked child does not keep it.
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._handle_failure(error, folder)
+        _locked.add(self._path)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "job": os.environ.get("SLURM_JOB_ID")}
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, json.dumps(owner).encode(), 0)
 
-    def close(self) -> str | None:
-        """Wait for the last checkpoint and end the thread; return why it could not be written, or None."""
-        failure = self.wait()
-        self._thread.shutdown()
-        return failure
+    def release(self) -> None:
+        """Release the folder."""
+        if self._path in _locked:
+            _locked.discard(self._path)
+            os.close(self._file)
+
+    def _handle_failure(self, error: OSError, folder: Path) -> None:
+        if error.errno in _NO_LOCKS:
+            self.works = False
+            return
+        owner = os.pread(self._file, 4096, 0)
+        os.close(self._file)
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise error
+        raise InUseError(
+            f"{folder} is in use by {_described(owner)}. Two trainings cannot share one checkpoint directory: wait "
+            "for that one, or cancel it, or give this one its own directory."
+        ) from None
 
 
 def check(entry: Path) -> None:
-    """Raise an error unless the content of a checkpoint is what was written.
-
-    Raises:
-        DamagedError: If a file is missing, truncated or changed.
-        OSError: If it cannot be read.
-    """
+    """Raise DamagedError if a file of a checkpoint is missing, truncated or changed."""
     try:
         files = json.loads((entry / _MANIFEST).read_bytes())["files"]
         expected = {name: (int(entry["bytes"]), entry["sha256"]) for name, entry in files.items()}
@@ -207,9 +180,16 @@ def check(entry: Path) -> None:
             raise DamagedError(f"{name} is missing")
         if path.stat().st_size != size:
             raise DamagedError(f"{name} has {path.stat().st_size} bytes in place of {size}")
-        with path.open("rb") as file:
-            if _sha256(file) != checksum:
-                raise DamagedError(f"the checksum of {name} is wrong")
+        if _sha256(path) != checksum:
+            raise DamagedError(f"the checksum of {name} is wrong")
+
+
+def replace_file(path: Path, *parts: bytes) -> None:
+    """Write a file; if the process dies meanwhile, the file has its earlier or its new content."""
+    partial = path.with_name(_PARTIAL + path.stem)
+    _write(partial, *parts)
+    partial.replace(path)
+    _sync(path.parent)
 
 
 def _number(entry: Path) -> tuple[int, int]:
@@ -217,18 +197,27 @@ def _number(entry: Path) -> tuple[int, int]:
     return int(step), int(again)
 
 
-def _write(path: Path, content: bytes) -> dict[str, int | str]:
+def _described(owner: bytes) -> str:
+    try:
+        known = json.loads(owner)
+        job = f", Slurm job {known['job']}" if known["job"] else ""
+        return f"process {known['pid']} on host {known['host']}{job}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _write(path: Path, *parts: bytes) -> None:
     with path.open("wb") as file:
-        file.write(content)
+        file.writelines(parts)
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _sha256(file: object) -> str:
+def _sha256(path: Path) -> str:
     hashed = hashlib.sha256()
-    while block := file.read(1 << 20):  # type: ignore[attr-defined]
-        hashed.update(block)
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            hashed.update(block)
     return hashed.hexdigest()
 
 

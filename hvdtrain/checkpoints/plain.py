@@ -32,9 +32,6 @@ def packed(value: Any) -> bytes:
         value: None, a bool, int, float, complex, str, bytes or NumPy array, or a list, tuple, set or dict
             of these, at most 20 levels deep. A Counter is restored as a dict.
 
-    Returns:
-        The bytes of the file: the arrays, and under "json" their positions in the value.
-
     Raises:
         NotPlainError: If it contains any other object.
     """

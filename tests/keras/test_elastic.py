@@ -510,7 +510,7 @@ def test_a_commit_cut_short_by_the_end_leaves_the_one_before(monkeypatch, folder
     """The write dies in the middle: its part lies beside, and the commit before is whole."""
     path = interrupted(folder)
     if path:
-        path.with_suffix(".partial").write_bytes(path.read_bytes()[:100])
+        path.with_name(f".partial-{path.stem}").write_bytes(path.read_bytes()[:100])
     restarted(monkeypatch)
     model = dropout_model()
     elastic_fit(model)

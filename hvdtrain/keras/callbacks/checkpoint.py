@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from hvdtrain.keras.checkpointing.callback_order import flat
+from hvdtrain.keras.checkpointing.restoring import flat
 from hvdtrain.keras.checkpointing.session import CheckpointedFit, Settings
 
 

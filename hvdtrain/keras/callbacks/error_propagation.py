@@ -5,7 +5,7 @@ from collections.abc import Iterator
 
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.collectives.errors import report
-from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
+from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """Save and restore the state of callbacks, so that a resumed run makes the same decisions."""
 
 import collections
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -10,11 +11,11 @@ import tensorflow as tf
 
 from hvdtrain.checkpoints import plain
 
+_PREFIX = "callback/"
 # Set by Keras, or concerning only the output.
 _NOT_STATE = ("params", "_params", "validation_data", "model", "_model", "verbose")
 # Keras changes the sign of this attribute once per process, when it determines the mode of the metric.
 _MONITORING = ("min_delta",)
-_WITHOUT_STATE = (keras.callbacks.ProgbarLogger,)
 # Of a CSVLogger only these and the length of its file are saved; it creates the rest at the start.
 _CSV = ("keys",)
 _END = "end of the file"
@@ -25,18 +26,15 @@ class CallbackStates:
 
     Attributes that only the constructor sets (EarlyStopping's patience) are taken from the script, which may have
     been edited.
-
-    Args:
-        callbacks: The callbacks of a `fit`.
     """
 
     def __init__(self, callbacks: Sequence[Any]) -> None:
         numbers: collections.Counter[str] = collections.Counter()
         self._named: dict[str, Any] = {}
         for callback in callbacks:
-            if not isinstance(callback, _WITHOUT_STATE):
+            if not isinstance(callback, keras.callbacks.ProgbarLogger):
                 name = type(callback).__name__
-                self._named[f"{name}/{numbers[name]}"] = callback
+                self._named[f"{_PREFIX}{name}/{numbers[name]}"] = callback
                 numbers[name] += 1
         self._at_first: dict[str, bytes] = {}
         self._restored: set[str] = set()
@@ -60,17 +58,15 @@ class CallbackStates:
         }
 
     def restore(self, values: Mapping[str, Any]) -> list[str]:
-        """Set the captured attributes.
-
-        Returns:
-            The names of callbacks that have a saved state but are not in this `fit`.
-        """
+        """Set the captured attributes among `values`; return the callbacks with such that this `fit` lacks."""
         missing = set()
         for name, value in values.items():
+            if not name.startswith(_PREFIX):
+                continue
             owner, _, attribute = name.rpartition("/")
             callback = self._named.get(owner)
             if callback is None:
-                missing.add(owner.partition("/")[0])
+                missing.add(owner.split("/")[1])
             elif attribute == _END:
                 _truncate(callback.csv_file, value)
             else:
@@ -106,7 +102,7 @@ def _content(value: Any) -> Any:
 
 def _put_back(attributes: dict[str, Any], name: str, value: Any) -> None:
     """Set an attribute; change lists, sets and dicts in place, because the script may refer to them too."""
-    now, value = attributes.get(name), plain.unpacked(plain.packed(value))
+    now, value = attributes.get(name), copy.deepcopy(value)
     if isinstance(now, keras.Variable | tf.Variable):
         now.assign(value)
     elif isinstance(now, np.random.Generator):

@@ -17,6 +17,8 @@ from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, is_distri
 
 # Errors of Keras, zipfile and h5py for a file that is missing, truncated or of another format.
 _UNREADABLE = (ValueError, OSError, KeyError, EOFError, zipfile.BadZipFile, zlib.error)
+_CLASSES = "Classes and functions of your own go into custom_optimizers=[...] and custom_objects={name: ...}."
+# Losses that Keras abbreviates in an .h5 file but does not recognise when it reads the file.
 _ABBREVIATIONS = ("bce", "kld", "mae", "mape", "mse", "msle")
 
 
@@ -58,11 +60,13 @@ def load_model(
     objects = {cls.__name__: cls for cls in vars(legacy_layers).values() if isinstance(cls, type)} | custom
     try:
         model = _loaded(filepath, objects)
-    except TypeError as error:
-        raise TypeError(f"{_failed(filepath, error)} {_CLASSES}") from error
-    except _UNREADABLE as error:
+    except (TypeError, *_UNREADABLE) as error:
+        reason = str(error).rstrip(".")
+        failed = f"Rank {engine.rank}: hvd.load_model cannot load {filepath}: {reason}."
+        if isinstance(error, TypeError):
+            raise TypeError(f"{failed} {_CLASSES}") from error
         raise ValueError(
-            f"{_failed(filepath, error)} Does the file exist on this rank's machine, and is it whole? {_CLASSES}"
+            f"{failed} Does the file exist on this rank's machine, and is it whole? {_CLASSES}"
         ) from error
     if getattr(model, "optimizer", None) is None:
         engine.say(
@@ -71,14 +75,6 @@ def load_model(
         )
     _make_distributed(model, compression)
     return model
-
-
-_CLASSES = "Classes and functions of your own go into custom_optimizers=[...] and custom_objects={name: ...}."
-
-
-def _failed(filepath: Any, error: Exception) -> str:
-    reason = str(error).rstrip(".")
-    return f"Rank {runtime.engine().rank}: hvd.load_model cannot load {filepath}: {reason}."
 
 
 def _loaded(filepath: Any, objects: dict[str, Any]) -> Any:
@@ -102,7 +98,9 @@ def _loaded_from_h5(file: Any, objects: dict[str, Any]) -> Any:
     config = json.loads(file.attrs.get("training_config") or "null")
     if config is None:
         return legacy_h5_format.load_model_from_hdf5(file, custom_objects=objects, compile=False)
-    known = _abbreviated(config["loss"]) | _with_makers(objects, config["optimizer_config"])
+    names = keras.tree.flatten(config["loss"])
+    abbreviated = {name: keras.losses.get(name) for name in _ABBREVIATIONS if name in names}
+    known = abbreviated | _with_makers(objects, config["optimizer_config"])
     model = legacy_h5_format.load_model_from_hdf5(file, custom_objects=known, compile=False)
     model.compile(**saving_utils.compile_args_from_training_config(config, known))
     if "optimizer_weights" in file:
@@ -127,14 +125,8 @@ def _make_distributed(model: Any, compression: Any) -> None:
         keras.Model.compile(model, **{**model._compile_config.config, "optimizer": model.optimizer})
 
 
-def _abbreviated(loss: Any) -> dict[str, Any]:
-    """Return the losses that Keras abbreviates in an .h5 file but does not recognise when it reads the file."""
-    names = keras.tree.flatten(loss)
-    return {name: keras.losses.get(name) for name in _ABBREVIATIONS if name in names}
-
-
 class _Maker:
-    """Adapter that lets Keras use a function in place of an optimizer's class."""
+    """A function in the form in which Keras expects an optimizer's class."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self._function = function
@@ -143,7 +135,6 @@ class _Maker:
         return self._function(**config)
 
     def from_config(self, config: dict[str, Any], custom_objects: Any = None) -> Any:
-        """Make the optimizer from its configuration."""
         return self._function(**config)
 
 

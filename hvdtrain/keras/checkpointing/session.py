@@ -8,15 +8,11 @@ from typing import Any
 import keras
 
 from hvdtrain import heartbeat
-from hvdtrain.data.collective_errors import together
 from hvdtrain.data.shard import Sharded
 from hvdtrain.keras.callbacks.membership import engine_of
-from hvdtrain.keras.checkpointing import saved_state as saving
-from hvdtrain.keras.checkpointing.callback_order import callbacks_with_state, in_order, keep_history
-from hvdtrain.keras.checkpointing.restoring import RestoreState
-from hvdtrain.keras.checkpointing.saved_state import Place, Saved
+from hvdtrain.keras.checkpointing.checkpoint_files import Place, Saved, Store
+from hvdtrain.keras.checkpointing.restoring import RestoreState, flat, in_order, keep_history
 from hvdtrain.keras.checkpointing.stop_agreement import NOTHING, STOP, StopAgreement
-from hvdtrain.keras.checkpointing.store import Store
 from hvdtrain.keras.checkpointing.training_state import TrainingState
 from hvdtrain.stop_request import Preempted
 
@@ -30,18 +26,13 @@ class Settings:
     every_minutes: float | None = None
     keep: int = 3
 
-    @property
-    def by_epochs(self) -> bool:
-        """Whether each epoch ends with a checkpoint."""
-        return self.every_steps is None and self.every_minutes is None
-
 
 class CheckpointedFit:
     """One `fit` with checkpoints.
 
     Args:
         settings: The arguments of `Checkpoint`.
-        callback: The user's callback, which forwards events to this object.
+        callback: The user's `Checkpoint`, which forwards events to this object.
         model: The model.
         given: The arguments of `fit`; its callbacks are put in order.
     """
@@ -56,46 +47,43 @@ class CheckpointedFit:
         keep_history(given)
         self._settings, self._callback, self._model, self._given = settings, callback, model, given
         self._engine = engine_of(model)
-        self._state = TrainingState(model, self._engine, callbacks_with_state(given, callback))
+        # A CallbackList that the script uses again contains the RestoreState of the fit before.
+        own = (RestoreState, type(callback))
+        with_state = [other for other in flat(given) if not isinstance(other, own)]
+        self._state = TrainingState(model, self._engine, with_state)
         self._agreement = StopAgreement(self._engine, settings.every_minutes)
-        self._restoring = RestoreState(self._state, None)
+        self._restoring = RestoreState(self._state)
         self._store = Store(settings.directory, settings.keep, self._engine)
-        self._saved: Saved | None = None
+        self._by_epochs = settings.every_steps is None and settings.every_minutes is None
         self._epoch = self._step = self._total = 0
         self._due = NOTHING
 
     def open(self, again: bool) -> None:
-        """Find the newest complete checkpoint, and prepare to resume from it.
-
-        Args:
-            again: Whether this process has finished a `fit` with the same directory before.
-        """
-        entry = together(self._engine, "Checkpoint", self._store.open)
-        self._saved = saving.read(entry, self._engine)
-        if self._saved is not None:
-            self._resume(self._saved, again)
-        self._restoring = RestoreState(self._state, self._saved)
-        self._given["callbacks"] = in_order(self._model, self._given, self._restoring, self._callback)
+        """Prepare to resume; `again` if this process has finished a `fit` with the same directory before."""
+        saved = self._restoring.saved = self._store.open()
+        if saved is not None:
+            self._resume(saved, again)
+        self._given["callbacks"] = in_order(
+            self._model, self._given["callbacks"], self._restoring, self._callback
+        )
 
     def close(self) -> None:
         """Finish writing, and restore the model, signal handlers and folder lock."""
         self._agreement.end()
-        heartbeat.ask_patience(0)
         self._restoring.leave(self._model)
         self._model._initial_epoch = None
         self._store.close()
 
     def begin(self) -> None:
         """Check that a partly trained epoch has as many steps as before, and start listening for signals."""
-        before, now = (self._saved.place if self._saved else Place()), self._model_steps
-        if before.step and None not in (before.steps, now) and before.steps != now:
+        saved, now = self._restoring.saved, self._model_steps
+        if saved and saved.place.step and None not in (saved.place.steps, now) and saved.place.steps != now:
             raise ValueError(
-                f"{self._settings.directory} has a checkpoint from within an epoch of {before.steps} steps, and "
-                f"now an epoch has {now}. Resume with the same data and the same global batch, or start from the "
-                "beginning in another directory."
+                f"{self._settings.directory} has a checkpoint from within an epoch of {saved.place.steps} steps, "
+                f"and now an epoch has {now}. Resume with the same data and the same global batch, or start from "
+                "the beginning in another directory."
             )
         self._agreement.begin()
-        heartbeat.ask_patience(self._agreement.patience)
 
     def begin_epoch(self, epoch: int) -> None:
         """Start counting the steps of an epoch."""
@@ -118,7 +106,7 @@ class CheckpointedFit:
 
     def after_epoch(self, epochs: int) -> None:
         """Write or stop, if due, at the end of an epoch."""
-        self._due = max(self._due, self._agreement.ask(), int(self._settings.by_epochs))
+        self._due = max(self._due, self._agreement.ask(), int(self._by_epochs))
         self._epoch, self._step = epochs, 0
         ends = epochs >= self._given.get("epochs", 1) or self._model.stop_training
         if self._due and not ends:
@@ -126,7 +114,8 @@ class CheckpointedFit:
 
     def finish(self) -> None:
         """Write the last checkpoint, unless nothing was trained since the restored one."""
-        if self._saved is not None and self._saved.place.finished and self._total == self._saved.place.total:
+        saved = self._restoring.saved
+        if saved is not None and saved.place.finished and self._total == saved.place.total:
             return
         stopped = bool(self._model.stop_training) and self._epoch < self._given.get("epochs", 1)
         self._save(Place(self._epoch, 0, self._total, self._model_steps, finished=True, stopped=stopped))
@@ -148,17 +137,13 @@ class CheckpointedFit:
                 f"{saved.entry} was written after step {place.step} of its epoch, which is not a multiple of "
                 f"steps_per_execution={self._model.steps_per_execution}. Compile the model as before."
             )
-        self._total = place.total
-        self._epoch = place.epoch
+        self._total, self._epoch = place.total, place.epoch
         self._model._initial_epoch = max(place.epoch, epochs) if done else place.epoch
         self._state.callbacks.prepare()
-        self._move_data(saved)
-        self._report(saved, done)
-
-    def _move_data(self, saved: Saved) -> None:
         data, moved = self._given.get("x"), saved.facts["data"]
         if isinstance(data, Sharded) and moved:
-            data.go_on(**moved, read=saved.place.total - saved.place.step)
+            data.go_on(**moved, read=place.total - place.step)
+        self._report(saved, done)
 
     def _report(self, saved: Saved, done: bool) -> None:
         place = saved.place
@@ -185,10 +170,8 @@ class CheckpointedFit:
         started = time.monotonic()
         data = self._given.get("x")
         facts = {"data": data.position.origin() if isinstance(data, Sharded) else None}
-        make = self._state.capture(place, facts)
-        self._store.submit(place.total, make)
+        self._store.submit(place.total, self._state.capture(place, facts))
         self._agreement.saved(time.monotonic() - started)
-        heartbeat.ask_patience(self._agreement.patience)
 
     def _stop(self, place: Place) -> None:
         newest, failure = self._store.settle()

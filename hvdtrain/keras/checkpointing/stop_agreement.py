@@ -5,7 +5,7 @@ import signal
 import time
 from contextlib import ExitStack
 
-from hvdtrain import settings, stop_request
+from hvdtrain import heartbeat, settings, stop_request
 from hvdtrain.collectives.engine import Call, Engine
 
 NOTHING, SAVE, STOP = 0, 1, 2
@@ -20,11 +20,7 @@ class StopAgreement:
     """Agreement of all ranks after a step whether one of them requests to save or to stop.
 
     An agreement takes tens of microseconds. If that is more than 1 % of a step, the ranks agree only after every
-    n-th step, so that the total cost stays below 1 %.
-
-    Args:
-        engine: The ranks.
-        every_minutes: Minutes after which the first rank requests a checkpoint; None for never.
+    n-th step, so that the total cost stays below 1 %. Every `every_minutes` the first rank requests a checkpoint.
     """
 
     def __init__(self, engine: Engine, every_minutes: float | None) -> None:
@@ -42,21 +38,19 @@ class StopAgreement:
         """Start listening for signals."""
         self._listening.enter_context(stop_request.hearing(signal.SIGUSR1, signal.SIGTERM))
         self._saved_at = self._last_step = time.monotonic()
+        heartbeat.ask_patience(self._patience)
 
     def end(self) -> None:
         """Restore the earlier signal handlers."""
         self._listening.close()
+        heartbeat.ask_patience(0)
 
     def saved(self, seconds: float) -> None:
         """Record that a checkpoint was made, and for how many seconds it stopped the training."""
         self._saved_at = self._last_step = time.monotonic()
         self._asked_at = None
         self._longest_save = max(self._longest_save, seconds)
-
-    @property
-    def patience(self) -> float:
-        """Seconds that stopping may take at most."""
-        return _SLACK + 3 * self._longest_save + 1.5 * self._longest_gap
+        heartbeat.ask_patience(self._patience)
 
     def after_step(self) -> int:
         """Return the request of the ranks; called after each step, agrees only after some steps."""
@@ -82,14 +76,15 @@ class StopAgreement:
     def reasons(self) -> str:
         """Return why the training stops; all ranks call this and get the same text."""
         told = self._engine.allgather_object(self._reason())
-        by_reason: dict[str, list[int]] = {}
         for rank, reason in zip(self._engine.ranks, told, strict=True):
             if reason:
-                by_reason.setdefault(reason, []).append(rank)
-        if len(told) == 1 or not by_reason:
-            return "".join(by_reason) or "it was asked to"
-        reason, ranks = next(iter(by_reason.items()))
-        return reason if len(ranks) == len(told) else f"{reason} (on rank {ranks[0]})"
+                return reason if told.count(reason) == len(told) else f"{reason} (on rank {rank})"
+        return "it was asked to"
+
+    @property
+    def _patience(self) -> float:
+        """Seconds that stopping may take at most."""
+        return _SLACK + 3 * self._longest_save + 1.5 * self._longest_gap
 
     def _own_request(self) -> int:
         if self._reason():
@@ -100,7 +95,7 @@ class StopAgreement:
     def _reason(self) -> str | None:
         if stop_request.asked():
             return f"{stop_request.asked()} asked it to"
-        if self._deadline is not None and time.time() + self.patience > self._deadline:
+        if self._deadline is not None and time.time() + self._patience > self._deadline:
             return f"its time ends in {max(0, round(self._deadline - time.time()))} s"
         return None
 

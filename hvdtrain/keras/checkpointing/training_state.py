@@ -1,44 +1,50 @@
 """Capture and restore the state of a training: variables, random numbers and callbacks of all ranks."""
 
-import collections
+import contextlib
+import io
+import random
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import h5py
 import keras
 import numpy as np
+import tensorflow as tf
+from keras.src.saving import saving_lib
 
 from hvdtrain.checkpoints import plain
+from hvdtrain.checkpoints.folder import Files
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.data.collective_errors import together
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.keras.broadcast_variables import broadcast_variables
 from hvdtrain.keras.callbacks.membership import optimizers_of, process_set_of
 from hvdtrain.keras.callbacks.random_states import folded, states_of
-from hvdtrain.keras.checkpointing import model_file, random_numbers
 from hvdtrain.keras.checkpointing.callback_states import CallbackStates
-from hvdtrain.keras.checkpointing.saved_state import VARIABLE, Files, Place, Saved, files_of, gathered
+from hvdtrain.keras.checkpointing.checkpoint_files import VARIABLE, Place, Saved, files_of, gathered
 
-_CALLBACK = "callback/"
-_METRICS = "metrics"
+_WEIGHTS_FILE = "model.weights.h5"
 _IN_FILE = ("weights", "optimizer")  # sections in the weights file of Keras
+_COMPARED = {
+    "weights": "weights",
+    "optimizer": "variables in its optimizer",
+    "generators": "random generators",
+}
+_PYTHON, _NUMPY, _TENSORFLOW = "random/python", "random/numpy", "random/tensorflow"
 
 
 class TrainingState:
     """The state of a training, to be captured and restored.
 
     Values that are equal on all ranks are saved once; for each rank its values that differ from the first rank are
-    saved: BatchNormalization statistics, random states, the metrics of its samples.
-
-    Args:
-        model: The model, which need not be built yet.
-        engine: The ranks that train it.
-        callbacks: The callbacks whose state is saved.
+    saved: BatchNormalization statistics, random states, the metrics of its samples. The model may be unbuilt.
     """
 
     def __init__(self, model: keras.Model, engine: Engine, callbacks: Sequence[Any]) -> None:
         self.callbacks = CallbackStates(callbacks)
         self._model, self._engine = model, engine
-        self._not_saved_by_keras: set[str] | None = None
+        self._in_file: set[str] | None = None
 
     @property
     def built(self) -> bool:
@@ -49,22 +55,22 @@ class TrainingState:
     def capture(self, place: Place, more: Mapping[str, Any]) -> Callable[[], Files] | None:
         """Copy the state; all ranks call this.
 
-        Args:
-            place: The position of the training.
-            more: Further facts for `state.json`.
-
         Returns:
-            On the first rank, a function that makes the files of a checkpoint, also in a thread; None on others.
+            On the first rank, a function that makes the files of a checkpoint, with the facts `more` in
+            `state.json`; it may be called in a thread. None on other ranks.
         """
-        variables, others = self._variables(), self._others()
+        root = self._engine.ranks[0]
+        first = self._engine.rank == root
+        sections = self._sections()
+        variables, others = _named(sections), _random_numbers() | self.callbacks.capture()
         digests = {name: plain.digest(_value(variable)) for name, variable in variables.items()}
         digests |= {name: plain.digest(value) for name, value in others.items()}
-        common = self._engine.broadcast_object(digests, self._engine.ranks[0])
-        content = together(self._engine, "Checkpoint", self._weights_file)
+        common = self._engine.broadcast_object(digests, root)
+        content = together(self._engine, "Checkpoint", lambda: _weights_file(self._model) if first else None)
         if content is None:
             kept = {name for name, mine in digests.items() if common.get(name) != mine}
         else:
-            kept = self._not_in_file(content, digests) | set(others)
+            kept = digests.keys() - self._names_in_file(content, digests)
         own = {name: _value(variable) for name, variable in variables.items() if name in kept}
         own |= {name: value for name, value in others.items() if name in kept}
         parts = gathered(plain.packed(own), self._engine)
@@ -72,10 +78,10 @@ class TrainingState:
             return None
         facts = {
             **more,
-            **self._facts(variables),
+            **self._facts(sections),
             "digests": {name: digests[name].hex() for name in variables},
         }
-        return lambda: {model_file.NAME: content, **files_of(place, facts, parts)}
+        return lambda: {_WEIGHTS_FILE: content, **files_of(place, facts, parts)}
 
     def restore(self, saved: Saved) -> None:
         """Restore the state; all ranks call this. If the model is not built yet, its variables are not restored.
@@ -87,46 +93,45 @@ class TrainingState:
         newcomer = self._engine.rank if self._engine.rank >= saved.facts["ranks"] else None
         if self.built:
             self._restore_variables(saved, newcomer)
-        random_numbers.restore(saved.values, newcomer)
-        missing = self.callbacks.restore(saved.under(_CALLBACK))
+        _restore_random_numbers(saved.values, newcomer)
+        missing = self.callbacks.restore(saved.values)
         if missing:
             self._engine.say(
                 f"the checkpoint contains the state of {', '.join(missing)}, which this fit does not have."
             )
 
-    def _weights_file(self) -> bytes | None:
-        return model_file.weights_file(self._model) if self._engine.rank == self._engine.ranks[0] else None
-
-    def _not_in_file(self, content: bytes, digests: dict[str, bytes]) -> set[str]:
-        """Return the variables that are not in Keras' file: metrics, and those that a layer does not save."""
-        if self._not_saved_by_keras is None:
-            inside = model_file.digests_in(content)
-            self._not_saved_by_keras = {name for name, mine in digests.items() if mine not in inside}
-        return self._not_saved_by_keras | {name for name in digests if _section(name) not in _IN_FILE}
+    def _names_in_file(self, content: bytes, digests: dict[str, bytes]) -> set[str]:
+        """Return the variables in Keras' file, which has neither metrics nor what a layer does not save."""
+        if self._in_file is None:
+            inside = _digests_in(content)
+            prefixes = tuple(f"{VARIABLE}{section}/" for section in _IN_FILE)
+            self._in_file = {
+                name for name, mine in digests.items() if mine in inside and name.startswith(prefixes)
+            }
+        return self._in_file
 
     def _restore_variables(self, saved: Saved, newcomer: int | None) -> None:
         for optimizer, trained in zip(optimizers_of(self._model), saved.facts["trained"], strict=False):
             if trained and not optimizer.built and max(trained) < len(self._model.weights):
                 optimizer.build([self._model.weights[index] for index in trained])
-        variables = self._variables()
-        self._check_model(saved, variables)
-        if not saved.place.step or saved.facts["sections"].get(_METRICS) != _count(variables, _METRICS):
+        sections = self._sections()
+        self._check_model(saved, sections)
+        if not saved.place.step or saved.facts["sections"].get("metrics") != len(sections["metrics"]):
             # Metrics start from zero in a new epoch, or the first step has not created them yet.
-            variables = {name: var for name, var in variables.items() if _section(name) != _METRICS}
+            del sections["metrics"]
+        variables = _named(sections)
         root = self._engine.ranks[0]
         first = self._engine.rank == root
         together(self._engine, "Checkpoint", lambda: self._load(saved, variables) if first else None)
         broadcast_variables(list(variables.values()), root, process_set_of(self._model))
-        for name in variables.keys() & saved.own.keys():
-            variables[name].assign(saved.own[name])
+        _assign(variables, saved.values)
         if newcomer is not None:
             for generator in states_of(self._model):
                 generator.assign(folded(generator.numpy(), newcomer))
 
     def _load(self, saved: Saved, variables: dict[str, Any]) -> None:
-        model_file.load(self._model, saved.entry / model_file.NAME)
-        for name in variables.keys() & saved.common.keys():
-            variables[name].assign(saved.common[name])
+        _load_weights(self._model, saved.entry / _WEIGHTS_FILE)
+        _assign(variables, saved.values)
         for name, variable in variables.items():
             if plain.digest(_value(variable)).hex() != saved.facts["digests"][name]:
                 raise RuntimeError(
@@ -135,39 +140,32 @@ class TrainingState:
                     "save_own_variables writes."
                 )
 
-    def _check_model(self, saved: Saved, variables: dict[str, Any]) -> None:
+    def _check_model(self, saved: Saved, sections: Mapping[str, Sequence[Any]]) -> None:
         """Raise ValueError with the first difference, unless the checkpoint belongs to this model."""
-        ours, theirs = self._facts(variables), saved.facts
-        for mine, other in zip(ours["compared"], theirs["compared"], strict=False):
+        ours, theirs = self._facts(sections), saved.facts
+        lines = zip(ours["compared"], theirs["compared"], ours["shown"], theirs["shown"], strict=False)
+        for mine, other, shown, other_shown in lines:
             if mine != other:
-                index = ours["compared"].index(mine)
-                raise ValueError(
-                    _of_another(saved, f"it has {theirs['shown'][index]}", f"{ours['shown'][index]}")
-                )
-        for section in ("weights", "optimizer", "generators"):
-            mine, other = ours["sections"].get(section, 0), theirs["sections"].get(section, 0)
-            if mine != other:
-                raise ValueError(_of_another(saved, f"it has {_many(other, section)}", _many(mine, section)))
+                raise ValueError(_of_another(saved, other_shown, shown))
+        for section, name in _COMPARED.items():
+            count, other_count = len(sections[section]), theirs["sections"].get(section, 0)
+            if count != other_count:
+                raise ValueError(_of_another(saved, f"{other_count} {name}", f"{count} {name}"))
 
-    def _facts(self, variables: dict[str, Any]) -> dict[str, Any]:
-        listed = {section: _of(variables, section) for section in _IN_FILE}
-        calls = [
-            described_call(
-                section,
-                found,
-                [f"{optimizer.dtype} {tuple(optimizer.shape)}" for optimizer in found],
-                section == "weights",
-            )
-            for section, found in listed.items()
-        ]
+    def _facts(self, sections: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+        calls = []
+        for section in _IN_FILE:
+            details = [f"{variable.dtype} {tuple(variable.shape)}" for variable in sections[section]]
+            calls.append(described_call(section, sections[section], details, section == "weights"))
+        optimizers = optimizers_of(self._model)
         return {
             "keras": keras.version(),
-            "optimizers": [type(optimizer).__name__ for optimizer in optimizers_of(self._model)],
+            "optimizers": [type(optimizer).__name__ for optimizer in optimizers],
             "compared": [line for call in calls for line in call.details],
             "shown": [line for call in calls for line in call.shown],
-            "trained": [self._trained_by(optimizer) for optimizer in optimizers_of(self._model)],
+            "trained": [self._trained_by(optimizer) for optimizer in optimizers],
             "rates": [float(optimizer.learning_rate) for optimizer in adjustable(self._model)],
-            "sections": dict(collections.Counter(_section(name) for name in variables)),
+            "sections": {section: len(found) for section, found in sections.items() if found},
         }
 
     def _trained_by(self, optimizer: Any) -> list[int]:
@@ -177,28 +175,22 @@ class TrainingState:
         trained = inner._trainable_variables if optimizer.built else []
         return [numbers[id(variable)] for variable in trained if id(variable) in numbers]
 
-    def _variables(self) -> dict[str, Any]:
-        """Return all variables, each once, by names that are the same in every run."""
+    def _sections(self) -> dict[str, list[Any]]:
+        """Return all variables, each once, in an order that is the same in every run."""
         sections = {
             "weights": self._model.weights,
             "optimizer": [var for optimizer in optimizers_of(self._model) for var in optimizer.variables],
             "generators": states_of(self._model),
-            _METRICS: [var for metric in self._model.metrics for var in metric.variables],
+            "metrics": [var for metric in self._model.metrics for var in metric.variables],
         }
         seen: set[int] = set()
-        found: dict[str, Any] = {}
+        found: dict[str, list[Any]] = {section: [] for section in sections}
         for section, variables in sections.items():
-            index = 0
             for variable in variables:
                 if id(variable) not in seen:
                     seen.add(id(variable))
-                    found[f"{VARIABLE}{section}/{index}"] = variable
-                    index += 1
+                    found[section].append(variable)
         return found
-
-    def _others(self) -> dict[str, Any]:
-        learned = {f"{_CALLBACK}{name}": value for name, value in self.callbacks.capture().items()}
-        return {**random_numbers.capture(), **learned}
 
 
 def adjustable(model: keras.Model) -> list[Any]:
@@ -207,33 +199,76 @@ def adjustable(model: keras.Model) -> list[Any]:
     return [optimizer for optimizer in inner if isinstance(optimizer._learning_rate, keras.Variable)]
 
 
-def _of_another(saved: Saved, theirs: str, ours: str) -> str:
-    return (
-        f"The checkpoint {saved.entry} is of another model: where {theirs}, this one has {ours}. Give this "
-        "training its own directory, or remove that one."
-    )
-
-
-def _many(count: int, section: str) -> str:
-    named = {
-        "weights": "weights",
-        "optimizer": "variables in its optimizer",
-        "generators": "random generators",
+def _named(sections: Mapping[str, Sequence[Any]]) -> dict[str, Any]:
+    return {
+        f"{VARIABLE}{section}/{index}": variable
+        for section, variables in sections.items()
+        for index, variable in enumerate(variables)
     }
-    return f"{count} {named[section]}"
 
 
-def _of(variables: dict[str, Any], section: str) -> list[Any]:
-    return [variable for name, variable in variables.items() if _section(name) == section]
-
-
-def _count(variables: dict[str, Any], section: str) -> int:
-    return len(_of(variables, section))
-
-
-def _section(name: str) -> str:
-    return name.split("/")[1]
+def _assign(variables: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+    for name in variables.keys() & values.keys():
+        variables[name].assign(values[name])
 
 
 def _value(variable: Any) -> np.ndarray:
     return np.array(variable.numpy())
+
+
+def _of_another(saved: Saved, theirs: str, ours: str) -> str:
+    return (
+        f"The checkpoint {saved.entry} is of another model: where it has {theirs}, this one has {ours}. Give this "
+        "training its own directory, or remove that one."
+    )
+
+
+def _weights_file(model: keras.Model) -> bytes:
+    """Return the file content of `model.save_weights`: weights and the optimizer's state."""
+    buffer = io.BytesIO()
+    store = saving_lib.H5IOStore(buffer, mode="w")
+    saving_lib._save_state(model, store, None, inner_path="", visited_saveables=set())
+    store.h5_file.close()  # store.close() would close the buffer too
+    return buffer.getvalue()
+
+
+def _load_weights(model: keras.Model, path: Path) -> None:
+    """Load weights as `model.load_weights` does, also for a model that is not built but whose layers are."""
+    store = saving_lib.H5IOStore(str(path), mode="r")
+    with contextlib.closing(store):
+        saving_lib._load_state(model, store, None, inner_path="", visited_saveables=set())
+
+
+def _digests_in(content: bytes) -> set[bytes]:
+    """Return the digests of all arrays in the content of a weights file."""
+    found: set[bytes] = set()
+
+    def take(name: str, item: object) -> None:
+        if isinstance(item, h5py.Dataset) and item.dtype.kind in "biufc":
+            found.add(plain.digest(np.asarray(item[()])))
+
+    with h5py.File(io.BytesIO(content), "r") as file:
+        file.visititems(take)
+    return found
+
+
+def _random_numbers() -> dict[str, Any]:
+    """Return the states of the global random generators of Python, NumPy and TensorFlow as plain values."""
+    found: dict[str, Any] = {_PYTHON: random.getstate(), _NUMPY: np.random.get_state()}
+    with contextlib.suppress(RuntimeError):  # with enable_op_determinism there may be no generator
+        found[_TENSORFLOW] = tf.random.get_global_generator().state.numpy()
+    return found
+
+
+def _restore_random_numbers(states: Mapping[str, Any], newcomer: int | None) -> None:
+    """Set the global generators; a rank that did not exist when they were captured gets a different state."""
+    if _PYTHON in states:
+        random.setstate(states[_PYTHON])
+    if _NUMPY in states:
+        np.random.set_state(states[_NUMPY])
+    if _TENSORFLOW in states:
+        tf.random.get_global_generator().state.assign(states[_TENSORFLOW])
+    if newcomer is not None:
+        drawn = np.random.SeedSequence((random.getrandbits(64), newcomer)).generate_state(2)
+        random.seed(int(drawn[0]))
+        np.random.seed(int(drawn[1]))

@@ -5,11 +5,9 @@ from hvdtrain.keras.elastic.callbacks import (
     UpdateBatchStateCallback,
     UpdateEpochStateCallback,
 )
-from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
-from hvdtrain.keras.elastic.model import KerasState, TensorFlowKerasState
+from hvdtrain.keras.elastic.model_states import KerasState, TensorFlowKerasState, TensorFlowState
 from hvdtrain.keras.elastic.running import run
-from hvdtrain.keras.elastic.state import ObjectState, State
-from hvdtrain.keras.elastic.variables import TensorFlowState
+from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt, ObjectState, State
 
 __all__ = [
     "CommitStateCallback",

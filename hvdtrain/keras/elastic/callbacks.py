@@ -5,9 +5,9 @@ from typing import Any
 
 import keras
 
-from hvdtrain.data import global_batch
+from hvdtrain.keras.checkpointing.restoring import build_from, skipped_step
+from hvdtrain.keras.elastic.model_states import VariablesState
 from hvdtrain.keras.elastic.state import State
-from hvdtrain.keras.elastic.variables import Progress, VariablesState
 
 
 class CommitStateCallback(keras.callbacks.Callback):
@@ -54,9 +54,8 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
     At the end of an epoch `state.batch` is 0 again. When `model.fit` starts with a state that was restored in the
     middle of an epoch, the batches before the commit are read but not trained, so that the epoch continues with
     the next one: all callbacks see the batch numbers, and metrics continue, as in an uninterrupted run. If the
-    data has the same order again (`shuffle=False`, or an order made from the epoch), the
-    result is that of a run without interruption. `params["steps"]` of this callback is the number of
-    remaining batches in the first epoch.
+    data has the same order again (`shuffle=False`, or an order made from the epoch), the result is that of a run
+    without interruption. `params["steps"]` of this callback is the number of remaining batches in the first epoch.
 
     With a state that has only attributes, or was set manually, `state.batch` batches are skipped.
 
@@ -70,7 +69,8 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self.state = state
         self.skip_data = skip_data
         self.steps_per_epoch: int | None = None
-        self._already = self._seen = 0
+        self._already = 0  # batches of this epoch that were trained before the commit
+        self._seen = 0  # batches of this epoch that this `fit` has read
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Determine how many batches of the first epoch are done."""
@@ -102,10 +102,11 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
         self._note(None)
 
     def _batches_done(self) -> int:
-        progress = getattr(self.state, "progress", None)
-        if not isinstance(progress, Progress):
+        progress = self.state.progress if isinstance(self.state, VariablesState) else None
+        if progress is None:
             return self.state.batch
-        return progress.batches if progress.epoch == getattr(self.state, "epoch", None) else 0
+        epoch, batches = progress
+        return batches if epoch == getattr(self.state, "epoch", None) else 0
 
     def _step(self, train: Callable[[Any], Any], iterator: Any) -> Any:
         self.model.train_function = train
@@ -114,24 +115,22 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
             return self._skip(iterator)
         logs = train(iterator)
         # Record the progress before any callback can commit.
-        self._note(Progress(getattr(self.state, "epoch", None), self._seen))
+        self._note((getattr(self.state, "epoch", None), self._seen))
         return logs
 
     def _skip(self, iterator: Any) -> dict[str, Any]:
         """Skip a batch that was trained before the commit."""
-        steps = self.model.steps_per_execution
-        if self._seen == steps:
+        first = self._seen == self.model.steps_per_execution
+        if first:
             # Otherwise fit would build its metrics in its first step, which is skipped.
-            self.model._symbolic_build(data_batch=global_batch.as_keras(iterator.element_spec))
+            build_from(iterator, self.model)
         if isinstance(self.state, VariablesState):
             self.state.replaying = True
-            if self._seen == steps:
+            if first:
                 self.state.resume_metrics()
-        for _ in range(steps if self.skip_data else 0):
-            next(iterator, None)
-        return self.model.get_metrics_result()
+        return skipped_step(self.model, iterator) if self.skip_data else self.model.get_metrics_result()
 
-    def _note(self, progress: Progress | None) -> None:
+    def _note(self, progress: tuple[Any, int] | None) -> None:
         if isinstance(self.state, VariablesState):
             self.state.progress = progress
             self.state.replaying = False

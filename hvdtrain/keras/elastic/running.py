@@ -1,19 +1,25 @@
 """Run a training function that resumes from its last commit, in this job and in the next."""
 
 import functools
+import hashlib
 import itertools
+import pickle
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
-from hvdtrain import runtime
+from hvdtrain import runtime, settings
+from hvdtrain.checkpoints.folder import replace_file
 from hvdtrain.collectives.engine import Call, Engine, MismatchError
-from hvdtrain.keras.elastic.events import HorovodInternalError, HostsUpdatedInterrupt
-from hvdtrain.keras.elastic.state import ObjectState
-from hvdtrain.keras.elastic.store import Snapshot, Store
+from hvdtrain.keras.checkpointing.checkpoint_files import gathered, scattered
+from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt, ObjectState
 
 _RESTORING = Call("restoring the last commit of hvd.elastic.run")
 _END = Call("end of the function under hvd.elastic.run")
+_HEAD = b"hvdtrain elastic 2\n"  # of the file of a commit; a checksum and the pickled content follow
+_CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 # Number of calls of each function. A restarted script makes the same calls, so each finds its own commit.
 _calls: defaultdict[str, Iterator[int]] = defaultdict(itertools.count)
@@ -42,64 +48,25 @@ def run(func: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(func)
     def keep_running(state: Any, *args: Any, **kwargs: Any) -> Any:
         engine = runtime.engine()
-        store = _opened(engine, state, getattr(func, "__qualname__", "function"))
-        result = _until_done(engine, state, lambda: func(state, *args, **kwargs))
-        if store is not None:
-            state._store = None
-            if engine.rank == 0:
-                store.remove()
+        function = functools.partial(func, state, *args, **kwargs)
+        fixed = (
+            f"elastic: the job keeps the number of its ranks, {engine.size}, to the end, because MPI cannot add or "
+            "remove ranks within a launch"
+        )
+        if not isinstance(state, ObjectState):
+            engine.say(f"{fixed}.")
+            return _until_done(engine, state, function)
+        path = _path_of_next_call(getattr(func, "__qualname__", "function"))
+        engine.say(f"{fixed}; a restarted job resumes from the last commit, in {path}.")
+        _resume(engine, state, path)
+        state._on_commit = functools.partial(_write, engine, path, state)
+        result = _until_done(engine, state, function)
+        state._on_commit = None
+        if engine.rank == 0:
+            _remove(path)
         return result
 
     return keep_running
-
-
-def _opened(engine: Engine, state: Any, name: str) -> Store | None:
-    """Attach a file to the state, and load the last commit of an earlier job from it."""
-    store = Store.of(name, next(_calls[name])) if isinstance(state, ObjectState) else None
-    place = f"; a restarted job resumes from the last commit, in {store.path}" if store is not None else ""
-    engine.say(
-        f"elastic: the job keeps the number of its ranks, {engine.size}, to the end, because MPI cannot add or "
-        f"remove ranks within a launch{place}."
-    )
-    if store is not None:
-        _take_last_commit(engine, state, store)
-        state._store = store
-    return store
-
-
-def _take_last_commit(engine: Engine, state: ObjectState, store: Store) -> None:
-    snapshot = _last_commit(engine, state, store)
-    if snapshot is not None:
-        state._adopt(snapshot)
-        engine.say(f"elastic: resuming from the last commit ({_summary(snapshot)}).")
-    own = engine.broadcast_object(snapshot.own if snapshot is not None else [])
-    if engine.rank < len(own):
-        state._adopt_own(own[engine.rank])
-
-
-def _last_commit(engine: Engine, state: ObjectState, store: Store) -> Snapshot | None:
-    """Return the commit, on rank 0 only; raise an error on all ranks if it cannot be used."""
-    snapshot = problem = None
-    if engine.rank == 0:
-        try:
-            snapshot = store.read()
-            problem = _difference_text(state, store, snapshot)
-        except (ValueError, OSError, AttributeError, ImportError) as error:
-            problem = str(error)
-    problem = engine.broadcast_object(problem)
-    if problem:
-        raise ValueError(f"elastic: {problem}")
-    return snapshot
-
-
-def _difference_text(state: ObjectState, store: Store, snapshot: Snapshot | None) -> str | None:
-    difference = state._difference(snapshot) if snapshot is not None else None
-    if difference is None:
-        return None
-    return (
-        f"the last commit in {store.path} is of another training: {difference}. Remove the file to start from the "
-        "beginning, or set HVDTRAIN_ELASTIC_DIR to another folder."
-    )
 
 
 def _until_done(engine: Engine, state: Any, function: Callable[[], Any]) -> Any:
@@ -139,8 +106,102 @@ def _wait_for_all(engine: Engine) -> None:
             continue
 
 
-def _summary(snapshot: Snapshot) -> str:
-    shown = [
-        f"{name} {value}" for name, value in snapshot.values.items() if isinstance(value, int | float | str)
-    ]
-    return ", ".join(shown) or "no attributes"
+def _resume(engine: Engine, state: ObjectState, path: Path) -> None:
+    """Load the last commit of an earlier job, if there is one; raise an error on all ranks if it cannot be used."""
+    commit = problem = None
+    if engine.rank == 0:
+        try:
+            commit = _read(path)
+            difference = _difference(state, commit) if commit is not None else None
+            if difference:
+                problem = (
+                    f"the last commit in {path} is of another training: {difference}. Remove the file to start "
+                    "from the beginning, or set HVDTRAIN_ELASTIC_DIR to another folder."
+                )
+        except (ValueError, OSError, AttributeError, ImportError) as error:
+            problem = str(error)
+    problem = engine.broadcast_object(problem)
+    if problem:
+        raise ValueError(f"elastic: {problem}")
+    if commit is not None:
+        state._load(commit["values"], commit["shared"])
+        shown = [
+            f"{name} {value}"
+            for name, value in commit["values"].items()
+            if isinstance(value, int | float | str)
+        ]
+        engine.say(f"elastic: resuming from the last commit ({', '.join(shown) or 'no attributes'}).")
+    own = scattered(commit["ranks"] if commit is not None else [], engine)
+    if own:
+        state._load_own(pickle.loads(own))
+
+
+def _difference(state: ObjectState, commit: dict[str, Any]) -> str | None:
+    """Return how a commit differs from the state, or None if they fit."""
+    ours, theirs = state._described(), commit["described"]
+    if len(ours) != len(theirs):
+        return f"it has {len(theirs)} variables, the state has {len(ours)}"
+    for mine, other in zip(ours, theirs, strict=True):
+        if mine != other:
+            return f"where it has {other}, the state has {mine}"
+    names, saved_names = sorted(state._saved_state), sorted(commit["values"])
+    if names != saved_names:
+        return f"it has the attributes {saved_names}, the state has {names}"
+    return None
+
+
+def _path_of_next_call(function: str) -> Path:
+    """Return the file for the next call of a function in this script with its arguments."""
+    folder = Path(settings.get("HVDTRAIN_ELASTIC_DIR")).absolute()
+    script = Path(sys.argv[0] or "interactive").absolute()
+    identity = "\0".join([str(script), *sys.argv[1:], function, str(next(_calls[function]))])
+    digest = hashlib.sha256(identity.encode()).hexdigest()[:10]
+    return folder / f"{script.stem}-{digest}.state"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    """Return the last commit, or None if there is none; raise ValueError if the file is damaged."""
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    begin = len(_HEAD) + _CHECKSUM_BYTES
+    body = content[begin:]
+    if content[:begin] != _HEAD + hashlib.sha256(body).digest():
+        raise ValueError(
+            f"The last commit in {path} is damaged: its checksum is wrong. Remove the file to start from the "
+            "beginning."
+        )
+    return pickle.loads(body)
+
+
+def _write(engine: Engine, path: Path, state: ObjectState) -> None:
+    """Replace the previous commit by the saved state; all ranks call this, and rank 0 writes.
+
+    Raises:
+        TypeError: On rank 0, if an attribute of the state cannot be pickled.
+    """
+    values = state._saved_state
+    shared, own = state._saved_values()
+    ranks = gathered(pickle.dumps(own, protocol=5), engine)
+    if engine.rank != 0:
+        return
+    for name, value in values.items():
+        try:
+            pickle.dumps(value)
+        except Exception as error:
+            raise TypeError(
+                f"The state cannot be committed to disk: its attribute {name!r} cannot be pickled ({error}). "
+                "Keep plain values in the state: numbers, strings, arrays, lists and dictionaries of them."
+            ) from error
+    commit = {"values": values, "described": state._described(), "shared": shared, "ranks": ranks}
+    body = pickle.dumps(commit, protocol=5)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, _HEAD, hashlib.sha256(body).digest(), body)
+
+
+def _remove(path: Path) -> None:
+    """Remove the commit, and the folder if it is empty."""
+    path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()

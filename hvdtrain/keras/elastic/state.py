@@ -1,14 +1,28 @@
 """Define states that can be committed, restored, and synchronised over all ranks."""
 
 import copy
-import queue
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from hvdtrain.keras.elastic.events import HostsUpdatedInterrupt
-from hvdtrain.keras.elastic.store import Snapshot, Store
+import numpy as np
 
 _REMOVED = 1  # Horovod's HostUpdateResult: hosts were removed and none added
+
+
+class HorovodInternalError(RuntimeError):
+    """Raised inside a function under `elastic.run`: all ranks restore the last commit and run it again."""
+
+
+class HostsUpdatedInterrupt(RuntimeError):  # noqa: N818 - the name is Horovod's
+    """Raised inside a function under `elastic.run`: it is run again with the current state, without restoring.
+
+    Args:
+        skip_sync: True to skip the synchronisation before the run.
+    """
+
+    def __init__(self, skip_sync: bool = False) -> None:
+        super().__init__(skip_sync)
+        self.skip_sync = skip_sync
 
 
 class State:
@@ -24,9 +38,12 @@ class State:
     def __init__(self, bcast_object: Callable[..., Any], get_rank: Callable[[], int]) -> None:
         self._bcast_object = bcast_object
         self._rank = get_rank
-        self._host_messages: queue.Queue[tuple[float, int]] = queue.Queue()
+        self._host_messages: list[tuple[float, int]] = []
         self._last_updated_timestamp = 0.0
         self._reset_callbacks: list[Callable[[], Any]] = []
+        self._on_commit: Callable[[], None] | None = (
+            None  # under `elastic.run`, writes the saved state to disk
+        )
 
     def register_reset_callbacks(self, callbacks: Iterable[Callable[[], Any]]) -> None:
         """Add functions without arguments that are called before the training function runs again."""
@@ -34,7 +51,7 @@ class State:
 
     def on_reset(self) -> None:
         """Prepare for another run: discard messages, call `reset` and then the registered functions."""
-        self._host_messages = queue.Queue()
+        self._host_messages = []
         self.reset()
         for callback in self._reset_callbacks:
             callback()
@@ -46,7 +63,7 @@ class State:
             timestamp: Time of the change; changes before the last one handled are ignored.
             update_res: 1 if hosts were removed, 2 if hosts were added, 3 for both.
         """
-        self._host_messages.put((timestamp, update_res))
+        self._host_messages.append((timestamp, update_res))
 
     def commit(self) -> None:
         """Save the present state as the one that `restore` and a restarted job return to.
@@ -57,7 +74,8 @@ class State:
             HostsUpdatedInterrupt: On every rank, if rank 0 has recorded a change of hosts.
         """
         self.save()
-        self._keep()
+        if self._on_commit is not None:
+            self._on_commit()
         self.check_host_updates()
 
     def check_host_updates(self) -> None:
@@ -66,16 +84,12 @@ class State:
         Raises:
             HostsUpdatedInterrupt: On every rank, if it has.
         """
-        before = latest = self._last_updated_timestamp
-        changes = 0
-        while not self._host_messages.empty():
-            timestamp, change = self._host_messages.get()
-            if timestamp > latest:
-                latest, changes = timestamp, changes | change
-        before, latest, changes = self._bcast_object((before, latest, changes))
-        self._last_updated_timestamp = latest
-        if latest > before:
-            raise HostsUpdatedInterrupt(changes == _REMOVED)
+        messages, self._host_messages = self._host_messages, []
+        new = [message for message in messages if message[0] > self._last_updated_timestamp]
+        new = self._bcast_object(new)
+        if new:
+            self._last_updated_timestamp = max(timestamp for timestamp, _ in new)
+            raise HostsUpdatedInterrupt(all(change == _REMOVED for _, change in new))
 
     def save(self) -> None:
         """Copy the present state in memory."""
@@ -91,9 +105,6 @@ class State:
 
     def reset(self) -> None:
         """Prepare a subclass for another run; here, do nothing."""
-
-    def _keep(self) -> None:
-        """Write the saved state to disk, if a subclass supports it."""
 
 
 class ObjectState(State):
@@ -115,7 +126,6 @@ class ObjectState(State):
             raise ValueError(
                 f"{type(self).__name__} has a method {hidden[0]!r}; give the attribute another name."
             )
-        self._store: Store | None = None
         self._saved_state = copy.deepcopy(kwargs)
         self._set(kwargs)
 
@@ -140,26 +150,19 @@ class ObjectState(State):
         for name, value in values.items():
             setattr(self, name, value)
 
-    def _keep(self) -> None:
-        if self._store is not None:
-            snapshot = self._snapshot()
-            if self._rank() == 0:
-                self._store.write(snapshot)
+    # What `elastic.run` writes to disk and loads.
 
-    def _snapshot(self) -> Snapshot:
-        """Return the last saved state, on rank 0 including the values that belong to other ranks."""
-        return Snapshot(self._saved_state)
+    def _described(self) -> tuple[str, ...]:
+        """Return a line for each variable that all ranks share."""
+        return ()
 
-    def _difference(self, snapshot: Snapshot) -> str | None:
-        """Return how a commit differs from this state, or None if they fit."""
-        ours, theirs = set(self._saved_state), set(snapshot.values)
-        if ours == theirs:
-            return None
-        return f"it has the attributes {sorted(theirs)}, the state has {sorted(ours)}"
+    def _saved_values(self) -> tuple[list[np.ndarray], Any]:
+        """Return the values of the variables that all ranks share, and what belongs to this rank alone."""
+        return [], None
 
-    def _adopt(self, snapshot: Snapshot) -> None:
+    def _load(self, values: dict[str, Any], shared: list[np.ndarray]) -> None:
         """Load a commit on rank 0; `sync` sends it to the other ranks."""
-        self._set(snapshot.values)
+        self._set(values)
 
-    def _adopt_own(self, own: Any) -> None:
-        """Load the values that belong to this rank alone."""
+    def _load_own(self, own: Any) -> None:
+        """Load what belongs to this rank alone."""

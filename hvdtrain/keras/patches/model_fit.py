@@ -36,7 +36,7 @@ from hvdtrain.keras import model_comparison
 from hvdtrain.keras.callbacks import checkpoint
 from hvdtrain.keras.callbacks.error_propagation import telling
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
-from hvdtrain.keras.checkpointing.callback_order import steps_passed_over
+from hvdtrain.keras.checkpointing.restoring import steps_passed_over
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches import sharded_data
 from hvdtrain.keras.patches.usage_warnings import usage_notes

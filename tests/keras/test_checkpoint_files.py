@@ -1,0 +1,44 @@
+"""Checkpoints are written in the background, and one that cannot be written is no end of the training."""
+
+import json
+
+import pytest
+
+from hvdtrain.checkpoints import plain
+from hvdtrain.checkpoints.folder import check
+from hvdtrain.collectives.single import SingleEngine
+from hvdtrain.keras.checkpointing.checkpoint_files import Place, Store, files_of
+
+
+def files(step):
+    packed = plain.packed({"seen": step})
+    return {"model.weights.h5": bytes(1 << 20), **files_of(Place(total=step), {"data": None}, [packed])}
+
+
+def test_a_full_disk_is_a_warning_and_the_next_one_is_tried(small_disk, capfd):
+    store = Store(small_disk / "checkpoints", 3, SingleEngine())
+    assert store.open() is None
+    store.submit(1, lambda: files(1))
+    before, failure = store.settle()
+    assert before.name == "step-000000001" and failure is None
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"), ballast.open("wb") as file:
+        file.write(bytes(4 << 20))
+    store.submit(2, lambda: files(2))
+    newest, failure = store.settle()
+    assert newest == before and "could not be written ([Errno 28] No space left" in failure
+    assert f"the last complete one is {before}" in failure
+    check(before)
+    assert not [*before.parent.glob(".partial-2*")]
+    store.submit(3, lambda: files(3))
+    store.submit(4, lambda: files(4))
+    assert "the checkpoint of step 3 could not be written" in capfd.readouterr().err
+    store.settle()
+    ballast.unlink()
+    store.submit(5, lambda: files(5))
+    store.close()
+    store = Store(small_disk / "checkpoints", 3, SingleEngine())
+    saved = store.open()
+    store.close()
+    assert saved.entry.name == "step-000000005" and saved.place.total == 5 and saved.values == {"seen": 5}
+    assert json.loads((saved.entry / "state.json").read_text())["ranks"] == 1
