@@ -4,11 +4,11 @@ import hvdtrain.keras  # noqa: F401 - checks the versions of TensorFlow and Kera
 from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import MismatchError, Op
 from hvdtrain.keras import elastic
-from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
-from hvdtrain.keras.start import init
+from hvdtrain.keras.batch_normalization import SyncBatchNormalization
 from hvdtrain.keras.world import (
     cross_rank,
     cross_size,
+    init,
     is_homogeneous,
     local_rank,
     local_size,

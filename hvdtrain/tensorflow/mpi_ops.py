@@ -3,10 +3,10 @@
 from typing import Any
 
 from hvdtrain.collectives.engine import Op
-from hvdtrain.keras.start import init
 from hvdtrain.keras.world import (
     cross_rank,
     cross_size,
+    init,
     is_homogeneous,
     local_rank,
     local_size,

@@ -4,7 +4,7 @@ from typing import Any
 
 import keras
 
-from hvdtrain.keras.callbacks.forwarding import Forwarding
+from hvdtrain.keras.callbacks.rank_zero import Forwarding
 from hvdtrain.keras.checkpointing.restoring import RestoreState
 
 

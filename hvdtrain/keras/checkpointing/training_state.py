@@ -11,12 +11,12 @@ from hvdtrain.checkpoints import plain
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.data.collective_errors import together
 from hvdtrain.gradients.naming import described_call
-from hvdtrain.keras.broadcast_variables import broadcast_variables
+from hvdtrain.keras.callbacks.initial_state import folded, states_of
 from hvdtrain.keras.callbacks.membership import optimizers_of, process_set_of
-from hvdtrain.keras.callbacks.random_states import folded, states_of
 from hvdtrain.keras.checkpointing import model_file, random_numbers
 from hvdtrain.keras.checkpointing.callback_states import CallbackStates
 from hvdtrain.keras.checkpointing.saved_state import VARIABLE, Files, Place, Saved, files_of, gathered
+from hvdtrain.keras.collectives import broadcast_variables
 
 _CALLBACK = "callback/"
 _METRICS = "metrics"

@@ -10,7 +10,7 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.gradients.naming import variable_name
-from hvdtrain.keras.broadcast_variables import broadcast_variables
+from hvdtrain.keras.collectives import broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
 from hvdtrain.keras.elastic.store import Snapshot
 

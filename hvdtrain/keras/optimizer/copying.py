@@ -1,10 +1,12 @@
-"""Copy an optimizer with its configuration, the settings made after construction, and its state."""
+"""Copy an optimizer with its configuration, settings and state, and save the copy under the name of its base."""
 
 import re
 import types
 from typing import Any
 
 import keras
+from keras.src import api_export
+from keras.src.saving import object_registration
 
 # Settings have these types. Attributes with variables are not copied: each optimizer creates its own.
 _SETTINGS = (bool, int, float, str, tuple, set, frozenset, type(None), re.Pattern, types.FunctionType)
@@ -59,3 +61,20 @@ def _configuration(optimizer: Any) -> dict[str, Any]:
         return {**optimizer.get_config(), "learning_rate": rate}
     finally:
         object.__setattr__(optimizer, "_learning_rate", rate)
+
+
+def save_as(distributed: type, base: type) -> None:
+    """Make Keras save `distributed` under the name of `base`, including a registered name.
+
+    Only Keras' tables from class to name are changed. The tables from name to class are not changed, so that a
+    loaded optimizer is always of the class `base`.
+
+    Args:
+        distributed: The class of a distributed optimizer.
+        base: Its base class, the class of the user's optimizer.
+    """
+    distributed.__module__ = base.__module__
+    distributed.__qualname__ = base.__qualname__
+    for table in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
+        if base in table:
+            table[distributed] = table[base]

@@ -13,8 +13,6 @@
 - `TFEpochIterator._get_iterator`. Keras lets `tf.data` tune itself, which delays the start of an epoch on one
   rank, and the other ranks wait. Replacement: tuning is off, for data of all kinds; see `untuned` in
   `data/adapters.py`.
-
-Checked with Keras 3.5 to 3.15.
 """
 
 import contextlib
@@ -50,15 +48,11 @@ from hvdtrain.data.sharded_dataset import ShardedDataset
 from hvdtrain.patching import replace, replace_where_defined
 
 _watcher: ContextVar[list[Fingerprint] | None] = ContextVar("what notes the data of a fit", default=None)
-_installed = False
 
 
+@functools.cache
 def install() -> None:
     """Replace the functions that the docstring of this module lists. A second call has no effect."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
     replace(data_adapters, "get_data_adapter", _adapting_sharded_data)
     replace_where_defined(keras.Model, "evaluate", counting_samples)
     replace(TFEpochIterator, "_get_iterator", untuned)

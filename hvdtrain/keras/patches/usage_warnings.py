@@ -7,8 +7,6 @@ On several ranks: `evaluate` and `predict` of data from `hvd.shard` return the r
 `hvd.shard` adds to samples scale the displayed loss if the script changes the data further.
 
 Replacement: the three methods print each note once, on rank 0, and then do the same as Keras.
-
-Checked with Keras 3.5 to 3.15.
 """
 
 import functools
@@ -48,16 +46,12 @@ _DERIVED_DATA = (
     "have weights, which scale the displayed loss of a last batch that is not full. Call hvd.shard last, or with "
     "remainder='drop'. Training is correct."
 )
-_installed = False
 _printed: set[str] = set()
 
 
+@functools.cache
 def install() -> None:
     """Replace `Model.evaluate` and `Model.predict`. A second call has no effect."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
     for name in ("evaluate", "predict"):
         replace_where_defined(keras.Model, name, usage_notes(name))
 
