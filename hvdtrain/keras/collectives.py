@@ -48,7 +48,7 @@ def allreduce(
     compressed, context = array, None
     if compression is not Compression.none:
         compressed, context = compression.compress(tf.convert_to_tensor(array))
-    total = engine.allreduce(_scale(np.asarray(compressed), prescale_factor), choose_op(op, average))
+    total = engine.allreduce(_scale(np.asarray(compressed), prescale_factor), _choose_op(op, average))
     if compression is not Compression.none:
         total = compression.decompress(tf.convert_to_tensor(total), context).numpy()
     return _scale(total, postscale_factor)
@@ -189,16 +189,8 @@ def broadcast_global_variables(root_rank: int) -> None:
     )
 
 
-def choose_op(op: Op | int | str | None, average: bool | None) -> Op:
-    """Return the operation, which Horovod accepts in two arguments.
-
-    Args:
-        op: The operation, or None.
-        average: True for a mean, False for a sum, or None.
-
-    Raises:
-        ValueError: If both are given.
-    """
+def _choose_op(op: Op | int | str | None, average: bool | None) -> Op:
+    """Return the operation, which Horovod accepts in two arguments."""
     if op is not None and average is not None:
         raise ValueError(
             f"Give either op or the older argument average, not both. Received: op={op!r}, average={average!r}."

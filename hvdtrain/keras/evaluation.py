@@ -56,9 +56,7 @@ def evaluate(
     """
     engine = _world(model, "hvd.evaluate")
     part, divided = _part(engine, data, (y, sample_weight), batch_size, steps)
-    given = callbacks
-    if not isinstance(given, list | tuple):
-        given = [] if callbacks is None else [callbacks]
+    given = keras.tree.flatten([] if callbacks is None else callbacks)
     with telling(engine, "hvd.evaluate"):
         return model.evaluate(
             **part,
@@ -122,13 +120,11 @@ def _world(model: keras.Model, function: str) -> Engine:
         (f"weight {weight.path}", f"checksum {structures.checksum(weight.numpy()):08x}")
         for weight in model.weights
     ]
-    compare(
-        world,
-        function,
-        facts,
+    advice = (
         "hvd.broadcast_variables(model.weights, root_rank=0) makes them the same; "
-        "hvd.callbacks.distributed(...) keeps BatchNormalization's statistics the same while the model trains.",
+        "hvd.callbacks.distributed(...) keeps BatchNormalization's statistics the same while the model trains."
     )
+    compare(world, function, facts, advice)
     return world
 
 
@@ -213,15 +209,11 @@ def _places(counts: list[list[int]]) -> np.ndarray:
     Args:
         counts: For each rank the number of rows in each of its batches.
     """
-    blocks: list[list[np.ndarray]] = []
-    start = 0
-    for batch_counts in counts:
-        blocks.append([])
-        for count in batch_counts:
-            blocks[-1].append(np.arange(start, start + count))
-            start += count
-    batches = range(sum(map(len, counts)))
-    return np.concatenate([blocks[batch % len(blocks)][batch // len(blocks)] for batch in batches])
+    batch_of_row = []
+    for rank, rank_counts in enumerate(counts):
+        batches = rank + len(counts) * np.arange(len(rank_counts))
+        batch_of_row.append(np.repeat(batches, rank_counts))
+    return np.argsort(np.concatenate(batch_of_row), kind="stable")
 
 
 def _gathered(engine: Engine, rows: np.ndarray, root_rank: int | None) -> np.ndarray:

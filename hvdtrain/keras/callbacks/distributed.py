@@ -164,10 +164,10 @@ class Distributed(Forwarding):
 def telling(
     engine: Engine, what: str, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
 ) -> Iterator[None]:
-    """Send the error to all other ranks if the block raises one.
+    """Send an error in the block to the other ranks, whose next operation raises `MismatchError` with its text.
 
     Args:
-        engine: The ranks. Their next operation raises `MismatchError` with the error's text.
+        engine: The ranks.
         what: Name of the work in the block, for the message.
         kinds: Classes of errors that are sent.
     """
@@ -194,7 +194,6 @@ def _unwrapped(member: Any) -> Any:
 
 
 def _save_freqs(callbacks: list[Any]) -> list[str | int]:
-    """List the intervals of saving: "epoch" and numbers of batches."""
     found = {getattr(callback, "save_freq", None) for callback in callbacks if isinstance(callback, WRITERS)}
     return ["epoch", *sorted(freq for freq in found if isinstance(freq, int) and freq > 0)]
 

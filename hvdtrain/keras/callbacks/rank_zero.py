@@ -175,7 +175,8 @@ class BestModelCheckpoint(keras.callbacks.ModelCheckpoint):
                 "validation_data, or monitor another metric.",
                 stacklevel=2,
             )
-        if value is None or math.isnan(value):
+            return False
+        if math.isnan(value):
             return False
         if self.monitor_op is None:  # Keras sets it only at the end of an epoch, too late for save_freq=N
             self._set_monitor_op()

@@ -45,12 +45,8 @@ def is_custom(metric: Any) -> bool:
 def operation(metric: Any, start: np.ndarray) -> Op | None:
     """Return the operation that combines a variable over the ranks; None if it cannot be determined.
 
-    A declaration of the metric has precedence. Otherwise the initial value of the variable decides, which must be
-    the neutral element of the operation: 0 for a sum, -inf for a maximum, inf for a minimum.
-
-    Args:
-        metric: The metric.
-        start: The variable's value when the metric is reset.
+    A declaration of the metric has precedence. Otherwise `start`, the variable's value after a reset, decides. It
+    must be the neutral element of the operation: 0 for a sum, -inf for a maximum, inf for a minimum.
     """
     declared = getattr(metric, DECLARATION, None)
     if declared is not None and not callable(declared):
@@ -82,13 +78,10 @@ def _declared(metric: Any, declared: Any) -> Op:
 
 
 class Watch:
-    """Checks at the first batch whether the state of a custom metric adds up.
+    """Checks at the first batch whether the state of a custom metric, which is reset, adds up.
 
     A state that adds up grows by the same amount when the same batch is added a second time. This is tried once,
     on copies of the state, with the first batch that changes it; a maximum that starts from 0, for instance, fails.
-
-    Args:
-        metric: The metric, which is reset.
     """
 
     def __init__(self, metric: Any) -> None:

@@ -14,15 +14,12 @@ _NOT_COPIED = ("name", "built", "_lock")
 
 
 def copy_optimizer(optimizer: Any, kind: type, **changes: Any) -> Any:
-    """Return an optimizer of another class that continues with the state of this one.
+    """Return an optimizer of another class that continues with the configuration and state of this one.
 
     Args:
         optimizer: The optimizer to copy, built or not; it is not changed.
         kind: The class of the copy, whose constructor takes the same arguments as that of the optimizer.
         changes: Arguments of the constructor that differ from the optimizer's configuration.
-
-    Returns:
-        The copy, with the optimizer's configuration, settings and state.
 
     Raises:
         TypeError: If the optimizer's `get_config()` does not contain an argument that its constructor needs.
@@ -64,14 +61,10 @@ def _configuration(optimizer: Any) -> dict[str, Any]:
 
 
 def save_as(distributed: type, base: type) -> None:
-    """Make Keras save `distributed` under the name of `base`, including a registered name.
+    """Make Keras save the class of a distributed optimizer under the name of its base, so that Keras can load it.
 
-    Only Keras' tables from class to name are changed. The tables from name to class are not changed, so that a
-    loaded optimizer is always of the class `base`.
-
-    Args:
-        distributed: The class of a distributed optimizer.
-        base: Its base class, the class of the user's optimizer.
+    Only Keras' tables from class to name are changed, not those from name to class, so that a loaded optimizer
+    is always of the class `base`.
     """
     distributed.__module__ = base.__module__
     distributed.__qualname__ = base.__qualname__

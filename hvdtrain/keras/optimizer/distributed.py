@@ -174,10 +174,12 @@ def local_variables(local_layers: Any) -> list[Any]:
                 f"The local layer {layer.name} has no weights yet. Build the model first: give it a keras.Input or "
                 "call it on a batch."
             )
+    variables = []
     for layer in layers:
         for variable in layer.weights:  # also those that are frozen now
             registry.note_local(variable)
-    return [variable for layer in layers for variable in layer.trainable_variables]
+        variables += layer.trainable_variables
+    return variables
 
 
 def _make_distributed(
@@ -266,14 +268,12 @@ class _Distributed:
 
     def _filter_empty_gradients(self, grads: Any, trainable_variables: Any) -> tuple[Any, Any]:
         grads, variables = super()._filter_empty_gradients(grads, trainable_variables)  # type: ignore[misc]
-        overwritten = [
-            variable.path for variable in variables if getattr(variable, "overwrite_with_gradient", False)
-        ]
-        if overwritten:
-            raise NotImplementedError(
-                f"{overwritten[0]} is a float8 scale, which Keras overwrites with a different value on each rank. "
-                "hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
-            )
+        for variable in variables:
+            if getattr(variable, "overwrite_with_gradient", False):
+                raise NotImplementedError(
+                    f"{variable.path} is a float8 scale, which Keras overwrites with a different value on each "
+                    "rank. hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
+                )
         # Set so that Keras does not track them: they belong to the model, not to the optimizer.
         object.__setattr__(self, "_hvdtrain_variables", tuple(variables))
         return grads, variables
@@ -281,11 +281,8 @@ class _Distributed:
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         # Keras calls this once per update, after its gradient accumulation and before clipping.
         accumulators = {id(variable) for variable in getattr(self, "_accumulated_gradients", ())}
-        state = [
-            variable
-            for variable in self.variables  # type: ignore[attr-defined]
-            if id(variable) not in accumulators
-        ]
+        variables = self.variables  # type: ignore[attr-defined]
+        state = [variable for variable in variables if id(variable) not in accumulators]
         if self._hvdtrain_steps_summed > 1:  # Keras has averaged over the steps
             grads = [_times(grad, self._hvdtrain_steps_summed) for grad in grads]
         reduced = self._hvdtrain_reducer(grads, self._hvdtrain_variables or (), state)

@@ -40,7 +40,7 @@ from hvdtrain.keras.metrics.states import compiled
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches import sharded_data
 from hvdtrain.keras.patches.progress import Progress
-from hvdtrain.keras.patches.usage_warnings import usage_notes
+from hvdtrain.keras.patches.usage_warnings import printing_notes
 from hvdtrain.patching import replace_where_defined
 
 _STEPS = (
@@ -87,7 +87,7 @@ def let_each_validate() -> None:
 def _distributed(fit: Callable[..., Any]) -> Callable[..., Any]:
     """Return the one replacement of `fit`: print notes, then compare the ranks, then count samples."""
     run = fit
-    for make in (sharded_data.counting_samples, _comparing_ranks, usage_notes("fit")):
+    for make in (sharded_data.counting_samples, _comparing_ranks, printing_notes):
         run = functools.wraps(fit)(make(run))  # the next one reads the signature
     return run
 

@@ -22,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -187,9 +187,8 @@ def is_of_all_ranks(callbacks: Any) -> bool:
     return any(getattr(callback, "combines_ranks", False) for callback in keras.tree.flatten(callbacks or []))
 
 
-@dataclass
-class _Setting:
-    """Settings of a model's steps, which are traced with these values.
+class _Setting(NamedTuple):
+    """Settings with which a model's steps are traced.
 
     Args:
         partial: Whether a global batch may not be full.
@@ -201,13 +200,7 @@ class _Setting:
 
 
 def _attach(model: keras.Model, kind: str, setting: _Setting) -> None:
-    """Make a model's step accept the batches of `hvd.shard`; all other batches are passed on unchanged.
-
-    Args:
-        model: The model.
-        kind: "train" or "test".
-        setting: The settings of the step.
-    """
+    """Make a model's "train" or "test" step accept the batches of `hvd.shard`; others are passed on unchanged."""
     original = getattr(model, f"{kind}_step")
     known = getattr(original, "hvdtrain_losses", None) or losses.Losses()
     if getattr(original, "hvdtrain_setting", None) == setting:
@@ -228,9 +221,7 @@ def _accepting_sharded_batches(
             return original(data)
         known.added = 0
         own, total = tf.unstack(tf.cast(tf.ensure_shape(data.samples, [2]), tf.int64))
-        global_batch = GlobalBatch(
-            model, runtime.engine(), data.batch, own, total, setting.partial, setting.together, known
-        )
+        global_batch = GlobalBatch(model, runtime.engine(), data.batch, own, total, *setting, known)
         with during(global_batch), weighted_statistics(global_batch):
             return original(data.batch)
 
