@@ -24,7 +24,6 @@ _ADDED = (
     MetricAverageCallback,
     RandomStatesCallback,
     AverageBatchNormStatistics,
-    DivideValidation,
 )
 _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
 
@@ -86,7 +85,7 @@ class Distributed(Forwarding):
         self._broadcast = _first(callbacks, BroadcastGlobalVariablesCallback)
         self._metrics = _first(callbacks, MetricAverageCallback) or MetricAverageCallback()
         self._random = _first(callbacks, RandomStatesCallback) or RandomStatesCallback()
-        self._validation = _first(callbacks, DivideValidation) or DivideValidation()
+        self._validation = DivideValidation()
         self._norms = [callback for callback in callbacks if isinstance(callback, AverageBatchNormStatistics)]
         if average_batch_norm and not self._norms:
             self._norms = [AverageBatchNormStatistics(save_freq) for save_freq in _save_freqs(callbacks)]
