@@ -25,7 +25,7 @@ from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import MismatchError, Op
 from hvdtrain.data import first_on_node, first_overall, shard
 from hvdtrain.keras import callbacks, elastic
-from hvdtrain.keras.broadcast_variables import broadcast_variables
+from hvdtrain.keras.batch_normalization import SyncBatchNormalization
 from hvdtrain.keras.checkpointing.load_model import load_model
 from hvdtrain.keras.collectives import (
     allgather,
@@ -35,15 +35,15 @@ from hvdtrain.keras.collectives import (
     broadcast,
     broadcast_global_variables,
     broadcast_object,
+    broadcast_variables,
     reducescatter,
 )
 from hvdtrain.keras.evaluation import evaluate, predict
-from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
 from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, PartialDistributedOptimizer
-from hvdtrain.keras.start import init
 from hvdtrain.keras.world import (
     cross_rank,
     cross_size,
+    init,
     is_homogeneous,
     local_rank,
     local_size,

@@ -1,12 +1,16 @@
-"""Provide collectives on values outside of a training step, for example to sum a count or to share a setting."""
+"""Provide collectives on values and variables outside of a training step, for example to sum a count."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Op
+from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.trained_variables import NOTHING, registry
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 
 
@@ -44,7 +48,7 @@ def allreduce(
     compressed, context = array, None
     if compression is not Compression.none:
         compressed, context = compression.compress(tf.convert_to_tensor(array))
-    total = engine.allreduce(_scale(np.asarray(compressed), prescale_factor), choose_op(op, average))
+    total = engine.allreduce(_scale(np.asarray(compressed), prescale_factor), _choose_op(op, average))
     if compression is not Compression.none:
         total = compression.decompress(tf.convert_to_tensor(total), context).numpy()
     return _scale(total, postscale_factor)
@@ -139,6 +143,39 @@ def barrier(process_set: ProcessSet = global_process_set) -> None:
     engine_of(process_set).barrier()
 
 
+def broadcast_variables(
+    variables: Sequence[Any],
+    root_rank: int = 0,
+    process_set: ProcessSet = global_process_set,
+    inplace: bool = False,
+) -> None:
+    """Set the variables of all ranks to the values of one rank; for custom training loops.
+
+    Args:
+        variables: Keras or TensorFlow variables, the same list on all ranks: `model.weights`,
+            `optimizer.variables`.
+        root_rank: The rank whose values are copied.
+        process_set: The ranks that take part; only these call this.
+        inplace: Accepted for compatibility with Horovod; variables are always assigned in place.
+
+    Raises:
+        ValueError: If there is no such rank, or `hvd.init()` was not called.
+        MismatchError: On every rank, if the variables, shapes or dtypes differ between the ranks.
+    """
+    engine = engine_of(process_set)
+    root = engine.check_root(root_rank, "broadcast_variables")
+    if engine.size > 1 and not variables:
+        engine.warn(NOTHING)
+    details = [f"{variable.dtype} {tuple(variable.shape)}" for variable in variables]
+    engine.agree(described_call("broadcast of variables", variables, details, weights_only=False))
+    for variable in variables:
+        value = engine.broadcast(np.asarray(variable.numpy()), root_rank)
+        if engine.rank != root:
+            variable.assign(value)
+    if engine.size > 1:
+        registry.note_broadcast(engine, TensorFlowBridge().readable(variables))
+
+
 def broadcast_global_variables(root_rank: int) -> None:
     """Raise an error that names the replacement: TensorFlow 2 has no list of all variables to broadcast.
 
@@ -152,16 +189,8 @@ def broadcast_global_variables(root_rank: int) -> None:
     )
 
 
-def choose_op(op: Op | int | str | None, average: bool | None) -> Op:
-    """Return the operation, which Horovod accepts in two arguments.
-
-    Args:
-        op: The operation, or None.
-        average: True for a mean, False for a sum, or None.
-
-    Raises:
-        ValueError: If both are given.
-    """
+def _choose_op(op: Op | int | str | None, average: bool | None) -> Op:
+    """Return the operation, which Horovod accepts in two arguments."""
     if op is not None and average is not None:
         raise ValueError(
             f"Give either op or the older argument average, not both. Received: op={op!r}, average={average!r}."

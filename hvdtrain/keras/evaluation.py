@@ -10,7 +10,7 @@ from hvdtrain.collectives.engine import Engine
 from hvdtrain.data import structures
 from hvdtrain.data.collective_errors import compare, together
 from hvdtrain.data.shard import Sharded
-from hvdtrain.keras.callbacks.error_propagation import telling
+from hvdtrain.keras.callbacks.distributed import telling
 from hvdtrain.keras.callbacks.membership import engine_of
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
 from hvdtrain.keras.dealt_batches import Arrays, DealtData, Facts, dealt_data
@@ -56,9 +56,7 @@ def evaluate(
     """
     engine = _world(model, "hvd.evaluate")
     part, divided = _part(engine, data, (y, sample_weight), batch_size, steps)
-    given = callbacks
-    if not isinstance(given, list | tuple):
-        given = [] if callbacks is None else [callbacks]
+    given = keras.tree.flatten([] if callbacks is None else callbacks)
     with telling(engine, "hvd.evaluate"):
         return model.evaluate(
             **part,
@@ -122,13 +120,11 @@ def _world(model: keras.Model, function: str) -> Engine:
         (f"weight {weight.path}", f"checksum {structures.checksum(weight.numpy()):08x}")
         for weight in model.weights
     ]
-    compare(
-        world,
-        function,
-        facts,
+    advice = (
         "hvd.broadcast_variables(model.weights, root_rank=0) makes them the same; "
-        "hvd.callbacks.distributed(...) keeps BatchNormalization's statistics the same while the model trains.",
+        "hvd.callbacks.distributed(...) keeps BatchNormalization's statistics the same while the model trains."
     )
+    compare(world, function, facts, advice)
     return world
 
 
@@ -145,8 +141,8 @@ def _part(
     parts = structures.unpacked(data) if apart else (data, *y_and_weight)
     whole = _whole(engine, "hvd.evaluate", parts, batch_size, steps)
     if not together(engine, "hvd.evaluate", lambda: whole.enough(engine.size)):
-        return whole.arguments(), False
-    return whole.dealt(engine.rank, engine.size).arguments(), True
+        return {"x": whole.as_x()}, False
+    return {"x": whole.dealt(engine.rank, engine.size).as_x()}, True
 
 
 def _whole(
@@ -170,7 +166,12 @@ def _predicted(model: keras.Model, whole: DealtData, engine: Engine, verbose: An
     mine = whole.dealt(engine.rank, engine.size)
     if not isinstance(mine, Arrays):
         model.make_predict_function()
-        return [_numpy(model.predict_function([_as_batch(batch)])) for batch in mine]
+        outputs = []
+        for batch in mine:
+            given = tuple(batch) if isinstance(batch, tuple | list) else (batch,)  # as Keras' adapters do
+            result = model.predict_function([given])
+            outputs.append(keras.tree.map_structure(keras.ops.convert_to_numpy, result))
+        return outputs
     if not mine.length:
         return []
     outputs = model.predict(mine.parts[0], mine.batch_size, verbose)
@@ -179,15 +180,6 @@ def _predicted(model: keras.Model, whole: DealtData, engine: Engine, verbose: An
         keras.tree.map_structure(lambda leaf, at=at: leaf[at : at + mine.batch_size], outputs)
         for at in starts
     ]
-
-
-def _as_batch(batch: Any) -> tuple[Any, ...]:
-    """Return a batch as Keras' adapters do: a single x in a tuple."""
-    return tuple(batch) if isinstance(batch, tuple | list) else (batch,)
-
-
-def _numpy(outputs: Any) -> Any:
-    return keras.tree.map_structure(keras.ops.convert_to_numpy, outputs)
 
 
 def _in_order(engine: Engine, outputs: list[Any], root_rank: int | None) -> Any:
@@ -217,15 +209,11 @@ def _places(counts: list[list[int]]) -> np.ndarray:
     Args:
         counts: For each rank the number of rows in each of its batches.
     """
-    blocks: list[list[np.ndarray]] = []
-    start = 0
-    for batch_counts in counts:
-        blocks.append([])
-        for count in batch_counts:
-            blocks[-1].append(np.arange(start, start + count))
-            start += count
-    batches = range(sum(map(len, counts)))
-    return np.concatenate([blocks[batch % len(blocks)][batch // len(blocks)] for batch in batches])
+    batch_of_row = []
+    for rank, rank_counts in enumerate(counts):
+        batches = rank + len(counts) * np.arange(len(rank_counts))
+        batch_of_row.append(np.repeat(batches, rank_counts))
+    return np.argsort(np.concatenate(batch_of_row), kind="stable")
 
 
 def _gathered(engine: Engine, rows: np.ndarray, root_rank: int | None) -> np.ndarray:

@@ -4,7 +4,7 @@ import hvdtrain.keras  # noqa: F401 - checks the versions of TensorFlow and Kera
 from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import MismatchError
 from hvdtrain.keras import elastic
-from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
+from hvdtrain.keras.batch_normalization import SyncBatchNormalization
 from hvdtrain.tensorflow import compression, mpi_ops, sync_batch_norm  # noqa: F401 - used as attributes of hvd
 from hvdtrain.tensorflow.functions import (
     BroadcastGlobalVariablesHook,

@@ -8,8 +8,16 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.collectives.engine import Op
-from hvdtrain.keras.start import init
-from hvdtrain.keras.world import cross_rank, cross_size, is_homogeneous, local_rank, local_size, rank, size
+from hvdtrain.keras.world import (
+    cross_rank,
+    cross_size,
+    init,
+    is_homogeneous,
+    local_rank,
+    local_size,
+    rank,
+    size,
+)
 from hvdtrain.runtime import is_initialized, shutdown
 from hvdtrain.runtime.build_info import (
     ccl_built,

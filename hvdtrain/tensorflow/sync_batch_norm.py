@@ -1,5 +1,5 @@
 """Names that scripts import from `horovod.tensorflow.sync_batch_norm`."""
 
-from hvdtrain.keras.layers.sync_batch_norm import SyncBatchNormalization
+from hvdtrain.keras.batch_normalization import SyncBatchNormalization
 
 __all__ = ["SyncBatchNormalization"]

@@ -23,7 +23,7 @@ def install(scale_batch: bool) -> None:
         scale_batch: Whether each rank keeps the batch size of the script.
     """
     hvd.init()
-    model_fit.install(check_data=False)  # every rank reads all data and computes only its rows
+    model_fit.let_data_be_equal()  # every rank reads all data and computes only its rows
     engine = runtime.engine()
     randomness.install(engine)
     model_calls.install()

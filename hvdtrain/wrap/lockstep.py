@@ -7,7 +7,7 @@ import keras
 
 from hvdtrain.collectives.engine import Engine, MismatchError
 from hvdtrain.data import structures
-from hvdtrain.keras.broadcast_variables import broadcast_variables
+from hvdtrain.keras.collectives import broadcast_variables
 from hvdtrain.wrap.optimizers import of_model
 
 # Averaging gradients and starting a step take milliseconds, which more ranks do not reduce. In seconds.

@@ -2,7 +2,7 @@
 
 import pytest
 
-from hvdtrain.keras.start import choose_gpu, gpu_identity, ranks_sharing
+from hvdtrain.keras.world import choose_gpu, gpu_identity, ranks_sharing
 
 
 @pytest.mark.parametrize("count, local_rank, choice", [(0, 0, None), (4, 2, 2), (1, 3, 0), (2, 3, 1)])

@@ -61,19 +61,13 @@ class Checkpoint(keras.callbacks.Callback):
             None if every_minutes is None else _positive(every_minutes),
             _counted(keep, "keep"),
         )
-        self._run: CheckpointedFit | None = None
+        self._run: Any = None
         self._ended = False
 
     @contextlib.contextmanager
     def over(self, model: keras.Model, given: dict[str, Any]) -> Iterator[None]:
-        """Restore the last checkpoint before a `fit`, and clean up after it.
-
-        Args:
-            model: The model that is fitted.
-            given: The arguments of `fit`; its callbacks are put in order.
-        """
-        run = CheckpointedFit(self._settings, self, model, given)
-        self._run = run
+        """Restore the last checkpoint before a `fit` with these arguments, and clean up after it."""
+        run = self._run = CheckpointedFit(self._settings, self, model, given)
         try:
             run.open(self._ended)
             yield
@@ -90,32 +84,23 @@ class Checkpoint(keras.callbacks.Callback):
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
         """Start counting the steps of the epoch."""
-        self._active_run.begin_epoch(epoch)
+        self._run.begin_epoch(epoch)
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
         """Write a checkpoint, and stop, if it is due."""
-        self._active_run.after_step(batch + 1)
+        self._run.after_step(batch + 1)
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
         """Write a checkpoint, and stop, if it is due or was due at the epoch's last step."""
-        self._active_run.after_epoch(epoch + 1)
+        self._run.after_epoch(epoch + 1)
 
     def on_train_end(self, logs: Any = None) -> None:
         """Write the last checkpoint, of the finished training."""
-        self._active_run.finish()
-
-    @property
-    def _active_run(self) -> CheckpointedFit:
-        assert self._run is not None
-        return self._run
+        self._run.finish()
 
 
 def over(model: keras.Model, given: dict[str, Any]) -> contextlib.AbstractContextManager[None]:
-    """Return the context manager for a `fit` with these arguments: that of its `Checkpoint`, or an empty one.
-
-    Raises:
-        ValueError: If there are several, or one together with `BackupAndRestore`.
-    """
+    """Return the context manager for a `fit` with these arguments: that of its `Checkpoint`, or an empty one."""
     callbacks = flat(given)
     found = [callback for callback in callbacks if isinstance(callback, Checkpoint)]
     if len(found) > 1:

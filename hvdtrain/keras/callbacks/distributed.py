@@ -1,21 +1,22 @@
 """Run unchanged callbacks on several ranks: with the same decisions, one file, and one error for all."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from hvdtrain.collectives.engine import Op
-from hvdtrain.keras.callbacks.batch_norm import AverageBatchNormStatistics
-from hvdtrain.keras.callbacks.broadcast import BroadcastGlobalVariablesCallback
+from hvdtrain.collectives.engine import Engine, Op
+from hvdtrain.collectives.errors import report
+from hvdtrain.keras.batch_normalization import AverageBatchNormStatistics
 from hvdtrain.keras.callbacks.checkpoint import Checkpoint
-from hvdtrain.keras.callbacks.error_propagation import telling
-from hvdtrain.keras.callbacks.forwarding import Forwarding
+from hvdtrain.keras.callbacks.initial_state import BroadcastGlobalVariablesCallback, RandomStatesCallback
 from hvdtrain.keras.callbacks.membership import engine_of, writes
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
-from hvdtrain.keras.callbacks.random_states import RandomStatesCallback
-from hvdtrain.keras.callbacks.rank_zero import WRITERS, RankZeroCallback
+from hvdtrain.keras.callbacks.rank_zero import WRITERS, Forwarding, RankZeroCallback
 from hvdtrain.keras.callbacks.validation import DivideValidation
+from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt
 
 # Keras, or hvdtrain, looks for these in the list of `fit` itself, so they must stay at its top level.
 _TOP_LEVEL = (keras.callbacks.History, keras.callbacks.ProgbarLogger, Checkpoint)
@@ -24,9 +25,7 @@ _ADDED = (
     MetricAverageCallback,
     RandomStatesCallback,
     AverageBatchNormStatistics,
-    DivideValidation,
 )
-_STOPS = ("on_epoch_begin", "on_epoch_end")
 _BATCH_HOOKS = ("on_batch_begin", "on_batch_end", "on_train_batch_begin", "on_train_batch_end")
 
 
@@ -65,7 +64,7 @@ def distributed(callbacks: Any = None, average_batch_norm: bool = True) -> list[
         callbacks = callbacks.callbacks
     given = []
     for callback in keras.tree.flatten(callbacks or []):
-        given += callback.given if isinstance(callback, Distributed) else [callback]
+        given += callback.inner if isinstance(callback, Distributed) else [callback]
     for callback in given:
         if not isinstance(callback, keras.callbacks.Callback):
             raise TypeError(
@@ -77,22 +76,17 @@ def distributed(callbacks: Any = None, average_batch_norm: bool = True) -> list[
 
 
 class Distributed(Forwarding):
-    """Runs callbacks on all ranks with the same decisions.
-
-    Args:
-        callbacks: The callbacks.
-        average_batch_norm: Whether to average BatchNormalization's statistics.
-    """
+    """Runs callbacks on all ranks with the same decisions; see `distributed`."""
 
     combines_ranks = True  # metrics of a model with this callback are those of all ranks
 
     def __init__(self, callbacks: list[Any], average_batch_norm: bool) -> None:
         super().__init__()
-        self.given = callbacks
+        self.inner = callbacks
         self._broadcast = _first(callbacks, BroadcastGlobalVariablesCallback)
         self._metrics = _first(callbacks, MetricAverageCallback) or MetricAverageCallback()
         self._random = _first(callbacks, RandomStatesCallback) or RandomStatesCallback()
-        self._validation = _first(callbacks, DivideValidation) or DivideValidation()
+        self._validation = DivideValidation()
         self._norms = [callback for callback in callbacks if isinstance(callback, AverageBatchNormStatistics)]
         if average_batch_norm and not self._norms:
             self._norms = [AverageBatchNormStatistics(save_freq) for save_freq in _save_freqs(callbacks)]
@@ -103,11 +97,6 @@ class Distributed(Forwarding):
         ]
         self._every_batch = any(_may_stop_at_a_batch(callback) for callback in self._members)
 
-    @property
-    def inner(self) -> list[Any]:
-        """The callbacks that were given."""
-        return self.given
-
     def set_model(self, model: Any) -> None:
         """Pass the model on; only rank 0 prints."""
         super().set_model(model)
@@ -115,11 +104,8 @@ class Distributed(Forwarding):
             self._broadcast = BroadcastGlobalVariablesCallback(engine_of(model).ranks[0])
         for callback in self._in_order:
             callback.set_model(model)
-            if (
-                not writes(model)
-                and type(callback).__module__.startswith("keras.")
-                and hasattr(callback, "verbose")
-            ):
+            of_keras = type(callback).__module__.startswith("keras.")
+            if of_keras and hasattr(callback, "verbose") and not writes(model):
                 callback.verbose = 0
 
     def set_params(self, params: Any) -> None:
@@ -145,7 +131,8 @@ class Distributed(Forwarding):
         """Pass an event on, and stop all ranks if one has stopped."""
         for callback in self._in_order:
             self._call(callback, hook, *args, **kwargs)
-        if hook in _STOPS or (hook == "on_train_batch_end" and self._every_batch):
+        at_epoch = hook in ("on_epoch_begin", "on_epoch_end")
+        if at_epoch or (hook == "on_train_batch_end" and self._every_batch):
             self._share_stop()
 
     @property
@@ -154,18 +141,17 @@ class Distributed(Forwarding):
         return [self._validation, self._metrics, self._random, *self._norms, *self._members, self._broadcast]
 
     def _call(self, callback: Any, hook: str, *args: Any, **kwargs: Any) -> None:
-        with telling(engine_of(self.model), f"{type(_inner(callback)).__name__}.{hook}"):
+        with telling(engine_of(self.model), f"{type(_unwrapped(callback)).__name__}.{hook}"):
             getattr(callback, hook)(*args, **kwargs)
 
     def _share_initial_epoch(self) -> None:
-        engine = engine_of(self.model)
-        if self._broadcast.root_rank != engine.ranks[0]:
+        root, broadcast_root = engine_of(self.model).ranks[0], self._broadcast.root_rank
+        if broadcast_root != root:
             raise ValueError(
-                f"BackupAndRestore restores on rank {engine.ranks[0]}, but all ranks would then take the weights "
-                f"of another. Give BroadcastGlobalVariablesCallback root_rank={engine.ranks[0]}. Received: "
-                f"root_rank={self._broadcast.root_rank}."
+                f"BackupAndRestore restores on rank {root}, but all ranks would then take the weights of another. "
+                f"Give BroadcastGlobalVariablesCallback root_rank={root}. Received: root_rank={broadcast_root}."
             )
-        self.model._initial_epoch = engine.broadcast_object(self.model._initial_epoch, engine.ranks[0])
+        self.model._initial_epoch = engine_of(self.model).broadcast_object(self.model._initial_epoch, root)
 
     def _share_stop(self) -> None:
         engine = engine_of(self.model)
@@ -174,28 +160,47 @@ class Distributed(Forwarding):
             self.model.stop_training = bool(engine.allreduce(mine, Op.MAX)[0])
 
 
+@contextlib.contextmanager
+def telling(
+    engine: Engine, what: str, kinds: tuple[type[BaseException], ...] = (Exception, SystemExit)
+) -> Iterator[None]:
+    """Send an error in the block to the other ranks, whose next operation raises `MismatchError` with its text.
+
+    Args:
+        engine: The ranks.
+        what: Name of the work in the block, for the message.
+        kinds: Classes of errors that are sent.
+    """
+    try:
+        yield
+    except (HorovodInternalError, HostsUpdatedInterrupt):
+        raise  # hvd.elastic informs the other ranks itself
+    except kinds as error:
+        report(engine, what, error)
+        raise
+
+
 def _first(callbacks: list[Any], kind: type) -> Any:
     return next((callback for callback in callbacks if isinstance(callback, kind)), None)
 
 
 def _restores(member: Any) -> bool:
-    return isinstance(_inner(member), keras.callbacks.BackupAndRestore)
+    return isinstance(_unwrapped(member), keras.callbacks.BackupAndRestore)
 
 
-def _inner(member: Any) -> Any:
+def _unwrapped(member: Any) -> Any:
     """Return the callback inside of a RankZeroCallback, or the callback itself."""
     return member.callback if isinstance(member, RankZeroCallback) else member
 
 
 def _save_freqs(callbacks: list[Any]) -> list[str | int]:
-    """List the intervals of saving: "epoch" and numbers of batches."""
     found = {getattr(callback, "save_freq", None) for callback in callbacks if isinstance(callback, WRITERS)}
     return ["epoch", *sorted(freq for freq in found if isinstance(freq, int) and freq > 0)]
 
 
 def _may_stop_at_a_batch(member: Any) -> bool:
     """Return whether a callback may stop training at a batch; of those of Keras only TerminateOnNaN does."""
-    inner = _inner(member)
+    inner = _unwrapped(member)
     if isinstance(inner, keras.callbacks.TerminateOnNaN):
         return True
     owners = [getattr(inner, hook).__module__ for hook in _BATCH_HOOKS]

@@ -8,42 +8,24 @@ import numpy as np
 
 from hvdtrain.collectives.engine import Engine, ranks_text
 from hvdtrain.keras.callbacks.membership import process_set_of
-from hvdtrain.keras.metrics import logs as metric_logs
-from hvdtrain.keras.metrics.additivity import watch
-from hvdtrain.keras.metrics.states import leaves
+from hvdtrain.keras.metrics.combining import average, exact_logs
+from hvdtrain.keras.metrics.states import leaves, watch
 from hvdtrain.runtime import process_sets
 from hvdtrain.runtime.process_sets import ProcessSet
 
+# The method of a model by which `fit` and `evaluate` compute their final logs.
+_METHOD = "_get_metrics_result_or_logs"
 
-class _FirstNonFinite:
-    """The first batch of a stage after which a value of this rank's logs was not finite."""
 
-    def __init__(self) -> None:
-        self._batch: int | None = None
+class _LogsMethod:
+    """Replacement of that method of a model; of several callbacks the last one added computes the logs."""
 
-    def note(self, batch: int, logs: Any) -> None:
-        """Check the logs of a batch, and record the batch if a value is not finite."""
-        if self._batch is None and not _finite(logs):
-            self._batch = batch
+    def __init__(self, model: keras.Model) -> None:
+        self._compute = getattr(model, _METHOD)
+        self.callbacks: list[MetricAverageCallback] = []
 
-    def tell(self, engine: Engine, logs: dict[str, Any], when: str) -> None:
-        """Print on which rank it began, since one step later the weights of all ranks are not finite.
-
-        Args:
-            engine: The ranks. All call this.
-            logs: The logs of all ranks, which are not finite.
-            when: Epoch and stage.
-        """
-        everyone = engine.allgather_object(self._batch)
-        known = [first_batch for first_batch in everyone if first_batch is not None]
-        if not known:
-            return
-        first = [rank for rank, batch in zip(engine.ranks, everyone, strict=True) if batch == min(known)]
-        names = ", ".join(name for name, value in logs.items() if not _finite(value))
-        engine.say(
-            f"{names} not finite (NaN or infinite) in the {when}, from batch {min(known) + 1} on, first on "
-            f"{ranks_text(first)}."
-        )
+    def __call__(self, logs: Any) -> Any:
+        return self.callbacks[-1]._logs(self._compute, logs)
 
 
 class MetricAverageCallback(keras.callbacks.Callback):
@@ -75,7 +57,6 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self.device = device
         self.process_set = process_set
         self._training = self._told_non_finite = self._told_per_batch = False
-        self._stage = ""
         self._start_epoch(0)
 
     def set_model(self, model: Any) -> None:
@@ -87,7 +68,8 @@ class MetricAverageCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Start computing the model's logs from all ranks."""
         self._training, self._told_non_finite = True, False
-        self._begin(alone=True)
+        vars(self.model).pop(_METHOD, None)  # left by a fit that ended with an error
+        self._begin()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Reset the counters of samples."""
@@ -97,7 +79,8 @@ class MetricAverageCallback(keras.callbacks.Callback):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Count batches, and record the first whose logs are not finite."""
         self._batches = batch + 1
-        self._first_non_finite.note(batch, logs)
+        if self._first_non_finite is None and not _finite(logs):
+            self._first_non_finite = batch
 
     def on_test_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         """Count batches, and record the first whose logs are not finite."""
@@ -115,7 +98,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self._validated = self._samples()
         self._stage = ""
         if not self._training:
-            metric_logs.end(self.model, self)
+            self._end()
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         """Average the other values in `logs`, weighted by samples.
@@ -129,46 +112,39 @@ class MetricAverageCallback(keras.callbacks.Callback):
         trained = self._trained or self._samples()
         rest = {name: value for name, value in logs.items() if name not in self._exact}
         weights = {name: self._validated if name.startswith("val_") else trained for name in rest}
-        logs.update(metric_logs.average(self._engine, rest, "training", weights))
+        logs.update(average(self._engine, rest, "training", weights))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Restore the model's own method."""
         self._training = False
-        metric_logs.end(self.model, self)
-
-    def of_all_ranks(self, compute: Callable[[Any], Any], logs: Any) -> Any:
-        """Return the logs of all ranks, in place of what Keras computes from this rank's samples."""
-        if not self._stage:
-            return compute(logs)
-        stage, engine = self._stage, self._engine
-        exact = metric_logs.exact(engine, self.model, logs, stage, self._samples())
-        self._exact |= {f"val_{name}" if stage == "validation" else name for name in _names(exact)}
-        self._say(engine, exact)
-        return exact
+        self._end()
 
     @property
     def _engine(self) -> Engine:
         return process_sets.engine_or_alone(self.process_set or process_set_of(self.model))
 
-    def _begin(self, alone: bool = False) -> None:
+    def _begin(self) -> None:
+        """Replace the model's method by one that returns the logs of all ranks."""
         if self._engine.size > 1:
-            metric_logs.begin(self.model, self, alone)
+            vars(self.model).setdefault(_METHOD, _LogsMethod(self.model)).callbacks.append(self)
 
-    def _start_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
-        self._trained = self._validated = 0.0
-        self._exact: set[str] = set()
-        self._start_stage("")
+    def _end(self) -> None:
+        """Undo `_begin`; without callbacks the model has its original method again."""
+        method = vars(self.model).get(_METHOD)
+        if method is not None and self in method.callbacks:
+            method.callbacks.remove(self)
+            if not method.callbacks:
+                del vars(self.model)[_METHOD]
 
-    def _start_stage(self, stage: str) -> None:
-        self._stage, self._batches, self._first_non_finite = stage, 0, _FirstNonFinite()
-
-    def _say(self, engine: Engine, logs: dict[str, Any]) -> None:
-        """Warn once about logs that need an explanation; all ranks call this."""
-        if not _finite(logs) and not self._told_non_finite:
+    def _logs(self, compute: Callable[[Any], Any], logs: Any) -> Any:
+        if not self._stage:
+            return compute(logs)
+        stage, engine = self._stage, self._engine
+        exact = exact_logs(engine, self.model, logs, stage, self._samples())
+        self._exact |= {f"val_{name}" if stage == "validation" else name for name in _names(exact)}
+        if not _finite(exact) and not self._told_non_finite:
             self._told_non_finite = True
-            when = f"{self._stage} of epoch {self._epoch + 1}" if self._training else "evaluation"
-            self._first_non_finite.tell(engine, logs, when)
+            self._tell_non_finite(engine, exact)
         found = _per_batch(self.model.metrics, self._batches, self._samples())
         if found and not self._told_per_batch:
             self._told_per_batch = True
@@ -177,6 +153,31 @@ class MetricAverageCallback(keras.callbacks.Callback):
                 "depends on how the samples are divided into batches. Return one number a sample, or write a "
                 "keras.metrics.Metric that keeps sums."
             )
+        return exact
+
+    def _tell_non_finite(self, engine: Engine, logs: dict[str, Any]) -> None:
+        """Print on which rank it began, since one step later the weights of all ranks are not finite."""
+        everyone = engine.allgather_object(self._first_non_finite)
+        known = [batch for batch in everyone if batch is not None]
+        if not known:
+            return
+        first = [rank for rank, batch in zip(engine.ranks, everyone, strict=True) if batch == min(known)]
+        names = ", ".join(name for name, value in logs.items() if not _finite(value))
+        when = f"{self._stage} of epoch {self._epoch + 1}" if self._training else "evaluation"
+        engine.say(
+            f"{names} not finite (NaN or infinite) in the {when}, from batch {min(known) + 1} on, first on "
+            f"{ranks_text(first)}."
+        )
+
+    def _start_epoch(self, epoch: int) -> None:
+        self._epoch = epoch
+        self._trained = self._validated = 0.0
+        self._exact: set[str] = set()
+        self._start_stage("")
+
+    def _start_stage(self, stage: str) -> None:
+        self._stage, self._batches = stage, 0
+        self._first_non_finite: int | None = None
 
     def _samples(self) -> float:
         """Return the number of samples that the loss was averaged over since its last reset."""
@@ -199,13 +200,7 @@ def _finite(logs: Any) -> bool:
 
 
 def _per_batch(metrics: Iterable[Any], batches: int, samples: float) -> list[str]:
-    """List the metrics whose function has returned one number per batch, not one per sample.
-
-    Args:
-        metrics: Metrics at the end of a stage.
-        batches: Number of batches in the stage.
-        samples: Number of samples in the stage.
-    """
+    """List the metrics whose function has returned one number for each of the batches, not one per sample."""
     names = []
     for metric in leaves(metrics):
         if not isinstance(metric, keras.metrics.MeanMetricWrapper):

@@ -7,10 +7,9 @@ import tensorflow as tf
 
 from hvdtrain.data import structures
 from hvdtrain.keras.callbacks.membership import engine_of
-from hvdtrain.keras.dealt_batches import Arrays, DealtData, dealt_data
+from hvdtrain.keras.dealt_batches import Arrays, dealt_data
 
 _METHOD = "evaluate"
-_NO_OTHER_DATA = dict.fromkeys(("y", "sample_weight", "batch_size", "steps"))
 
 
 class DivideValidation(keras.callbacks.Callback):
@@ -24,19 +23,18 @@ class DivideValidation(keras.callbacks.Callback):
     def __init__(self) -> None:
         super().__init__()
         self._decided = False
-        self._mine: DealtData | None = None
+        self._mine: Arrays | None = None
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Replace the `evaluate` that `fit` calls."""
-        self._decided, self._mine = False, None
-        self.model.__dict__.pop(_METHOD, None)  # left by a fit that ended with an error
+        self.on_train_end()  # a fit that ended with an error has not called it
         if engine_of(self.model).size > 1:
             self.model.__dict__[_METHOD] = self._evaluate
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Restore the model's own `evaluate`."""
         self.model.__dict__.pop(_METHOD, None)
-        self._mine = None
+        self._decided, self._mine = False, None
 
     def _evaluate(self, *args: Any, **kwargs: Any) -> Any:
         evaluate = getattr(type(self.model), _METHOD)
@@ -47,30 +45,26 @@ class DivideValidation(keras.callbacks.Callback):
         if self._mine is None:
             return evaluate(self.model, *args, **kwargs)
         del kwargs["_use_cached_eval_dataset"]
-        return evaluate(self.model, *args, **kwargs | _NO_OTHER_DATA | self._mine.arguments())
+        kwargs.update(x=self._mine.as_x(), y=None, sample_weight=None, batch_size=None, steps=None)
+        return evaluate(self.model, *args, **kwargs)
 
-    def _part(self, given: dict[str, Any]) -> DealtData | None:
+    def _part(self, given: dict[str, Any]) -> Arrays | None:
+        """Return this rank's part of arrays; None unless all ranks have the same and enough of them."""
         engine = engine_of(self.model)
         parts = (given["x"], given.get("y"), given.get("sample_weight"))
-        whole = (
-            dealt_data(parts, given["batch_size"], given["steps"], engine.size) if _arrays(parts) else None
-        )
-        everyone = engine.allgather_object(None if whole is None else _checksum(whole))
-        if (
-            whole is None
-            or any(checksum != everyone[0] for checksum in everyone)
-            or not whole.enough(engine.size)
+        whole = checksums = None
+        if all(
+            hasattr(leaf, "__array__") and not isinstance(leaf, tf.RaggedTensor) for leaf in _leaves(parts)
         ):
+            whole = dealt_data(parts, given["batch_size"], given["steps"], engine.size)
+            assert isinstance(whole, Arrays)
+            checksums = [whole.length, *(structures.checksum(leaf) for leaf in _leaves(whole.parts))]
+        everyone = engine.allgather_object(checksums)
+        same = all(other == everyone[0] for other in everyone)
+        if whole is None or not same or not whole.enough(engine.size):
             return None
         return whole.dealt(engine.rank, engine.size)
 
 
-def _arrays(parts: Any) -> bool:
-    leaves = [leaf for leaf in keras.tree.flatten(parts) if leaf is not None]
-    return all(hasattr(leaf, "__array__") and not isinstance(leaf, tf.RaggedTensor) for leaf in leaves)
-
-
-def _checksum(whole: Any) -> list[int]:
-    assert isinstance(whole, Arrays)
-    leaves = [leaf for leaf in keras.tree.flatten(whole.parts) if leaf is not None]
-    return [whole.length, *(structures.checksum(leaf) for leaf in leaves)]
+def _leaves(parts: Any) -> list[Any]:
+    return [leaf for leaf in keras.tree.flatten(parts) if leaf is not None]

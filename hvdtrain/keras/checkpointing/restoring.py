@@ -7,7 +7,7 @@ import keras
 
 from hvdtrain.data import global_batch
 from hvdtrain.data.callback_order import preceded
-from hvdtrain.keras.callbacks.forwarding import Forwarding
+from hvdtrain.keras.callbacks.rank_zero import Forwarding
 from hvdtrain.keras.checkpointing.checkpoint_files import Saved
 from hvdtrain.keras.checkpointing.training_state import TrainingState, adjustable
 

@@ -7,8 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain.gradients.naming import described_call
-from hvdtrain.keras.broadcast_variables import broadcast_variables
-from hvdtrain.keras.collectives import broadcast_object
+from hvdtrain.keras.collectives import broadcast_object, broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
 from hvdtrain.keras.world import rank
 

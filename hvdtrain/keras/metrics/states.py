@@ -1,10 +1,11 @@
-"""List the variables of metrics, and choose the operation that combines each over the ranks."""
+"""Determine how each variable of a metric is combined over the ranks, and whether the result is right."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 from keras.src.trainers.compile_utils import CompileMetrics
 
 from hvdtrain.collectives.engine import Op
@@ -12,6 +13,7 @@ from hvdtrain.collectives.engine import Op
 # The attribute by which a metric declares how its state is combined.
 DECLARATION = "hvdtrain_combine"
 OPERATIONS = {"sum": Op.SUM, "max": Op.MAX, "min": Op.MIN}
+_TOLERANCE = 1e-3
 
 
 def leaves(metrics: Iterable[Any]) -> list[Any]:
@@ -28,17 +30,11 @@ def leaves(metrics: Iterable[Any]) -> list[Any]:
     return list(found.values())
 
 
-def of_model(model: Any) -> list[Any]:
-    """List a model's metrics, including compiled ones that the first batch has not built yet."""
-    compiled = model._compile_metrics
-    given = [compiled._user_metrics, compiled._user_weighted_metrics] if compiled is not None else []
-    waiting = [metric for metric in keras.tree.flatten(given) if isinstance(metric, keras.metrics.Metric)]
-    return leaves([*model.metrics, *waiting])
-
-
-def variables(metric: Any) -> list[Any]:
-    """List a metric's own variables, without those of the metrics inside it."""
-    return list(metric._variables)
+def compiled(model: Any) -> list[Any]:
+    """List what a model was compiled with as metrics: names, functions and metrics."""
+    given = model._compile_metrics
+    nests = [] if given is None else [given._user_metrics, given._user_weighted_metrics]
+    return [metric for metric in keras.tree.flatten(nests) if metric is not None]
 
 
 def is_custom(metric: Any) -> bool:
@@ -49,12 +45,8 @@ def is_custom(metric: Any) -> bool:
 def operation(metric: Any, start: np.ndarray) -> Op | None:
     """Return the operation that combines a variable over the ranks; None if it cannot be determined.
 
-    A declaration of the metric has precedence. Otherwise the initial value of the variable decides, which must be
-    the neutral element of the operation: 0 for a sum, -inf for a maximum, inf for a minimum.
-
-    Args:
-        metric: The metric.
-        start: The variable's value when the metric is reset.
+    A declaration of the metric has precedence. Otherwise `start`, the variable's value after a reset, decides. It
+    must be the neutral element of the operation: 0 for a sum, -inf for a maximum, inf for a minimum.
     """
     declared = getattr(metric, DECLARATION, None)
     if declared is not None and not callable(declared):
@@ -83,3 +75,75 @@ def _declared(metric: Any, declared: Any) -> Op:
             f"method. Received: {declared!r}."
         )
     return OPERATIONS[declared]
+
+
+class Watch:
+    """Checks at the first batch whether the state of a custom metric, which is reset, adds up.
+
+    A state that adds up grows by the same amount when the same batch is added a second time. This is tried once,
+    on copies of the state, with the first batch that changes it; a maximum that starts from 0, for instance, fails.
+    """
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self._update: Callable[..., Any] = metric.update_state
+        metric.reset_state()
+        self._start = {id(variable): variable.numpy() for variable in metric.variables}
+        self._seen = tf.Variable(False, trainable=False)
+        self._adds = tf.Variable(True, trainable=False)
+        vars(metric).update(update_state=self._update_and_judge, hvdtrain_watch=self)
+
+    @property
+    def adds(self) -> bool:
+        """Whether the state adds up; True until a batch has shown the contrary."""
+        return bool(self._adds)
+
+    def start(self, variable: Any) -> np.ndarray:
+        """Return a variable's value after a reset; zeros, if the variable was created later."""
+        return self._start.get(id(variable), np.zeros(variable.shape, variable.dtype))
+
+    def _update_and_judge(self, *args: Any, **kwargs: Any) -> Any:
+        result = self._update(*args, **kwargs)
+        if not keras.src.backend.in_stateless_scope():
+            tf.cond(self._seen, lambda: tf.constant(True), lambda: self._judge(args, kwargs))
+        return result
+
+    def _judge(self, args: Any, kwargs: Any) -> Any:
+        variables = self._metric.variables
+        start = [tf.convert_to_tensor(self.start(variable)) for variable in variables]
+        once = self._after(start, args, kwargs)
+        twice = self._after(once, args, kwargs)
+        changed, equal = [], []
+        for variable, *values in zip(variables, start, once, twice, strict=True):
+            if operation(self._metric, self.start(variable)) is Op.SUM:
+                before, middle, after = (tf.cast(value, tf.float64) for value in values)
+                first, second = middle - before, after - middle
+                changed.append(tf.reduce_any(first != 0))
+                equal.append(tf.reduce_all(tf.abs(second - first) <= _TOLERANCE * tf.abs(first) + 1e-12))
+        self._seen.assign(tf.reduce_any(changed))
+        self._adds.assign(tf.reduce_all(equal))
+        return tf.constant(True)
+
+    def _after(self, values: list[Any], args: Any, kwargs: Any) -> list[Any]:
+        mapping = list(zip(self._metric.variables, values, strict=True))
+        with keras.StatelessScope(state_mapping=mapping) as scope:
+            self._update(*args, **kwargs)
+        return [scope.get_current_value(variable) for variable, _ in mapping]
+
+
+def watch(model: keras.Model) -> None:
+    """Attach a `Watch` to each custom metric of a model that has none and declares nothing."""
+    # `model.metrics` lacks compiled metrics that the first batch has not built yet.
+    unbuilt = [metric for metric in compiled(model) if isinstance(metric, keras.metrics.Metric)]
+    new = [
+        Watch(metric)
+        for metric in leaves([*model.metrics, *unbuilt])
+        if is_custom(metric) and watch_of(metric) is None and not hasattr(metric, DECLARATION)
+    ]
+    if new:  # functions that were traced before do not call them
+        model.train_function = model.test_function = None
+
+
+def watch_of(metric: Any) -> Watch | None:
+    """Return the `Watch` of a metric, or None."""
+    return vars(metric).get("hvdtrain_watch")

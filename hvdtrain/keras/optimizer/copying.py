@@ -1,10 +1,12 @@
-"""Copy an optimizer with its configuration, the settings made after construction, and its state."""
+"""Copy an optimizer with its configuration, settings and state, and save the copy under the name of its base."""
 
 import re
 import types
 from typing import Any
 
 import keras
+from keras.src import api_export
+from keras.src.saving import object_registration
 
 # Settings have these types. Attributes with variables are not copied: each optimizer creates its own.
 _SETTINGS = (bool, int, float, str, tuple, set, frozenset, type(None), re.Pattern, types.FunctionType)
@@ -12,15 +14,12 @@ _NOT_COPIED = ("name", "built", "_lock")
 
 
 def copy_optimizer(optimizer: Any, kind: type, **changes: Any) -> Any:
-    """Return an optimizer of another class that continues with the state of this one.
+    """Return an optimizer of another class that continues with the configuration and state of this one.
 
     Args:
         optimizer: The optimizer to copy, built or not; it is not changed.
         kind: The class of the copy, whose constructor takes the same arguments as that of the optimizer.
         changes: Arguments of the constructor that differ from the optimizer's configuration.
-
-    Returns:
-        The copy, with the optimizer's configuration, settings and state.
 
     Raises:
         TypeError: If the optimizer's `get_config()` does not contain an argument that its constructor needs.
@@ -59,3 +58,16 @@ def _configuration(optimizer: Any) -> dict[str, Any]:
         return {**optimizer.get_config(), "learning_rate": rate}
     finally:
         object.__setattr__(optimizer, "_learning_rate", rate)
+
+
+def save_as(distributed: type, base: type) -> None:
+    """Make Keras save the class of a distributed optimizer under the name of its base, so that Keras can load it.
+
+    Only Keras' tables from class to name are changed, not those from name to class, so that a loaded optimizer
+    is always of the class `base`.
+    """
+    distributed.__module__ = base.__module__
+    distributed.__qualname__ = base.__qualname__
+    for table in (api_export.REGISTERED_OBJS_TO_NAMES, object_registration.GLOBAL_CUSTOM_NAMES):
+        if base in table:
+            table[distributed] = table[base]

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
@@ -16,9 +17,7 @@ from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy, Verification
-from hvdtrain.keras.optimizer import saving
-from hvdtrain.keras.optimizer.accumulation import Window
-from hvdtrain.keras.optimizer.copying import copy_optimizer
+from hvdtrain.keras.optimizer.copying import copy_optimizer, save_as
 from hvdtrain.runtime.process_sets import ProcessSet, engine_or_alone, global_process_set
 
 
@@ -96,8 +95,10 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
     )
     runtime.engine()
     _check_optimizer(optimizer)
-    window = Window.of(optimizer, backward_passes_per_step, average_aggregated_gradients)
-    return _make_distributed(optimizer, options, window, process_set)
+    _check_steps(optimizer, backward_passes_per_step)
+    return _make_distributed(
+        optimizer, options, process_set, backward_passes_per_step, average_aggregated_gradients
+    )
 
 
 def PartialDistributedOptimizer(  # noqa: N802 - the name is Horovod's
@@ -173,16 +174,20 @@ def local_variables(local_layers: Any) -> list[Any]:
                 f"The local layer {layer.name} has no weights yet. Build the model first: give it a keras.Input or "
                 "call it on a batch."
             )
+    variables = []
     for layer in layers:
         for variable in layer.weights:  # also those that are frozen now
             registry.note_local(variable)
-    return [variable for layer in layers for variable in layer.trainable_variables]
+        variables += layer.trainable_variables
+    return variables
 
 
-def _make_distributed(optimizer: Any, options: ReduceOptions, window: Window, process_set: ProcessSet) -> Any:
+def _make_distributed(
+    optimizer: Any, options: ReduceOptions, process_set: ProcessSet, steps: int, average: bool
+) -> Any:
     """Return a distributed copy; for a `LossScaleOptimizer`, a copy with a distributed inner optimizer."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        inner = _make_distributed(optimizer.inner_optimizer, options, window, process_set)
+        inner = _make_distributed(optimizer.inner_optimizer, options, process_set, steps, average)
         copy = copy_optimizer(optimizer, type(optimizer), inner_optimizer=inner)
         for name in ("register_local_var", "process_set"):
             object.__setattr__(copy, name, getattr(inner, name))
@@ -191,12 +196,13 @@ def _make_distributed(optimizer: Any, options: ReduceOptions, window: Window, pr
     attributes = {
         "_hvdtrain_options": options,
         "_hvdtrain_policy": Policy.from_environment(),
-        "_hvdtrain_window": window,
+        "_hvdtrain_steps_summed": 1 if average else steps,
         "process_set": process_set,
     }
     distributed = type(base.__name__, (_Distributed, base), attributes)
-    saving.save_as(distributed, base)
-    return copy_optimizer(optimizer, distributed, **window.arguments)
+    save_as(distributed, base)
+    changes = {"gradient_accumulation_steps": steps} if steps > 1 else {}
+    return copy_optimizer(optimizer, distributed, **changes)
 
 
 def is_distributed(optimizer: Any) -> bool:
@@ -215,7 +221,7 @@ class _Distributed:
     process_set: ProcessSet
     _hvdtrain_options: ReduceOptions
     _hvdtrain_policy: Policy
-    _hvdtrain_window: Window
+    _hvdtrain_steps_summed: int
     _hvdtrain_variables: Sequence[Any] | None = ()
 
     def register_local_var(self, var: Any) -> None:
@@ -262,14 +268,12 @@ class _Distributed:
 
     def _filter_empty_gradients(self, grads: Any, trainable_variables: Any) -> tuple[Any, Any]:
         grads, variables = super()._filter_empty_gradients(grads, trainable_variables)  # type: ignore[misc]
-        overwritten = [
-            variable.path for variable in variables if getattr(variable, "overwrite_with_gradient", False)
-        ]
-        if overwritten:
-            raise NotImplementedError(
-                f"{overwritten[0]} is a float8 scale, which Keras overwrites with a different value on each rank. "
-                "hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
-            )
+        for variable in variables:
+            if getattr(variable, "overwrite_with_gradient", False):
+                raise NotImplementedError(
+                    f"{variable.path} is a float8 scale, which Keras overwrites with a different value on each "
+                    "rank. hvdtrain does not train float8 layers; use the policy mixed_bfloat16."
+                )
         # Set so that Keras does not track them: they belong to the model, not to the optimizer.
         object.__setattr__(self, "_hvdtrain_variables", tuple(variables))
         return grads, variables
@@ -277,13 +281,11 @@ class _Distributed:
     def _clip_gradients(self, grads: Sequence[Any]) -> Any:
         # Keras calls this once per update, after its gradient accumulation and before clipping.
         accumulators = {id(variable) for variable in getattr(self, "_accumulated_gradients", ())}
-        state = [
-            variable
-            for variable in self.variables  # type: ignore[attr-defined]
-            if id(variable) not in accumulators
-        ]
-        rescaled = self._hvdtrain_window.rescale(grads)
-        reduced = self._hvdtrain_reducer(rescaled, self._hvdtrain_variables or (), state)
+        variables = self.variables  # type: ignore[attr-defined]
+        state = [variable for variable in variables if id(variable) not in accumulators]
+        if self._hvdtrain_steps_summed > 1:  # Keras has averaged over the steps
+            grads = [_times(grad, self._hvdtrain_steps_summed) for grad in grads]
+        reduced = self._hvdtrain_reducer(grads, self._hvdtrain_variables or (), state)
         return super()._clip_gradients(reduced)  # type: ignore[misc]
 
 
@@ -298,3 +300,20 @@ def _check_optimizer(optimizer: Any) -> None:
             "This optimizer is distributed already. Wrapping it twice would average twice. Pass the "
             "original optimizer."
         )
+
+
+def _check_steps(optimizer: keras.optimizers.Optimizer, steps: Any) -> None:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise ValueError(f"backward_passes_per_step must be an integer of at least 1. Received: {steps!r}.")
+    own = getattr(optimizer, "inner_optimizer", optimizer).gradient_accumulation_steps
+    if steps > 1 and own:
+        raise ValueError(
+            f"This optimizer already accumulates gradients over {own} steps. Give either "
+            f"gradient_accumulation_steps={own} to Keras or backward_passes_per_step={steps}, not both."
+        )
+
+
+def _times(grad: Any, factor: int) -> Any:
+    if isinstance(grad, tf.IndexedSlices):
+        return tf.IndexedSlices(grad.values * factor, grad.indices, grad.dense_shape)
+    return grad * factor

@@ -10,8 +10,6 @@ Replacement: for a model with a distributed optimizer, `fit` compares the argume
 position and the names of the logs after each epoch, the variables after the first epoch and at the end, and
 sends an exception of one rank to the others. With a single rank it only records epoch and step in the
 heartbeat. `hvd.callbacks.Checkpoint` restores and saves within this `fit`.
-
-Checked with Keras 3.5 to 3.15.
 """
 
 import contextlib
@@ -31,16 +29,18 @@ from hvdtrain.data.adapters import preceded
 from hvdtrain.data.collective_errors import compare
 from hvdtrain.data.fingerprint import BATCHES, Fingerprint
 from hvdtrain.data.shard import Sharded
+from hvdtrain.gradients import divergence
+from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy
-from hvdtrain.keras import model_comparison
 from hvdtrain.keras.callbacks import checkpoint
-from hvdtrain.keras.callbacks.error_propagation import telling
+from hvdtrain.keras.callbacks.distributed import telling
 from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
 from hvdtrain.keras.checkpointing.restoring import steps_passed_over
+from hvdtrain.keras.metrics.states import compiled
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches import sharded_data
-from hvdtrain.keras.patches.usage_warnings import usage_notes
-from hvdtrain.keras.progress import Progress
+from hvdtrain.keras.patches.progress import Progress
+from hvdtrain.keras.patches.usage_warnings import printing_notes
 from hvdtrain.patching import replace_where_defined
 
 _STEPS = (
@@ -63,21 +63,19 @@ _ADVICE = {
 
 _checks_data = True
 _checks_validation = True
-_installed = False
 
 
-def install(check_data: bool = True) -> None:
-    """Replace `Model.fit`, and the functions of `sharded_data.py`. A second call only sets `check_data`.
+@functools.cache
+def install() -> None:
+    """Replace `Model.fit`, and the functions of `sharded_data.py`. A second call has no effect."""
+    sharded_data.install()
+    replace_where_defined(keras.Model, "fit", _distributed)
 
-    Args:
-        check_data: Whether to warn if all ranks train on the same data; False in one call turns it off permanently.
-    """
-    global _installed, _checks_data
-    _checks_data = _checks_data and check_data
-    if not _installed:
-        _installed = True
-        sharded_data.install()
-        replace_where_defined(keras.Model, "fit", _distributed)
+
+def let_data_be_equal() -> None:
+    """Do not warn if all ranks train on the same data, as with `--wrap`."""
+    global _checks_data
+    _checks_data = False
 
 
 def let_each_validate() -> None:
@@ -89,7 +87,7 @@ def let_each_validate() -> None:
 def _distributed(fit: Callable[..., Any]) -> Callable[..., Any]:
     """Return the one replacement of `fit`: print notes, then compare the ranks, then count samples."""
     run = fit
-    for make in (sharded_data.counting_samples, _comparing_ranks, usage_notes("fit")):
+    for make in (sharded_data.counting_samples, _comparing_ranks, printing_notes):
         run = functools.wraps(fit)(make(run))  # the next one reads the signature
     return run
 
@@ -108,7 +106,7 @@ def _comparing_ranks(fit: Callable[..., Any]) -> Callable[..., Any]:
         if engine.size == 1:
             return fit(**{**given, "callbacks": preceded(self, given.get("callbacks"), progress)})
         fingerprint = Fingerprint.of(given) if _checks_data else None
-        callback = InStep(engine, fingerprint, given)
+        callback = _Comparison(engine, fingerprint, given)
         given["callbacks"] = preceded(self, given.get("callbacks"), callback)
         given["callbacks"] = preceded(self, given["callbacks"], progress)
         try:
@@ -125,8 +123,10 @@ def _comparing_ranks(fit: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-class InStep(keras.callbacks.Callback):
+class _Comparison(keras.callbacks.Callback):
     """A callback that compares the ranks before training, and when an epoch or training ends.
+
+    Its methods raise `MismatchError` on every rank if the ranks differ.
 
     Args:
         engine: The ranks.
@@ -141,19 +141,14 @@ class InStep(keras.callbacks.Callback):
         self._validates = given.get("validation_data") is not None or bool(given.get("validation_split"))
         self._first = given.get("initial_epoch", 0)
         self._asked = given.get("steps_per_epoch")
-        unsharded = [
-            data for name in ("x", "validation_data") if not isinstance(data := given.get(name), Sharded)
-        ]
-        self._caches = [path for data in unsharded for path in dataset_graph.cache_files(data)]
+        self._caches: list[Any] = []
+        for data in (given.get("x"), given.get("validation_data")):
+            if not isinstance(data, Sharded):
+                self._caches += dataset_graph.cache_files(data)
         self._epoch = self._steps = 0
         self._train: Any = None
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Raise an error unless all ranks will make the same steps.
-
-        Raises:
-            MismatchError: On every rank, with the arguments of each.
-        """
         optimizers = [
             getattr(optimizer, "inner_optimizer", optimizer) for optimizer in optimizers_of(self.model)
         ]
@@ -180,37 +175,26 @@ class InStep(keras.callbacks.Callback):
             model.train_function, self._train = self._train, None
 
     def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Reset the number of steps."""
         self._epoch, self._steps = epoch, 0
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Count the step, and compare the fingerprints when they are complete."""
         self._steps = batch + 1
         if self._steps >= BATCHES:
             self._compare_data()
 
     def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Raise an error unless all ranks end this epoch, with logs of the same names.
-
-        Raises:
-            MismatchError: On every rank, if some ranks continue the epoch, or have other logs.
-        """
         self._agree_on_end(sorted({_base(name) for name in logs or {}}) if _checks_validation else [])
         self._compare_data()
         if epoch == self._first and self.params.get("epochs", 0) > epoch + 1:
-            model_comparison.compare_model(self._engine, self.model, f"after epoch {epoch + 1}")
+            divergence.compare(self._engine, _trainable(self.model), f"after epoch {epoch + 1}")
 
     def on_train_end(self, logs: Any = None) -> None:
-        """Raise an error unless all ranks end training with the same model; later callbacks may change it.
-
-        Raises:
-            MismatchError: On every rank, if some ranks continue training, or variables differ.
-        """
         self._engine.agree(Call("end of training"))
         # A script written for Horovod may make a single step to build its variables, and then broadcast them.
         if self._epoch > self._first or self._steps > Policy.from_environment().first:
-            model_comparison.compare_model(self._engine, self.model, "at the end of model.fit")
-        model_comparison.forget_model(self.model)
+            divergence.compare(self._engine, _trainable(self.model), "at the end of model.fit")
+        # Not compared again when the script ends: one rank may load other weights to evaluate.
+        registry.forget(_trainable(self.model))
 
     def _step(self, iterator: Any) -> Any:
         """Run the model's training function, and tell the other ranks if the data of this rank ends early."""
@@ -241,12 +225,15 @@ def _engine(model: Any) -> Engine:
     return SingleEngine()
 
 
+def _trainable(model: Any) -> list[Any]:
+    """List the trainable variables of a model, including those of frozen layers, which may be unfrozen later."""
+    found = [variable for layer in model._flatten_layers() for variable in layer._trainable_variables]
+    return list({id(variable): variable for variable in found}.values())
+
+
 def _compiled_metrics(model: Any) -> str:
     """Return the names of the metrics a model was compiled with, in an order that is the same on all ranks."""
-    compiled = model._compile_metrics
-    given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
-    found = [metric for metric in keras.tree.flatten(given) if metric is not None]
-    return ", ".join(sorted(_base(_name(metric)) for metric in found)) or "none"
+    return ", ".join(sorted(_base(_name(metric)) for metric in compiled(model))) or "none"
 
 
 def _name(metric: Any) -> str:

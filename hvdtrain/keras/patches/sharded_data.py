@@ -13,8 +13,6 @@
 - `TFEpochIterator._get_iterator`. Keras lets `tf.data` tune itself, which delays the start of an epoch on one
   rank, and the other ranks wait. Replacement: tuning is off, for data of all kinds; see `untuned` in
   `data/adapters.py`.
-
-Checked with Keras 3.5 to 3.15.
 """
 
 import contextlib
@@ -24,7 +22,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import keras
 import tensorflow as tf
@@ -49,15 +47,11 @@ from hvdtrain.data.sharded_dataset import ShardedDataset
 from hvdtrain.patching import replace, replace_where_defined
 
 _watcher: ContextVar[list[Fingerprint] | None] = ContextVar("what notes the data of a fit", default=None)
-_installed = False
 
 
+@functools.cache
 def install() -> None:
     """Replace the functions that the docstring of this module lists. A second call has no effect."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
     replace(data_adapters, "get_data_adapter", _adapting_sharded_data)
     replace_where_defined(keras.Model, "evaluate", counting_samples)
     replace(TFEpochIterator, "_get_iterator", untuned)
@@ -192,9 +186,8 @@ def is_of_all_ranks(callbacks: Any) -> bool:
     return any(getattr(callback, "combines_ranks", False) for callback in keras.tree.flatten(callbacks or []))
 
 
-@dataclass
-class _Setting:
-    """Settings of a model's steps, which are traced with these values.
+class _Setting(NamedTuple):
+    """Settings with which a model's steps are traced.
 
     Args:
         partial: Whether a global batch may not be full.
@@ -206,13 +199,7 @@ class _Setting:
 
 
 def _attach(model: keras.Model, kind: str, setting: _Setting) -> None:
-    """Make a model's step accept the batches of `hvd.shard`; all other batches are passed on unchanged.
-
-    Args:
-        model: The model.
-        kind: "train" or "test".
-        setting: The settings of the step.
-    """
+    """Make a model's "train" or "test" step accept the batches of `hvd.shard`; others are passed on unchanged."""
     original = getattr(model, f"{kind}_step")
     known = getattr(original, "hvdtrain_losses", None) or losses.Losses()
     if getattr(original, "hvdtrain_setting", None) == setting:
@@ -233,9 +220,7 @@ def _accepting_sharded_batches(
             return original(data)
         known.added = 0
         own, total = tf.unstack(tf.cast(tf.ensure_shape(data.samples, [2]), tf.int64))
-        global_batch = GlobalBatch(
-            model, runtime.engine(), data.batch, own, total, setting.partial, setting.together, known
-        )
+        global_batch = GlobalBatch(model, runtime.engine(), data.batch, own, total, *setting, known)
         with during(global_batch), weighted_statistics(global_batch):
             return original(data.batch)
 

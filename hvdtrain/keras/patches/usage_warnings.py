@@ -7,8 +7,6 @@ On several ranks: `evaluate` and `predict` of data from `hvd.shard` return the r
 `hvd.shard` adds to samples scale the displayed loss if the script changes the data further.
 
 Replacement: the three methods print each note once, on rank 0, and then do the same as Keras.
-
-Checked with Keras 3.5 to 3.15.
 """
 
 import functools
@@ -48,32 +46,24 @@ _DERIVED_DATA = (
     "have weights, which scale the displayed loss of a last batch that is not full. Call hvd.shard last, or with "
     "remainder='drop'. Training is correct."
 )
-_installed = False
 _printed: set[str] = set()
 
 
+@functools.cache
 def install() -> None:
     """Replace `Model.evaluate` and `Model.predict`. A second call has no effect."""
-    global _installed
-    if _installed:
-        return
-    _installed = True
     for name in ("evaluate", "predict"):
-        replace_where_defined(keras.Model, name, usage_notes(name))
+        replace_where_defined(keras.Model, name, printing_notes)
 
 
-def usage_notes(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Return the function that makes a method of that name print its notes; `model_fit.py` uses it for `fit`."""
-    return functools.partial(_noting, name)
-
-
-def _noting(name: str, method: Callable[..., Any]) -> Callable[..., Any]:
+def printing_notes(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Return `fit`, `evaluate` or `predict` that prints its notes first; `model_fit.py` uses it for `fit`."""
     signature = inspect.signature(method)
 
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
         if runtime.is_initialized() and runtime.engine().size > 1:
             given = signature.bind(self, *args, **kwargs).arguments
-            for note in _notes(self, given, name):
+            for note in _notes(self, given, method.__name__):
                 if note not in _printed:
                     _printed.add(note)
                     runtime.engine().say(note)

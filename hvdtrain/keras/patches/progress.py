@@ -1,11 +1,15 @@
-"""Record epoch and step of the training in this rank's heartbeat, for messages about ranks that wait for it."""
+"""Record how far the training is: epoch and step in the heartbeat, and whether a progress bar fills the line.
+
+`print_msg`. Keras prints a progress bar without a line break; a message of hvdtrain would continue its line.
+Replacement: it also records whether the line is complete, so that a message starts a new one.
+"""
 
 import functools
-import importlib
 from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras.src.utils import io_utils
 
 from hvdtrain import heartbeat
 from hvdtrain.keras.callbacks.membership import optimizers_of
@@ -14,26 +18,25 @@ from hvdtrain.patching import replace
 
 
 @functools.cache
-def note_lines() -> None:
-    """Record whether Keras has left a progress bar on the current line, so that a message starts a new one."""
-    printing = importlib.import_module("keras.src.utils.io_utils")
+def install() -> None:
+    """Replace `print_msg`. A second call has no effect."""
+    replace(io_utils, "print_msg", _recording)
 
-    def recording(print_message: Callable[..., None]) -> Callable[..., None]:
-        def run(message: Any, line_break: bool = True) -> None:
-            print_message(message, line_break)
-            if str(message) and printing.is_interactive_logging_enabled():
-                terminal.in_line = not (line_break or str(message).endswith("\n"))
 
-        return run
+def _recording(print_message: Callable[..., None]) -> Callable[..., None]:
+    def run(message: Any, line_break: bool = True) -> None:
+        print_message(message, line_break)
+        if str(message) and io_utils.is_interactive_logging_enabled():
+            terminal.in_line = not (line_break or str(message).endswith("\n"))
 
-    replace(printing, "print_msg", recording)
+    return run
 
 
 class Progress(keras.callbacks.Callback):
-    """Counts epochs and steps over the whole training, including earlier `fit` calls and resumed runs.
+    """Counts epochs and steps over the whole training, for messages about ranks that wait for this one.
 
     Args:
-        already: Number of batches of the first epoch that were trained on before and will be skipped.
+        already: Number of batches of the first epoch that an earlier run has trained on and this one will skip.
     """
 
     # Allows Keras to call callbacks asynchronously, in a thread.

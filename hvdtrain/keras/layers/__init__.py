@@ -1,1 +1,0 @@
-"""Provide layers that compute over all ranks."""
