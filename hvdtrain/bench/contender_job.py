@@ -19,7 +19,7 @@ from hvdtrain.bench import rank_agent
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.json_lines import pack_message
 from hvdtrain.launch.supervision import protocol
-from hvdtrain.launch.supervision.guard_server import CLOSED, Server
+from hvdtrain.launch.supervision.protocol import CLOSED, Server
 
 _RUN = [sys.executable, *safe_path.main_of("hvdtrain.cli"), "run"]
 

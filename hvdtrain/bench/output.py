@@ -14,7 +14,7 @@ from hvdtrain.bench import machine
 from hvdtrain.bench.report import Report, ReportError
 from hvdtrain.bench.scheduler import FAILED
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
+from hvdtrain.launch.supervision.job import Interrupted, hearing
 
 MIN_WIDTH = 120  # columns, if the output is not a terminal
 

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, final
 
+from hvdtrain import cores
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.contender_job import ContenderJob, FailedError
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
-from hvdtrain.launch.launchers import binding, slurm
+from hvdtrain.launch.launchers import slurm
 
 ANSWER_SECONDS = 120.0  # limit for one answer
 OTHER_FILES = 200  # files that this process opens beside its connections to ranks
@@ -155,7 +156,7 @@ class Scheduler:
 
     def _bind(self, ranks: int) -> str:
         """Return the binding: one core a rank, or none if this host has fewer cores than ranks."""
-        return "core" if self._addresses or ranks <= len(binding.cores()) else "none"
+        return "core" if self._addresses or ranks <= len(cores.physical()) else "none"
 
     def _leave_out(self, job: ContenderJob, error: FailedError) -> None:
         self.left_out[job.contender.name] = f"{FAILED}{error}"

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from hvdtrain.bench.report import Spread
-from hvdtrain.launch.tunable_settings import Knob
+from hvdtrain.launch.tuned_settings import Knob
 
 MIN_GAIN = 1.02  # a setting must be this many times as fast, in the median of all rounds
 MIN_WORST = 0.95  # and at least this many times as fast in every kind of work

@@ -21,7 +21,7 @@ from hvdtrain.bench.tune.trial import BASE, Trial
 from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.hosts import LaunchError, all_local, read_hosts
 from hvdtrain.launch.launchers import mpirun, slurm
-from hvdtrain.launch.tunable_settings import KNOBS, STEPS, SUMS, Knob
+from hvdtrain.launch.tuned_settings import KNOBS, STEPS, SUMS, Knob
 
 ENGINES = ("mpi", "horovod")
 TOGETHER = "all that helps"

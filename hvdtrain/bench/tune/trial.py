@@ -9,7 +9,7 @@ from hvdtrain.bench import machine, sizes
 from hvdtrain.bench.contender import Contender
 from hvdtrain.bench.models.workloads import WORKLOADS
 from hvdtrain.bench.scheduler import Answers, Scheduler
-from hvdtrain.launch.tunable_settings import STEPS, SUMS
+from hvdtrain.launch.tuned_settings import STEPS, SUMS
 
 BASE = "as it is"
 

@@ -1,19 +1,24 @@
-"""Decide whether a failed job is restarted and after which pause, and report all starts (`--max-restarts`)."""
+"""Decide whether, after which pause and on which hosts a failed job is restarted (`--max-restarts`)."""
 
 import io
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from hvdtrain import settings
-from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.restarts.outcome import Ending
+from hvdtrain.launch.hosts import Host, LaunchError, all_local, run_captured
+from hvdtrain.launch.launchers import mpirun, slurm
+from hvdtrain.launch.run_options import RunOptions
+from hvdtrain.launch.start_plan import find_hosts, in_allocation
+from hvdtrain.launch.supervision.outcome import Ending
 
 # The number of this start, counted from 0, as a variable for the ranks.
 RESTART = "HVDTRAIN_RESTART"
 # Seconds before the first restart; the pause doubles with each further restart.
 BACKOFF = "HVDTRAIN_BACKOFF"
 LONGEST = 60.0
+TIMEOUT = 30.0  # seconds for a host to start a program that does nothing
 
 # Failures that a restart cannot fix: a usage error of argparse, a script that Python cannot parse or import.
 _WRONG = re.compile(
@@ -27,19 +32,21 @@ _SAME_TRACES = 3
 
 @dataclass(frozen=True)
 class Start:
-    """One start of the ranks and its result.
+    """One start of the ranks and its result."""
 
-    Args:
-        ranks: The number of ranks.
-        hosts: The hosts of the ranks that have started, one entry per rank.
-        seconds: Its duration.
-        ending: Its result.
-    """
+    ranks: int  # the number of ranks
+    hosts: Sequence[str]  # the hosts of the ranks that have started, one entry per rank
+    seconds: float  # its duration
+    ending: Ending  # its result
 
-    ranks: int
-    hosts: Sequence[str]
-    seconds: float
-    ending: Ending
+
+@dataclass(frozen=True)
+class RemainingHosts:
+    """The hosts of a restart."""
+
+    ranks: int  # the number of ranks to start
+    left: tuple[Host, ...] = ()  # the hosts to start them on; empty for all requested hosts
+    note: str = ""  # A message about hosts that do not answer; may be empty
 
 
 def pause(environ: Mapping[str, str], restarts: int) -> float:
@@ -83,6 +90,47 @@ def objection(starts: Sequence[Start], max_restarts: int) -> str | None:
     return None
 
 
+def find_remaining(options: RunOptions, environ: Mapping[str, str]) -> RemainingHosts:
+    """Start a trivial program on every host, in the way the ranks are started, and return the hosts that can.
+
+    A lost host that answers again is used again. If the remaining hosts take fewer ranks than `--min-np`, all hosts
+    are returned, because a lost host may be rebooting and answer by the time the ranks start.
+    """
+    srun = in_allocation(options, environ)
+    hosts = slurm.nodes(environ) if srun else find_hosts(options, environ)
+    if all_local(hosts):
+        return RemainingHosts(options.ranks)
+    with ThreadPoolExecutor(16) as pool:
+        answers = list(pool.map(lambda host: _answers(host, srun, environ), hosts))
+    left = tuple(host for host, answer in zip(hosts, answers, strict=True) if answer)
+    lost = ", ".join(host.name for host, answer in zip(hosts, answers, strict=True) if not answer)
+    if not lost:
+        return RemainingHosts(options.ranks)
+    fewest = options.min_np or options.ranks
+    ranks = min(options.ranks, sum(host.slots for host in left))
+    if ranks < fewest:
+        few = f"the other hosts have slots for {ranks} ranks, fewer than {fewest} (--min-np)"
+        return RemainingHosts(options.ranks, note=f"no answer from {lost}; {few}, so all are tried")
+    return RemainingHosts(ranks, left, f"no answer from {lost}")
+
+
+def report(starts: Sequence[Start]) -> str:
+    """Return a table of all starts, as text."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("start", "ranks", "hosts", "how it ended", "at step", "seconds", title="All starts")
+    for number, start in enumerate(starts, start=1):
+        step = "" if start.ending.step is None else str(start.ending.step)
+        names = list(dict.fromkeys(start.hosts))
+        hosts = ", ".join(names) if len(names) < 5 else f"{len(names)} hosts"
+        summary = start.ending.summary
+        table.add_row(str(number), str(start.ranks), hosts, summary, step, f"{start.seconds:.0f}")
+    text = io.StringIO()
+    Console(file=text, width=110, markup=False, highlight=False).print(table)
+    return text.getvalue().rstrip("\n")
+
+
 def _repeated(endings: Sequence[Ending]) -> str:
     """Return why the last failure would occur again after a restart; empty if it may not."""
     last = endings[-1]
@@ -114,18 +162,14 @@ def _same_step(last_two: Sequence[Ending]) -> str:
     return f"{failures} at step {last.step} ({how}): the same data or the same bug would make it fail again."
 
 
-def report(starts: Sequence[Start]) -> str:
-    """Return a table of all starts, as text."""
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table("start", "ranks", "hosts", "how it ended", "at step", "seconds", title="All starts")
-    for number, start in enumerate(starts, start=1):
-        step = "" if start.ending.step is None else str(start.ending.step)
-        names = list(dict.fromkeys(start.hosts))
-        hosts = ", ".join(names) if len(names) < 5 else f"{len(names)} hosts"
-        summary = start.ending.summary
-        table.add_row(str(number), str(start.ranks), hosts, summary, step, f"{start.seconds:.0f}")
-    text = io.StringIO()
-    Console(file=text, width=110, markup=False, highlight=False).print(table)
-    return text.getvalue().rstrip("\n")
+def _answers(host: Host, srun: bool, environ: Mapping[str, str]) -> bool:
+    """Return whether a host can start a program."""
+    start: list[str] = []
+    try:
+        if srun:
+            start = ["srun", "--nodes=1", "--ntasks=1", f"--nodelist={host.name}", "--overlap"]
+        elif found := mpirun.find(environ):
+            start = found.command(1, [Host(host.name, 1)], ())
+        return run_captured([*start, "true"], environ, TIMEOUT).returncode == 0
+    except LaunchError:
+        return False
