@@ -94,11 +94,7 @@ class Limits:
 
 
 def stack_file(whose: str = "") -> Path:
-    """Return the file for the stacks of a job that hangs, in HVDTRAIN_STALL_DIR or the working directory.
-
-    Args:
-        whose: Part of the file name that distinguishes ranks.
-    """
+    """Return the file for the stacks of a job, or of the rank that `whose` names, in HVDTRAIN_STALL_DIR."""
     folder = Path(settings.get("HVDTRAIN_STALL_DIR"))
     return folder.absolute() / f"hvdtrain-stall-{os.environ.get('SLURM_JOB_ID') or os.getpid()}{whose}.txt"
 
@@ -142,12 +138,9 @@ def at(epoch: int | None, step: int | None, doing: str = "") -> None:
 
 
 def ask_patience(seconds: float) -> None:
-    """Request time for this rank to end by itself after SIGTERM, because it must write something first.
+    """Request seconds for this rank to end by itself after SIGTERM, because it must write something; 0 cancels.
 
     The launcher and the guards wait for the longest time that any rank has requested before they kill ranks.
-
-    Args:
-        seconds: The requested time; 0 cancels the request.
     """
     _PATIENCE.pack_into(_page, _PATIENCE_AT, seconds)
 

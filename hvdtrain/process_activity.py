@@ -15,22 +15,14 @@ _STILL = 16384
 
 
 class Life:
-    """Measure whether a process or its child processes have done any work since the last call.
-
-    Args:
-        pid: Process id.
-    """
+    """Measure whether a process or its child processes have done any work since the last call."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._work: tuple[float, float, float] = (time.monotonic(), *_work(pid, ()))
 
     def busy(self, aside: Collection[int] = ()) -> bool:
-        """Return whether the process has computed, read or written since the last call.
-
-        Args:
-            aside: Threads that are not counted.
-        """
+        """Return whether the process has computed, read or written since the last call, threads `aside` apart."""
         (then, seconds_then, bytes_then) = self._work
         (now, seconds, moved) = self._work = (time.monotonic(), *_work(self._pid, aside))
         passed = max(now - then, 1e-3)

@@ -32,11 +32,7 @@ class ForeignOption:
 def apply_foreign_options(
     options: RunOptions, typed: Iterable[tuple[ForeignOption, Sequence[Any]]]
 ) -> RunOptions:
-    """Apply the options of other launchers to the options of `hvdtrain run`.
-
-    Args:
-        options: The options of `hvdtrain run`.
-        typed: Each foreign option with its values, one value or tuple of values per occurrence.
+    """Apply each option of another launcher, with its values per occurrence, to the options of `hvdtrain run`.
 
     Raises:
         LaunchError: For an option without an equivalent; the message contains the command to type.

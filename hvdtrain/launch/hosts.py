@@ -26,15 +26,12 @@ class Host:
 
 
 def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None) -> tuple[Host, ...]:
-    """Read the requested hosts, and check that they exist and have enough slots.
+    """Read the requested hosts, and check that they exist and have enough slots; return none if none are named.
 
     Args:
         named: The value of `-H`, such as "a:4,b:4".
         hostfile: A file with one host per line.
         ranks: The number of ranks to start; if None, as many as there are slots.
-
-    Returns:
-        The hosts in the given order; empty if neither was given.
 
     Raises:
         LaunchError: If both are given, or the hosts cannot be read, cannot be resolved or have too few slots.
@@ -53,13 +50,7 @@ def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None
 
 
 def check_hosts(hosts: Sequence[Host], source: str, ranks: int) -> None:
-    """Raise a LaunchError if hosts have too few slots or cannot be resolved.
-
-    Args:
-        hosts: The hosts.
-        source: Where the hosts were named, for the message.
-        ranks: The number of ranks to start.
-    """
+    """Raise a LaunchError if hosts, named in `source`, have too few slots or cannot be resolved."""
     slots = sum(host.slots for host in hosts)
     if slots < ranks:
         per_host = -(-ranks // len(hosts)) if hosts else ranks
@@ -89,13 +80,8 @@ def run_captured(
 ) -> subprocess.CompletedProcess[str]:
     """Run a program, such as `mpirun --version` or a step of srun, and return its output and exit code.
 
-    Args:
-        command: The program and its arguments.
-        environ: Its environment.
-        seconds: Time limit; None for no limit, for example while copying data.
-
     Raises:
-        LaunchError: If it cannot be started or does not end in time.
+        LaunchError: If it cannot be started, or does not end within `seconds`; None is no limit.
     """
     try:
         return subprocess.run(

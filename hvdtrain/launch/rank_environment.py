@@ -28,12 +28,7 @@ _YEAR = 365 * 86400  # the time limit that Slurm reports for a job without a lim
 def data_variable(source: str | None, environ: Mapping[str, str]) -> dict[str, str]:
     """Return HVDTRAIN_DATA, the variable that tells the script where its data will be.
 
-    Args:
-        source: The folder or file of --stage, visible on all nodes, or None.
-        environ: The environment. Outside a Slurm allocation nothing is copied: the script reads `source` itself.
-
-    Raises:
-        LaunchError: If `source` does not exist.
+    Outside a Slurm allocation nothing is copied: the script reads the folder or file of --stage itself.
     """
     if source is None:
         return {}
@@ -45,11 +40,7 @@ def data_variable(source: str | None, environ: Mapping[str, str]) -> dict[str, s
 
 @contextlib.contextmanager
 def staged(source: str | None, environ: Mapping[str, str]) -> Iterator[None]:
-    """Copy `source` to every node of the Slurm allocation, and remove the copies at the end of the block.
-
-    Raises:
-        LaunchError: If a node cannot copy it.
-    """
+    """Copy `source` to every node of the Slurm allocation, and remove the copies at the end of the block."""
     if source is None or not slurm.in_allocation(environ):
         yield
         return
@@ -64,17 +55,9 @@ def staged(source: str | None, environ: Mapping[str, str]) -> Iterator[None]:
 
 
 def deadline_variable(walltime: str | None, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return HVDTRAIN_DEADLINE, the variable that tells the ranks when they must have stopped.
+    """Return HVDTRAIN_DEADLINE, the variable that tells the ranks when they must have stopped, if there is a limit.
 
-    Args:
-        walltime: The value of --walltime, or None.
-        environ: The environment; it may contain variables of a Slurm job, or a deadline set by the user.
-
-    Returns:
-        The variable with the earliest of these times; empty if there is none.
-
-    Raises:
-        LaunchError: If `walltime` or the deadline set by the user is not a time.
+    It is the earliest of the end of --walltime, the end of the Slurm job, and a deadline set by the user.
     """
     ends = [_set_by_user(environ), slurm_end(environ)]
     ends += [time.time() + seconds(walltime)] if walltime is not None else []
@@ -86,9 +69,6 @@ def seconds(walltime: str) -> float:
     """Read a time as Slurm writes it: seconds, M:S, H:M:S, D-H, D-H:M or D-H:M:S.
 
     A single number means minutes for Slurm, but seconds here.
-
-    Raises:
-        LaunchError: If it is not a time, or zero.
     """
     matches = [match for form in _FORMS if (match := form.fullmatch(walltime.strip()))]
     parts = matches[0].groupdict() if matches else {}

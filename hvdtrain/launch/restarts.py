@@ -46,19 +46,11 @@ class RemainingHosts:
 
     ranks: int  # the number of ranks to start
     left: tuple[Host, ...] = ()  # the hosts to start them on; empty for all requested hosts
-    note: str = ""  # A message about hosts that do not answer; may be empty
+    note: str = ""  # a message about hosts that do not answer; may be empty
 
 
 def pause(environ: Mapping[str, str], restarts: int) -> float:
-    """Return the seconds to wait before a restart: 1, 2, 4, … and at most 60.
-
-    Args:
-        environ: The environment; HVDTRAIN_BACKOFF may set another number of seconds for the first restart.
-        restarts: The number of restarts so far.
-
-    Raises:
-        LaunchError: If HVDTRAIN_BACKOFF is not a number of seconds.
-    """
+    """Return the seconds to wait before a restart: HVDTRAIN_BACKOFF, doubled with each restart, at most 60."""
     text = settings.get(BACKOFF, environ)
     try:
         first = float(text)
@@ -72,12 +64,7 @@ def pause(environ: Mapping[str, str], restarts: int) -> float:
 def objection(starts: Sequence[Start], max_restarts: int) -> str | None:
     """Return why the job is not restarted.
 
-    Args:
-        starts: All starts so far.
-        max_restarts: The value of --max-restarts.
-
-    Returns:
-        A message, empty if no restart is needed or was requested; None if the job is to be restarted.
+    The message is empty if no restart is needed or was requested; None if the job is to be restarted.
     """
     last = starts[-1].ending
     if not max_restarts or not last.failed:

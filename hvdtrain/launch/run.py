@@ -62,12 +62,6 @@ class DoneFile:
     """A file that is written only if every rank has succeeded; batch scripts check it.
 
     Exit codes of MPI launchers are not reliable enough for that.
-
-    Args:
-        path: Path of the file.
-
-    Raises:
-        LaunchError: If the file cannot be written.
     """
 
     def __init__(self, path: str) -> None:

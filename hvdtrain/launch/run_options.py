@@ -87,12 +87,7 @@ def set_variables(options: RunOptions) -> dict[str, str]:
 
 
 def check_options(options: RunOptions, environ: Mapping[str, str]) -> None:
-    """Raise a LaunchError if an option is invalid or options contradict each other.
-
-    Args:
-        options: The options of `hvdtrain run`.
-        environ: The environment that the job inherits.
-    """
+    """Raise a LaunchError if an option is invalid or options contradict each other."""
     _check_script(options)
     _check_variables(options, environ)
     check_wrapping(options)

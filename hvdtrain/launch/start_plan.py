@@ -24,7 +24,7 @@ class Plan:
     settings: dict[str, str]  # variables to add to the environment
     # Addresses under which ranks on other hosts reach this host; empty if all ranks are on this host.
     addresses: list[str]
-    note: str = ""  # A message to print before the start; may be empty
+    note: str = ""  # a message to print before the start; may be empty
 
     def __str__(self) -> str:
         """Write the plan as a shell command line."""
@@ -68,11 +68,7 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
 
 
 def with_ranks(options: RunOptions, environ: Mapping[str, str]) -> RunOptions:
-    """Fill in the number of ranks if -np is missing: all slots of the hosts, or all tasks of the job.
-
-    Raises:
-        LaunchError: If there are neither hosts nor a job.
-    """
+    """Fill in the number of ranks if -np is missing: all slots of the hosts, or all tasks of the job."""
     if options.num_proc is not None:
         return options
     ranks = sum(host.slots for host in read_hosts(options.hosts, options.hostfile)) or slots_of_job(environ)
@@ -173,8 +169,7 @@ def _own_options(
 ) -> tuple[list[str], str]:
     """Return the options that only the launcher in use has (mpirun or srun), and a note about ignored options.
 
-    Raises:
-        LaunchError: For an option of the other launcher, unless it only binds ranks.
+    An option of the other launcher raises a LaunchError, unless it only binds ranks.
     """
     if start[0] == "srun":
         # --mca is passed as a variable (see set_variables).

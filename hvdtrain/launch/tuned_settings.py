@@ -141,11 +141,7 @@ def file_of(environ: Mapping[str, str] = os.environ) -> Path | None:
 
 
 def read(path: Path) -> list[Tuned]:
-    """Read the file; return an empty list if it does not exist.
-
-    Raises:
-        LaunchError: If the file cannot be read or has another format.
-    """
+    """Read the file; return an empty list if it does not exist, raise a LaunchError if it cannot be read."""
     try:
         return [_tuned(entry) for entry in json.loads(path.read_text(encoding="utf-8"))]
     except FileNotFoundError:
@@ -159,11 +155,7 @@ def read(path: Path) -> list[Tuned]:
 
 
 def write(path: Path, tuned: Tuned) -> None:
-    """Replace the entry of a place in the file; an entry without settings is removed.
-
-    Raises:
-        LaunchError: If the file cannot be written, or its present content has another format.
-    """
+    """Replace the entry of a place in the file; an entry without settings is removed."""
     entries = [entry for entry in read(path) if entry.place != tuned.place]
     found = [asdict(entry) for entry in (*entries, tuned) if entry.settings]
     try:
@@ -176,11 +168,7 @@ def write(path: Path, tuned: Tuned) -> None:
 
 
 def for_place(place: Place, environ: Mapping[str, str]) -> tuple[dict[str, str], str]:
-    """Return the settings found for a place, without those that the user has set, and a message about them.
-
-    Raises:
-        LaunchError: If the file cannot be read, or HVDTRAIN_TUNED names a file that does not exist.
-    """
+    """Return the settings found for a place, without those that the user has set, and a message about them."""
     path = file_of(environ)
     if path is None:
         return {}, ""

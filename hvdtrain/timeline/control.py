@@ -52,11 +52,7 @@ def stop_timeline() -> None:
 
 
 def start_if_asked(environ: Mapping[str, str] = os.environ) -> None:
-    """Start the timeline that the environment asks for; if it cannot be written, print why and continue.
-
-    Args:
-        environ: The environment with HVDTRAIN_TIMELINE or HOROVOD_TIMELINE, a path or DYNAMIC.
-    """
+    """Start the timeline that the environment asks for; if it cannot be written, print why and continue."""
     path = _first(environ, _PATHS)
     if path in ("", _DYNAMIC):
         return

@@ -62,12 +62,7 @@ def merge(files: Sequence[str], output: str | None = None) -> int:
 
 
 def verdict(waits: Mapping[int, Waiting], recorded: float) -> str:
-    """Return one sentence on whether a rank keeps the others waiting.
-
-    Args:
-        waits: Time that the others waited for each rank.
-        recorded: Duration of the recording in microseconds.
-    """
+    """Return one sentence on whether a rank keeps the others waiting, in a recording of so many microseconds."""
     rank = max(waits, key=lambda rank: waits[rank].micros)
     worst = waits[rank]
     if worst.times == 0 or worst.micros < NOTABLE * recorded:

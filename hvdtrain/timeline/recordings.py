@@ -62,12 +62,7 @@ def files_of_other_ranks(first: Path) -> list[Path]:
 
 
 def load(path: Path) -> RankTimeline:
-    """Read the file of one rank.
-
-    Raises:
-        OSError: If the file cannot be read.
-        TraceError: If it is not the timeline of a rank, or is damaged.
-    """
+    """Read the file of one rank; raise a TraceError if it is not a timeline of hvdtrain or is damaged."""
     header, *events = read_trace(path) or [{}]
     try:
         args = header["args"]
@@ -89,11 +84,7 @@ def read_trace(path: Path) -> list[Event]:
     """Read the events of a trace in array form.
 
     If the writer was killed, the last event may be incomplete or the closing bracket missing; all complete events
-    are returned.
-
-    Raises:
-        OSError: If the file cannot be read.
-        TraceError: If it is empty, is not a trace, or is damaged before its last event.
+    are returned. A file that is empty, no trace, or damaged before its last event raises a TraceError.
     """
     text = path.read_text(encoding="utf-8", errors="replace").strip("\0 \t\r\n")
     if not text:
@@ -119,16 +110,9 @@ def native_events(path: Path, start: float, rows: int) -> list[Event]:
     """Read the events that Horovod's core has recorded, converted for one of our own files.
 
     Args:
-        path: The file that Horovod wrote.
-        start: When our file starts, in microseconds since the epoch.
+        path: The file that Horovod wrote; any other file raises a TraceError.
+        start: When our file starts, in microseconds since the epoch; the times become relative to it.
         rows: Number of rows in our file; the rows of Horovod are numbered after them.
-
-    Returns:
-        The events with times relative to `start`, each of category "horovod".
-
-    Raises:
-        OSError: If the file cannot be read.
-        TraceError: If it is not a file of Horovod's core.
     """
     events = read_trace(path) if path.stat().st_size else []
     if not events:
@@ -164,12 +148,7 @@ def aligned_starts(timelines: Sequence[RankTimeline]) -> list[float]:
 
 
 def to_trace_events(timeline: RankTimeline, start: float) -> list[Event]:
-    """Return the events of a trace in which the rank is a process and each of its tensors a row.
-
-    Args:
-        timeline: The recording.
-        start: Its start on the time axis of the trace, in microseconds.
-    """
+    """Return the events of a trace, in which the rank begins at `start`, is a process, and has a row per tensor."""
     process, tensors = timeline.rank, timeline.tensors
     rows: dict[tuple[int, int], int] = {}
     events: list[Event] = []

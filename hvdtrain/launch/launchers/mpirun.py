@@ -113,9 +113,6 @@ class Launcher:
             ranks: The number of ranks to start.
             hosts: The hosts; empty for this host.
             forwarded: The variables to forward to other hosts; empty if all ranks are on this host.
-
-        Raises:
-            LaunchError: If this MPI has no option for these hosts.
         """
         command = [self.program, "-np", str(ranks), *self.mpi.unbound, *self._host_options(hosts)]
         if forwarded:
@@ -141,9 +138,6 @@ class Launcher:
 
 def find(environ: Mapping[str, str] = os.environ) -> Launcher | None:
     """Find an MPI launcher: first in the folder of this Python, so that a venv need not be activated.
-
-    Returns:
-        The launcher, or None if this machine has none.
 
     Raises:
         LaunchError: If a launcher is found whose `--version` names no known MPI.

@@ -31,11 +31,7 @@ class Job:
         return sum(host.slots for host in self.hosts)
 
     def hosts_for(self, ranks: int) -> tuple[Host, ...]:
-        """Return the hosts on which to start ranks; empty if this host is the only one.
-
-        Raises:
-            LaunchError: If a host cannot be resolved, or several hosts have too few slots.
-        """
+        """Check the hosts, and return those on which to start ranks; empty if this host is the only one."""
         if len(self.hosts) == 1 and all_local(self.hosts):
             return ()  # any number of ranks may start here: a job may have one slot with many cores
         check_hosts(self.hosts, self.source, ranks)
@@ -43,11 +39,7 @@ class Job:
 
 
 def find_job(environ: Mapping[str, str] = os.environ) -> Job | None:
-    """Return the job that the environment describes, or None if no variable of the table is set.
-
-    Raises:
-        LaunchError: If its hosts cannot be read.
-    """
+    """Return the job that the environment describes, or None if no variable of the table is set."""
     for scheduler in SCHEDULERS:
         value = environ.get(scheduler.variable)
         if value:

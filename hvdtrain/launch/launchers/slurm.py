@@ -125,11 +125,7 @@ def pmi_types(environ: Mapping[str, str]) -> set[str]:
 
 
 def nodes(environ: Mapping[str, str]) -> tuple[Host, ...]:
-    """Return the nodes of the allocation with the number of tasks of each.
-
-    Raises:
-        LaunchError: If Slurm does not report a number of tasks for each node.
-    """
+    """Return the nodes of the allocation with the number of tasks of each."""
     done = run_captured(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")], environ, 60)
     names = done.stdout.split()
     # "2(x3),1" is two tasks on each of three nodes, and one on the last.

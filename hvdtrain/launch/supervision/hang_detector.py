@@ -67,10 +67,7 @@ class HangDetector:
         self._reported_at = self._began = 0.0
 
     def check(self, now: float) -> bool:
-        """Judge the present state; to be called often.
-
-        Args:
-            now: The time on this host's monotonic clock, in seconds.
+        """Judge the state at a time on this host's monotonic clock; to be called often.
 
         Returns:
             Whether the job must end; the rank that the others wait for has then failed in the verdict.

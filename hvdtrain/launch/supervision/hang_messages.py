@@ -46,11 +46,7 @@ def all_stacks(ranks: Sequence[RankState], waits: Waits) -> str:
 
 
 def innermost_file(stacks: str) -> str:
-    """Return the file of the innermost call of the main thread; empty if unknown.
-
-    Args:
-        stacks: The output of faulthandler for all threads.
-    """
+    """Return the file of the innermost call of the main thread in the output of faulthandler; empty if unknown."""
     threads = _threads(stacks)
     return _file(_main(threads)) if threads else ""
 

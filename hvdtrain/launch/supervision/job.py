@@ -29,11 +29,7 @@ KEPT = 1 << 16  # bytes kept of the MPI launcher's own output
 
 
 class Interrupted(BaseException):
-    """Raised when a signal asks this process to end while no ranks are running.
-
-    Args:
-        number: The number of the signal.
-    """
+    """Raised when a signal asks this process to end while no ranks are running."""
 
     def __init__(self, number: int) -> None:
         super().__init__(number)
@@ -83,14 +79,10 @@ class Job:
         self._relays_stdout = False
 
     def run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Start the command and wait until all its processes have ended.
-
-        Args:
-            command: The MPI launcher with its options and the command of a rank.
-            environ: Its environment, to which the server's address is added.
+        """Start the MPI launcher and wait until all its processes have ended.
 
         Returns:
-            The exit code of the MPI launcher, or minus the number of the signal that ended it.
+            Its exit code, or minus the number of the signal that ended it.
         """
 
         def record(number: int, frame: FrameType | None) -> None:

@@ -22,7 +22,7 @@ class Ending:
     code: int  # the exit code
     # The last message on the screen; it ends with the traceback of the rank that failed first.
     message: str = ""
-    summary: str = "done"  # A summary in a few words
+    summary: str = "done"  # a summary in a few words
     rank: int | None = None  # the rank that failed first, or None
     step: int | None = None  # the step of that rank, counted over the whole training; None if it is not known
     trace: str = ""  # its traceback

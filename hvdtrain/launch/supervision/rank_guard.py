@@ -121,11 +121,7 @@ class Guard:
         self._listen()
 
     def watch(self) -> int:
-        """Relay output and signals until the rank has ended.
-
-        Returns:
-            The exit code of the rank, or minus the number of the signal that ended it.
-        """
+        """Relay output and signals until the rank has ended; return its exit code, or minus its signal."""
         while self._status is None:
             for key, _ in self._selector.select(timeout=0.1):
                 key.data()

@@ -66,25 +66,14 @@ class RankState:
 
 
 class Verdict:
-    """The result of a job, from the reports of the guards.
-
-    Args:
-        size: The number of ranks of the job.
-    """
+    """The result of a job, from the reports of the guards."""
 
     def __init__(self, size: int) -> None:
         self.ranks = [RankState() for _ in range(size)]
         self.first: int | None = None
 
     def note(self, number: int, kind: bytes, payload: bytes, now: float = 0.0) -> None:
-        """Record one event; the first failure is considered the cause of all later failures.
-
-        Args:
-            number: The rank.
-            kind: The kind of a frame, or CLOSED.
-            payload: The content of the frame.
-            now: When it was received; the position of a rank needs it.
-        """
+        """Record a frame, or the end of a connection; the first failure counts as the cause of all others."""
         if not 0 <= number < len(self.ranks):
             return
         rank = self.ranks[number]
