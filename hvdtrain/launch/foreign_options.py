@@ -60,20 +60,16 @@ def _with(options: RunOptions, *variables: str) -> RunOptions:
     return replace(options, variables=(*options.variables, *variables))
 
 
-def _variable(name: str) -> Meaning:
-    return lambda options, value: _with(options, f"{name}={value}")
+def _variable(*names: str, read: Callable[[str], Any] = str) -> Meaning:
+    return lambda options, value: _with(options, *(f"{name}={read(value)}" for name in names))
 
 
 def _variables(*values: str) -> Meaning:
     return lambda options: _with(options, *values)
 
 
-def _megabytes(name: str) -> Meaning:
-    return lambda options, value: _with(options, f"{name}={int(float(value) * 2**20)}")
-
-
-def _interface(options: RunOptions, names: str) -> RunOptions:
-    return _with(options, *(f"{name}={names}" for name in INTERFACE))
+def _megabytes(text: str) -> int:
+    return int(float(text) * 2**20)
 
 
 def _to_mpirun(name: str) -> Meaning:
@@ -186,12 +182,12 @@ FOREIGN = (
     ForeignOption(
         ("--log-without-timestamp", "--log-hide-timestamp"), 0, _variables("HOROVOD_LOG_HIDE_TIME=1")
     ),
-    ForeignOption(("--fusion-threshold-mb",), 1, _megabytes("HOROVOD_FUSION_THRESHOLD")),
+    ForeignOption(("--fusion-threshold-mb",), 1, _variable("HOROVOD_FUSION_THRESHOLD", read=_megabytes)),
     # Then neither NCCL nor Open MPI uses InfiniBand.
     ForeignOption(
         ("--tcp",), 0, _variables("NCCL_IB_DISABLE=1", "OMPI_MCA_pml=ob1", "OMPI_MCA_btl=^openib,uct,ofi")
     ),
-    ForeignOption(("--network-interface", "--network-interfaces", "-iface"), 1, _interface),
+    ForeignOption(("--network-interface", "--network-interfaces", "-iface"), 1, _variable(*INTERFACE)),
     ForeignOption(("-x",), 1, _with),
     ForeignOption(("-genv", "-env"), 2, lambda options, name, value: _with(options, f"{name}={value}")),
     *(

@@ -1,7 +1,6 @@
 """Prepare what the ranks find when they start: data on their local disks, and when they must stop."""
 
 import contextlib
-import os
 import re
 import shlex
 import time
@@ -81,7 +80,7 @@ def seconds(walltime: str) -> float:
     return total
 
 
-def slurm_end(environ: Mapping[str, str] = os.environ) -> float | None:
+def slurm_end(environ: Mapping[str, str]) -> float | None:
     """Return when Slurm will end this job, in seconds since 1970; None outside of a job or without a time limit."""
     if not slurm.in_allocation(environ):
         return None

@@ -89,7 +89,9 @@ def set_variables(options: RunOptions) -> dict[str, str]:
 def check_options(options: RunOptions, environ: Mapping[str, str]) -> None:
     """Raise a LaunchError if an option is invalid or options contradict each other."""
     _check_script(options)
-    _check_variables(options, environ)
+    for word in options.variables:
+        if "=" not in word and word not in environ:
+            raise LaunchError(f"-x {word}: no variable of this name is set here; type -x {word}=value.")
     check_wrapping(options)
     _check_numbers(options)
 
@@ -119,12 +121,6 @@ def _check_numbers(options: RunOptions) -> None:
         )
     if not 1 <= fewest <= ranks:
         raise LaunchError(f"--min-np {fewest} must be from 1 to the {ranks} ranks of -np.")
-
-
-def _check_variables(options: RunOptions, environ: Mapping[str, str]) -> None:
-    for word in options.variables:
-        if "=" not in word and word not in environ:
-            raise LaunchError(f"-x {word}: no variable of this name is set here; type -x {word}=value.")
 
 
 def _check_script(options: RunOptions) -> None:

@@ -4,7 +4,6 @@ Slurm is not in the table: it starts the ranks itself (see slurm.py).
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -38,7 +37,7 @@ class Job:
         return self.hosts
 
 
-def find_job(environ: Mapping[str, str] = os.environ) -> Job | None:
+def find_job(environ: Mapping[str, str]) -> Job | None:
     """Return the job that the environment describes, or None if no variable of the table is set."""
     for scheduler in SCHEDULERS:
         value = environ.get(scheduler.variable)

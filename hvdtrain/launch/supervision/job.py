@@ -162,12 +162,16 @@ class Job:
 
     def _end_in(self, seconds: float) -> None:
         """Plan the end of the job: SIGTERM, SIGKILL, give up. A plan that exists already is kept."""
+
+        def give_up() -> None:
+            self._given_up = True
+
         if not self._planned and not self._given_up:
             now = time.monotonic()
             self._planned = [
                 (now + seconds, lambda: self._end(signal.SIGTERM)),
                 (now + seconds + 3, lambda: self._end(signal.SIGKILL)),
-                (now + seconds + 4, self._give_up),
+                (now + seconds + 4, give_up),
             ]
 
     def _end_patiently(self) -> None:
@@ -185,9 +189,6 @@ class Job:
 
         if not self._planned and not self._given_up:
             check()
-
-    def _give_up(self) -> None:
-        self._given_up = True
 
     def _end(self, number: int) -> None:
         """Order the guards to end their ranks, and send a signal to the MPI launcher."""

@@ -130,7 +130,9 @@ class Guard:
                 self._monitor.check()
             if self._kill_at and time.monotonic() > self._kill_at:
                 self._signal(signal.SIGKILL)
-            self._reap()
+            ended, status = os.waitpid(self._child, os.WNOHANG)
+            if ended:
+                self._status = os.waitstatus_to_exitcode(status)
         self._read_reports()
         self._read_crash()
         self._monitor.send_last()
@@ -236,8 +238,3 @@ class Guard:
     def _signal(self, number: int) -> None:
         if self._status is None:
             os.kill(self._child, number)
-
-    def _reap(self) -> None:
-        pid, status = os.waitpid(self._child, os.WNOHANG)
-        if pid:
-            self._status = os.waitstatus_to_exitcode(status)
