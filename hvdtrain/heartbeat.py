@@ -1,4 +1,4 @@
-"""Record the progress of this rank in a page of memory shared with its guard process.
+"""Record the progress of this rank in a page of memory shared with its guard process; read the limits of waits.
 
 The guard can read the page even while the rank is blocked in native code. Writing to it costs less than a
 microsecond and sends no message.
@@ -11,7 +11,9 @@ import threading
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
-from types import TracebackType
+from pathlib import Path
+
+from hvdtrain import settings
 
 SIZE = 4096
 
@@ -24,7 +26,6 @@ _PATIENCE = struct.Struct("=d")
 _ASIDE = struct.Struct("=32i")  # threads whose CPU time is no sign of progress
 _LISTENER = struct.Struct("=i")  # the thread that receives the signal which requests stacks
 _PLACE_AT, _PATIENCE_AT, _ASIDE_AT, _WATCHED_AT, _LISTENER_AT = 512, 768, 1024, 2048, 2052
-_NOWHERE = -1
 
 # A rank is forked from its guard after `share()`, so both have the same page. Any other process has a private page.
 _page: mmap.mmap | bytearray = bytearray(SIZE)
@@ -32,64 +33,70 @@ _waits = 0
 
 
 @dataclass(frozen=True)
-class Note:
-    """The content of a page.
+class Position:
+    """What a rank records about itself and its guard reports to the launcher."""
 
-    Args:
-        epoch: The epoch, counted from 0 as Keras does; None outside of `fit`.
-        step: The training step that the rank is in or has just finished, counted from 1 over the whole training
-            including the steps before a resume; None if steps are not counted.
-        doing: The collective in which the rank waits, or a description of its other work; may be empty.
-        since: When the wait began, in seconds on this host's monotonic clock; None if the rank does not wait.
-        loose: True if the wait may already be over, because Horovod's core does not report its end.
-        among: The participating ranks, as text; empty for all ranks.
-        waits: The number of waits so far.
-        patience: How many seconds the rank needs to end by itself.
-        aside: The threads whose CPU time is no sign of progress.
-        listener: The thread that receives the signal which requests stacks; 0 if there is none.
-    """
-
-    epoch: int | None = None
+    epoch: int | None = None  # the epoch, counted from 0 as Keras does; None outside of `fit`
+    # The training step that the rank is in or has just finished, counted from 1 over the whole training
+    # including the steps before a resume; None if steps are not counted.
     step: int | None = None
+    # The collective in which the rank waits, or a description of its other work; may be empty.
     doing: str = ""
-    since: float | None = None
+    # True if the wait may already be over, because Horovod's core does not report its end.
     loose: bool = False
-    among: str = ""
-    waits: int = 0
-    patience: float = 0.0
-    aside: tuple[int, ...] = ()
-    listener: int = 0
+    among: str = ""  # the participating ranks, as text; empty for all ranks
+    waits: int = 0  # the number of waits so far
+    patience: float = 0.0  # how many seconds the rank needs to end by itself
 
 
 @dataclass(frozen=True)
-class Beat:
-    """The progress of a rank and the state of its process, as its guard reports them to the launcher.
+class Note(Position):
+    """The content of a page."""
 
-    Args:
-        epoch: As in `Note`.
-        step: As in `Note`.
-        doing: As in `Note`.
-        waiting: For how many seconds the rank has waited in `doing`; None if it does not wait.
-        loose: As in `Note`.
-        among: As in `Note`.
-        waits: As in `Note`.
-        patience: As in `Note`.
-        pid: Process id of the rank.
-        state: The kernel's letter for the state of the process: R, S, D, T …
-        busy: Whether the rank makes steps, computes, reads or writes.
-    """
+    # When the wait began, in seconds on this host's monotonic clock; None if the rank does not wait.
+    since: float | None = None
+    aside: tuple[int, ...] = ()  # the threads whose CPU time is no sign of progress
+    listener: int = 0  # the thread that receives the signal which requests stacks; 0 if there is none
 
-    epoch: int | None = None
-    step: int | None = None
-    doing: str = ""
+
+@dataclass(frozen=True)
+class Beat(Position):
+    """The position of a rank and the state of its process, as its guard reports them."""
+
+    # For how many seconds the rank has waited in `doing`; None if it does not wait.
     waiting: float | None = None
-    loose: bool = False
-    among: str = ""
-    waits: int = 0
-    patience: float = 0.0
-    pid: int = 0
-    state: str = ""
-    busy: bool = True
+    pid: int = 0  # process id of the rank
+    state: str = ""  # the kernel's letter for the state of the process: R, S, D, T …
+    busy: bool = True  # whether the rank makes steps, computes, reads or writes
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Time limits for ranks that wait for one another."""
+
+    report: float = 60.0  # seconds after which a message says which rank waits for which; 0 is never
+    abort: float = 600.0  # seconds after which the job is ended; 0 is never
+
+    @classmethod
+    def read(cls) -> "Limits":
+        """Read HVDTRAIN_STALL_SECONDS and HVDTRAIN_STALL_ABORT_SECONDS.
+
+        Raises:
+            ValueError: If one of them is not a number of seconds.
+        """
+        report, abort = _seconds("HVDTRAIN_STALL_SECONDS"), _seconds("HVDTRAIN_STALL_ABORT_SECONDS")
+        return cls(report, max(abort, report) if abort else 0.0)
+
+    @property
+    def interval(self) -> float:
+        """The interval in seconds at which a guard checks its rank."""
+        return min(max(self.report / 4, 0.2), 5.0) if self.report else 5.0
+
+
+def stack_file(whose: str = "") -> Path:
+    """Return the file for the stacks of a job, or of the rank that `whose` names, in HVDTRAIN_STALL_DIR."""
+    folder = Path(settings.get("HVDTRAIN_STALL_DIR"))
+    return folder.absolute() / f"hvdtrain-stall-{os.environ.get('SLURM_JOB_ID') or os.getpid()}{whose}.txt"
 
 
 class Waiting:
@@ -108,9 +115,7 @@ class Waiting:
     def __enter__(self) -> None:
         _begin(self._description, self._among, False)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         _SINCE.pack_into(_page, 0, 0.0)
 
 
@@ -128,17 +133,14 @@ def at(epoch: int | None, step: int | None, doing: str = "") -> None:
         doing: Description of the current work, if its stack does not show it.
     """
     _SINCE.pack_into(_page, 0, 0.0)
-    place = (_NOWHERE if epoch is None else epoch, _NOWHERE if step is None else step)
-    _PLACE.pack_into(_page, _PLACE_AT, *(number + 1 for number in place), doing.encode())
+    place = [0 if number is None else number + 1 for number in (epoch, step)]
+    _PLACE.pack_into(_page, _PLACE_AT, *place, doing.encode())
 
 
 def ask_patience(seconds: float) -> None:
-    """Request time for this rank to end by itself after SIGTERM, because it must write something first.
+    """Request seconds for this rank to end by itself after SIGTERM, because it must write something; 0 cancels.
 
     The launcher and the guards wait for the longest time that any rank has requested before they kill ranks.
-
-    Args:
-        seconds: The requested time; 0 cancels the request.
     """
     _PATIENCE.pack_into(_page, _PATIENCE_AT, seconds)
 
@@ -213,12 +215,24 @@ def _decode(raw: bytes) -> str:
     return raw.rstrip(b"\0").decode(errors="ignore")
 
 
-def _use_private_page() -> None:
-    """Give this process a private page, so that a data loader's worker does not write to the page of its rank."""
-    global _page
-    _page = bytearray(SIZE)
-
-
 def keep_workers_away() -> None:
-    """Give every process that is forked from now on a private page."""
-    os.register_at_fork(after_in_child=_use_private_page)
+    """Give every process that is forked from now on, such as a data loader's worker, a private page."""
+
+    def use_private_page() -> None:
+        global _page
+        _page = bytearray(SIZE)
+
+    os.register_at_fork(after_in_child=use_private_page)
+
+
+def _seconds(name: str) -> float:
+    given, default = settings.get(name), settings.get(name, {})
+    try:
+        seconds = float(given)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds < float("inf"):
+        raise ValueError(
+            f"{name} must be a number of seconds, 0 for never. Received: {given!r}. The default is {default}."
+        )
+    return seconds

@@ -15,22 +15,14 @@ _STILL = 16384
 
 
 class Life:
-    """Measure whether a process or its child processes have done any work since the last call.
-
-    Args:
-        pid: Process id.
-    """
+    """Measure whether a process or its child processes have done any work since the last call."""
 
     def __init__(self, pid: int) -> None:
         self._pid = pid
         self._work: tuple[float, float, float] = (time.monotonic(), *_work(pid, ()))
 
     def busy(self, aside: Collection[int] = ()) -> bool:
-        """Return whether the process has computed, read or written since the last call.
-
-        Args:
-            aside: Threads that are not counted.
-        """
+        """Return whether the process has computed, read or written since the last call, threads `aside` apart."""
         (then, seconds_then, bytes_then) = self._work
         (now, seconds, moved) = self._work = (time.monotonic(), *_work(self._pid, aside))
         passed = max(now - then, 1e-3)
@@ -39,24 +31,20 @@ class Life:
 
 def state(pid: int) -> str:
     """Return the kernel's letter for the state of a process: R running, S sleeping, D device wait, T stopped."""
-    fields = _fields(Path(f"/proc/{pid}/stat"))
-    return fields[0] if fields else ""
+    return next(iter(_fields(Path(f"/proc/{pid}/stat"))), "")
 
 
 def waits_in(pid: int) -> str:
     """Return the kernel function in which a process sleeps, such as nfs_wait; empty if unknown."""
-    with contextlib.suppress(OSError):
-        where = Path(f"/proc/{pid}/wchan").read_text().strip()
-        return "" if where == "0" else where
-    return ""
+    where = _read(Path(f"/proc/{pid}/wchan")).strip()
+    return "" if where == "0" else where
 
 
 def catches(pid: int, number: int) -> bool:
     """Return whether a process has a handler for a signal that would otherwise end it."""
-    with contextlib.suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-            if line.startswith("SigCgt:"):
-                return bool(int(line.split()[1], 16) >> (number - 1) & 1)
+    for line in _read(Path(f"/proc/{pid}/status")).splitlines():
+        if line.startswith("SigCgt:"):
+            return bool(int(line.split()[1], 16) >> (number - 1) & 1)
     return False
 
 
@@ -81,36 +69,28 @@ def _work(pid: int, aside: Collection[int]) -> tuple[float, float]:
     ticks = sum(map(int, _fields(folder / "stat")[11:15]))
     moved = _moved_bytes(folder / "io")
     for thread in aside:
-        ticks -= _ticks(folder / "task" / str(thread))
+        ticks -= sum(map(int, _fields(folder / "task" / str(thread) / "stat")[11:13]))
         moved -= _moved_bytes(folder / "task" / str(thread) / "io")
     seconds, total = ticks / _TICKS, float(moved)
     for thread in threads(pid):
-        for child in _children(folder / "task" / str(thread)):
-            child_seconds, child_moved = _work(child, ())
+        for child in _read(folder / "task" / str(thread) / "children").split():
+            child_seconds, child_moved = _work(int(child), ())
             seconds += child_seconds
             total += child_moved
     return seconds, total
 
 
-def _ticks(folder: Path) -> int:
-    return sum(map(int, _fields(folder / "stat")[11:13]))
+def _read(path: Path) -> str:
+    """Return the text of a file; empty if the process has ended."""
+    with contextlib.suppress(OSError):
+        return path.read_text(errors="replace")
+    return ""
 
 
 def _fields(stat: Path) -> list[str]:
     """Read the fields after the program name, which may contain spaces and parentheses."""
-    try:
-        return stat.read_text(errors="replace").rpartition(")")[2].split()
-    except OSError:
-        return []
+    return _read(stat).rpartition(")")[2].split()
 
 
 def _moved_bytes(io: Path) -> int:
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        return sum(int(line.split()[1]) for line in io.read_text().splitlines()[:2])
-    return 0
-
-
-def _children(folder: Path) -> list[int]:
-    with contextlib.suppress(OSError, ValueError):
-        return [int(word) for word in (folder / "children").read_text().split()]
-    return []
+    return sum(int(line.split()[1]) for line in _read(io).splitlines()[:2])

@@ -45,11 +45,7 @@ def check_arguments(usage: str, arguments: Sequence[str]) -> None:
 
 
 def shorten_tracebacks(advice: Callable[[BaseException], str] = lambda error: "") -> None:
-    """Make the traceback of an uncaught error begin in the script.
-
-    Args:
-        advice: Returns what to print after the traceback, or nothing.
-    """
+    """Make the traceback of an uncaught error begin in the script, and print the advice for that error after it."""
     show = sys.excepthook
 
     def show_users_part(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -66,9 +62,6 @@ def users_part(error: BaseException) -> TracebackType | None:
     """Return an error's traceback, starting at the user's script, without frames of hvdtrain in between.
 
     Frames of hvdtrain are kept at the end, if hvdtrain itself has raised the error.
-
-    Args:
-        error: The exception that `run` has raised.
     """
     traces = _frames(error.__traceback__)
     begun = [*itertools.dropwhile(lambda trace: _in(trace, _PACKAGE, "<frozen "), traces)]

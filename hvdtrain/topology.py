@@ -25,39 +25,25 @@ class Launcher:
     only_if: str | None = None
 
 
+def _named_alike(name: str, prefix: str) -> Launcher:
+    return Launcher(name, *(f"{prefix}_{word}" for word in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")))
+
+
 # The first row whose variables are all set wins. Slurm comes late because mpirun inside an allocation
 # starts its daemons with srun, whose variables the ranks then inherit.
 LAUNCHERS = (
-    Launcher(
-        "Open MPI",
-        "OMPI_COMM_WORLD_RANK",
-        "OMPI_COMM_WORLD_SIZE",
-        "OMPI_COMM_WORLD_LOCAL_RANK",
-        "OMPI_COMM_WORLD_LOCAL_SIZE",
-    ),
-    Launcher(
-        "MVAPICH",
-        "MV2_COMM_WORLD_RANK",
-        "MV2_COMM_WORLD_SIZE",
-        "MV2_COMM_WORLD_LOCAL_RANK",
-        "MV2_COMM_WORLD_LOCAL_SIZE",
-    ),
+    _named_alike("Open MPI", "OMPI_COMM_WORLD"),
+    _named_alike("MVAPICH", "MV2_COMM_WORLD"),
     Launcher("PALS", "PALS_RANKID", "PMI_SIZE", "PALS_LOCAL_RANKID", "PALS_LOCAL_SIZE"),
     Launcher("Intel MPI or MPICH", "PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
     Launcher("Flux", "FLUX_TASK_RANK", "FLUX_JOB_SIZE", "FLUX_TASK_LOCAL_ID"),
     Launcher("jsrun", "JSM_NAMESPACE_RANK", "JSM_NAMESPACE_SIZE", "JSM_NAMESPACE_LOCAL_RANK"),
     Launcher(
-        "Slurm",
-        "SLURM_PROCID",
-        "SLURM_STEP_NUM_TASKS",
-        "SLURM_LOCALID",
-        "SLURM_STEP_TASKS_PER_NODE",
+        *("Slurm", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
         only_if="SLURM_STEP_ID",
     ),
     Launcher("PMIx", "PMIX_RANK", None),
-    Launcher(
-        "horovodrun over Gloo", "HOROVOD_RANK", "HOROVOD_SIZE", "HOROVOD_LOCAL_RANK", "HOROVOD_LOCAL_SIZE"
-    ),
+    _named_alike("horovodrun over Gloo", "HOROVOD"),
 )
 
 
@@ -73,14 +59,10 @@ class Place:
 
 
 def detect(environ: Mapping[str, str] = os.environ) -> Place | None:
-    """Return the rank and size of this process, if a launcher has started it as one of several.
-
-    Args:
-        environ: The environment to read; that of this process by default.
+    """Return rank and size of this process according to the first matching row of `LAUNCHERS`.
 
     Returns:
-        The place according to the first matching row of `LAUNCHERS`, or None if no row matches, as after a
-        plain `python script.py`.
+        The place, or None if no row matches, as after a plain `python script.py`.
     """
     for launcher in LAUNCHERS:
         needed = (launcher.rank, launcher.size, launcher.only_if)
@@ -98,11 +80,7 @@ def detect(environ: Mapping[str, str] = os.environ) -> Place | None:
 def slurm_tasks(environ: Mapping[str, str] = os.environ) -> int:
     """Return the number of tasks of the Slurm job in which this process runs, whatever started the process.
 
-    Args:
-        environ: The environment to read; that of this process by default.
-
-    Returns:
-        The number of tasks that were requested, or one per node; 0 outside of a Slurm job.
+    It is the number of tasks that were requested, or one per node; 0 outside of a Slurm job.
     """
     if "SLURM_JOB_ID" not in environ:
         return 0

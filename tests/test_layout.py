@@ -45,7 +45,7 @@ IMPORTS = {
     "horovod_build": {"collectives", "safe_path"},
     "launch": {
         *("as_horovod", "collectives", "cores", "heartbeat", "patching", "process_activity", "safe_path"),
-        *("script", "settings", "stop_request", "timeouts", "topology"),
+        *("script", "settings", "stop_request", "topology"),
     },
     # What scripts import, and the ways of running scripts that were not written for hvdtrain.
     "as_horovod": {"keras", "patching", "runtime", "safe_path", "script", "tensorflow", "topology"},
@@ -78,7 +78,6 @@ IMPORTS = {
         "messages",
         "process_activity",
         "settings",
-        "timeouts",
         "topology",
     },
     "backends": {"collectives", "gradients"},
@@ -86,7 +85,7 @@ IMPORTS = {
     "collectives": {"heartbeat", "messages", "process_activity", "settings"},
     "checkpoints": set(),
     "cores": set(),
-    "heartbeat": set(),
+    "heartbeat": {"settings"},
     "messages": set(),
     "patching": set(),
     "process_activity": set(),
@@ -94,7 +93,6 @@ IMPORTS = {
     "script": set(),
     "settings": set(),
     "stop_request": set(),
-    "timeouts": {"settings"},
     "topology": set(),
 }
 

@@ -18,7 +18,7 @@ from typing import Any, final
 from hvdtrain import safe_path
 from hvdtrain.bench import rank_agent
 from hvdtrain.launch.supervision import protocol
-from hvdtrain.launch.supervision.guard_server import CLOSED, Server
+from hvdtrain.launch.supervision.protocol import CLOSED, Server
 
 START_SECONDS = 120.0  # for a job to start its ranks
 LATE_SECONDS = 2.0  # for a failed rank to report its failure, after the connection of another rank was closed

@@ -12,7 +12,7 @@ from rich.console import Console
 from hvdtrain.bench.report import Report, ReportError
 from hvdtrain.bench.scheduler import FAILED, Progress
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
+from hvdtrain.launch.supervision.job import Interrupted, hearing
 
 MIN_WIDTH = 120  # columns, if the output is not a terminal
 

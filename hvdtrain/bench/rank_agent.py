@@ -20,7 +20,7 @@ from typing import IO, Any, final
 
 from hvdtrain import safe_path, topology
 from hvdtrain.launch.start_plan import clean_environ
-from hvdtrain.launch.supervision import protocol, rank_guard
+from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.console import NOISE
 from hvdtrain.launch.supervision.rank_main import PR_SET_PDEATHSIG
 
@@ -42,9 +42,9 @@ _TUNING = re.compile(
 def main() -> None:
     """Connect to the benchmark's process and obey it until it ends."""
     place = topology.detect()
-    # `connect` of the rank guard reads the address from the launcher's variable.
+    # `protocol.connect` reads the address from the launcher's variable.
     os.environ[protocol.ADDRESS] = os.environ.pop(ADDRESS)
-    sock = rank_guard.connect()
+    sock = protocol.connect()
     if sock is None:
         sys.exit(
             f"hvdtrain bench cannot be reached from {socket.gethostname()} at {os.environ[protocol.ADDRESS]}; "
@@ -58,7 +58,7 @@ def main() -> None:
         "port": _free_port(),
         "cpus": sorted(os.sched_getaffinity(0)),
     }
-    rank_guard.Connection(sock).send(protocol.HELLO, json.dumps(info).encode())
+    protocol.Connection(sock).send(protocol.HELLO, json.dumps(info).encode())
     RankAgent(sock, place).serve()
 
 
@@ -67,7 +67,7 @@ class RankAgent:
     """Controls one worker over the connection `sock` to the benchmark's process."""
 
     def __init__(self, sock: socket.socket, place: topology.Place | None) -> None:
-        self._socket, self._link, self._place = sock, rank_guard.Connection(sock), place
+        self._socket, self._link, self._place = sock, protocol.Connection(sock), place
         self._frames = protocol.Frames()
         self._worker: subprocess.Popen[bytes] | None = None
         self._stderr = b""

@@ -15,8 +15,8 @@ from typing import Any
 
 from hvdtrain import __version__, cores
 from hvdtrain.collectives.mpi.library import mpi_name
-from hvdtrain.launch.launchers import binding, mpirun
-from hvdtrain.launch.run_program import ask
+from hvdtrain.launch.hosts import run_captured
+from hvdtrain.launch.launchers import mpirun
 
 # The packages that may contain each module.
 _PACKAGES = {
@@ -132,7 +132,7 @@ def describe_machine(hosts: Sequence[str], pinned: bool) -> dict[str, Any]:
     return {
         "host": platform.node(),
         "cpu": cores.model(),
-        "cores": len(binding.cores()),
+        "cores": len(cores.physical()),
         "quota": cores.quota(),
         "memory_gib": round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1),
         "os": f"{platform.system()} {platform.release()}",
@@ -149,7 +149,7 @@ def _mpi() -> str:
     if launcher is None:
         return "no MPI launcher"
     environ = {**os.environ, **launcher.settings(os.environ)}
-    return mpi_name(ask([launcher.program, "--version"], environ, 60).stdout)
+    return mpi_name(run_captured([launcher.program, "--version"], environ, 60).stdout)
 
 
 def _version(packages: tuple[str, ...]) -> str | None:

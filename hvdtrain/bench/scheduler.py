@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar, final
 
+from hvdtrain import cores
 from hvdtrain.bench.contender_job import Contender, ContenderJob, FailedError
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
-from hvdtrain.launch.launchers import binding, slurm
+from hvdtrain.launch.launchers import slurm
 
 ENGINES = ("mpi", "horovod")
 ANSWER_SECONDS = 120.0  # limit for one answer
@@ -179,7 +180,7 @@ class Scheduler(Generic[AnyContender]):
         self._progress(f"starting {contender.name}")
         ranks = contender.ranks or self._ranks
         # One core a rank, or none if this host has fewer cores than ranks.
-        bind = "core" if self._addresses or ranks <= len(binding.cores()) else "none"
+        bind = "core" if self._addresses or ranks <= len(cores.physical()) else "none"
         job = ContenderJob(contender, ranks, self._hosts, bind, self._addresses, self._limit)
         self._jobs[contender.name] = job
         try:

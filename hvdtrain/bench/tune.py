@@ -18,7 +18,7 @@ from hvdtrain.bench.tune_trial import BASE, Options, gain, try_settings
 from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.hosts import LaunchError, all_local, read_hosts
 from hvdtrain.launch.launchers import mpirun, slurm
-from hvdtrain.launch.tunable_settings import KNOBS, STEPS, SUMS, Knob
+from hvdtrain.launch.tuned_settings import KNOBS, STEPS, SUMS, Knob
 
 TOGETHER = "all that helps"
 MIN_GAIN = 1.02  # a setting must be this many times as fast, in the median of all rounds

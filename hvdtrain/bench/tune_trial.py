@@ -13,7 +13,7 @@ from hvdtrain.bench.models import WORKLOADS
 from hvdtrain.bench.report import Spread, describe_machine
 from hvdtrain.bench.scheduler import ENGINES, Progress, RankOptions, Scheduler, Work, seconds_of
 from hvdtrain.bench.step_contenders import keras_contender
-from hvdtrain.launch.tunable_settings import STEPS, SUMS
+from hvdtrain.launch.tuned_settings import STEPS, SUMS
 
 BASE = "as it is"
 

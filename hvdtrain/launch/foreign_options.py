@@ -18,33 +18,21 @@ Meaning = Callable[..., RunOptions]
 
 @dataclass(frozen=True)
 class ForeignOption:
-    """An option of another launcher.
+    """An option of another launcher."""
 
-    Args:
-        names: Its spellings.
-        values: The number of values that follow it.
-        meaning: Its translation to options of `hvdtrain run`; by default it changes nothing.
-        instead: Why it is rejected, and what to do instead; empty if it is accepted. The command shown in the error
-            message has the options that `meaning` returns.
-    """
-
-    names: tuple[str, ...]
-    values: int = 0
+    names: tuple[str, ...]  # its spellings
+    values: int = 0  # the number of values that follow it
+    # Its translation to options of `hvdtrain run`; by default it changes nothing.
     meaning: Meaning = lambda options, *values: options
+    # Why it is rejected, and what to do instead; empty if it is accepted. The command shown in the error message
+    # has the options that `meaning` returns.
     instead: str = ""
 
 
 def apply_foreign_options(
     options: RunOptions, typed: Iterable[tuple[ForeignOption, Sequence[Any]]]
 ) -> RunOptions:
-    """Apply the options of other launchers to the options of `hvdtrain run`.
-
-    Args:
-        options: The options of `hvdtrain run`.
-        typed: Each foreign option with its values, one value or tuple of values per occurrence.
-
-    Returns:
-        The combined options.
+    """Apply each option of another launcher, with its values per occurrence, to the options of `hvdtrain run`.
 
     Raises:
         LaunchError: For an option without an equivalent; the message contains the command to type.
@@ -65,30 +53,23 @@ def apply_foreign_options(
 
 
 def _field(name: str, read: Callable[[str], Any] = str) -> Meaning:
-    def meaning(options: RunOptions, value: str) -> RunOptions:
-        return replace(options, **{name: read(value)})
-
-    return meaning
+    return lambda options, value: replace(options, **{name: read(value)})
 
 
 def _with(options: RunOptions, *variables: str) -> RunOptions:
     return replace(options, variables=(*options.variables, *variables))
 
 
-def _variable(name: str) -> Meaning:
-    return lambda options, value: _with(options, f"{name}={value}")
+def _variable(*names: str, read: Callable[[str], Any] = str) -> Meaning:
+    return lambda options, value: _with(options, *(f"{name}={read(value)}" for name in names))
 
 
 def _variables(*values: str) -> Meaning:
     return lambda options: _with(options, *values)
 
 
-def _megabytes(name: str) -> Meaning:
-    return lambda options, value: _with(options, f"{name}={int(float(value) * 2**20)}")
-
-
-def _interface(options: RunOptions, names: str) -> RunOptions:
-    return _with(options, *(f"{name}={names}" for name in INTERFACE))
+def _megabytes(text: str) -> int:
+    return int(float(text) * 2**20)
 
 
 def _to_mpirun(name: str) -> Meaning:
@@ -148,12 +129,39 @@ _PLACEMENT |= {"nolocal": 0, "pernode": 0, "bynode": 0, "bycore": 0, "byslot": 0
 _SRUN = ["cpu-bind", "gpu-bind", "mem-bind", "container-image", "container-mounts", "container-workdir"]
 _SRUN += ["container-name", "container-env"]
 
+# The spellings of options without a value that are rejected, and what to do instead.
+_REFUSED_SWITCHES = {
+    "--gloo": "ranks are started by MPI and communicate with MPI; there is no Gloo here",
+    "--jsrun": "mpirun starts the ranks here; docs/schedulers.md describes how jsrun starts them",
+    "--tag-output -tag-output": "lines of ranks other than 0 already begin with the rank",
+    "-prefix-timestamp --prefix-output-with-timestamp --timestamp-output -timestamp-output": (
+        "lines are printed without timestamps"
+    ),
+    "-cb --check-build": "hvdtrain doctor prints what is built and whether it fits this environment",
+}
+_RANKS_PER_HOST = "-np is the total number of ranks, and -H a:4,b:4 the number of ranks on each host"
+_SSH = "ssh reads it from ~/.ssh/config: write under Host node*"
+# The same for options with one value.
+_REFUSED = {
+    "--gloo-timeout-seconds": "there is no Gloo here",
+    "--start-timeout": "ranks have as much time to start as they need",
+    "--output-filename": "all output is printed here; redirect it with > run.log 2>&1",
+    "--config-file": "type its options on the command line",
+    "-p --ssh-port": f"{_SSH} Port 2222",
+    "-i --ssh-identity-file": f"{_SSH} IdentityFile ~/.ssh/key",
+    "--binding-args": "--bind auto, core or none binds ranks to cores",
+    "-N -ppn -perhost": _RANKS_PER_HOST,
+    "--wdir -wdir": "ranks run in the current folder: cd to it first",
+    "--nproc-per-node --nproc_per_node": _RANKS_PER_HOST,
+    "--node-rank --node_rank": _RANKS_PER_HOST,
+    "--master-addr --master_addr": _RANKS_PER_HOST,
+    "--master-port --master_port": _RANKS_PER_HOST,
+    "--nnodes": _RANKS_PER_HOST,
+}
 _FIXED = (
     "the number of ranks is fixed here, and a failed job is restarted from its last commit up to "
     "--max-restarts times (docs/elastic.md)"
 )
-_RANKS_PER_HOST = "-np is the total number of ranks, and -H a:4,b:4 the number of ranks on each host"
-_SSH = "ssh reads it from ~/.ssh/config: write under Host node*"
 
 FOREIGN = (
     ForeignOption(("-n", "--n", "--np", "--ntasks"), 1, _field("num_proc", int)),
@@ -174,12 +182,12 @@ FOREIGN = (
     ForeignOption(
         ("--log-without-timestamp", "--log-hide-timestamp"), 0, _variables("HOROVOD_LOG_HIDE_TIME=1")
     ),
-    ForeignOption(("--fusion-threshold-mb",), 1, _megabytes("HOROVOD_FUSION_THRESHOLD")),
+    ForeignOption(("--fusion-threshold-mb",), 1, _variable("HOROVOD_FUSION_THRESHOLD", read=_megabytes)),
     # Then neither NCCL nor Open MPI uses InfiniBand.
     ForeignOption(
         ("--tcp",), 0, _variables("NCCL_IB_DISABLE=1", "OMPI_MCA_pml=ob1", "OMPI_MCA_btl=^openib,uct,ofi")
     ),
-    ForeignOption(("--network-interface", "--network-interfaces", "-iface"), 1, _interface),
+    ForeignOption(("--network-interface", "--network-interfaces", "-iface"), 1, _variable(*INTERFACE)),
     ForeignOption(("-x",), 1, _with),
     ForeignOption(("-genv", "-env"), 2, lambda options, name, value: _with(options, f"{name}={value}")),
     *(
@@ -188,46 +196,12 @@ FOREIGN = (
     ),
     ForeignOption(_both_spellings("bind-to"), 1, _bind),
     *(ForeignOption((f"--{name}",), 1, _to_srun(f"--{name}")) for name in _SRUN),
-    ForeignOption(
-        ("--gloo",), instead="ranks are started by MPI and communicate with MPI; there is no Gloo here"
-    ),
-    ForeignOption(("--gloo-timeout-seconds",), 1, instead="there is no Gloo here"),
-    ForeignOption(
-        ("--jsrun",),
-        instead="mpirun starts the ranks here; docs/schedulers.md describes how jsrun starts them",
-    ),
-    ForeignOption(("--start-timeout",), 1, instead="ranks have as much time to start as they need"),
-    ForeignOption(
-        ("--output-filename",),
-        1,
-        instead="all output is printed here; redirect it with > run.log 2>&1",
-    ),
-    ForeignOption(
-        _both_spellings("tag-output"), instead="lines of ranks other than 0 already begin with the rank"
-    ),
-    ForeignOption(
-        ("-prefix-timestamp", "--prefix-output-with-timestamp", *_both_spellings("timestamp-output")),
-        instead="lines are printed without timestamps",
-    ),
-    ForeignOption(("--config-file",), 1, instead="type its options on the command line"),
-    ForeignOption(("-p", "--ssh-port"), 1, instead=f"{_SSH} Port 2222"),
-    ForeignOption(("-i", "--ssh-identity-file"), 1, instead=f"{_SSH} IdentityFile ~/.ssh/key"),
-    ForeignOption(("--binding-args",), 1, instead="--bind auto, core or none binds ranks to cores"),
-    ForeignOption(
-        ("-cb", "--check-build"),
-        instead="hvdtrain doctor prints what is built and whether it fits this environment",
-    ),
+    *(ForeignOption(tuple(names.split()), 0, instead=text) for names, text in _REFUSED_SWITCHES.items()),
+    *(ForeignOption(tuple(names.split()), 1, instead=text) for names, text in _REFUSED.items()),
     ForeignOption(("--max-np", "--max-num-proc"), 1, _restarts, _FIXED),
     ForeignOption(("--slots-per-host", "--slots"), 1, _restarts, _FIXED),
     ForeignOption(("--host-discovery-script",), 1, _restarts, _FIXED),
     ForeignOption(("--elastic-timeout",), 1, _restarts, _FIXED),
     ForeignOption(("--blacklist-cooldown-range",), 2, _restarts, _FIXED),
     ForeignOption(("--reset-limit",), 1, _field("max_restarts", int), _FIXED),
-    ForeignOption(("-N", "-ppn", "-perhost"), 1, instead=_RANKS_PER_HOST),
-    ForeignOption(_both_spellings("wdir"), 1, instead="ranks run in the current folder: cd to it first"),
-    *(
-        ForeignOption((f"--{name}", f"--{name.replace('-', '_')}"), 1, instead=_RANKS_PER_HOST)
-        for name in ("nproc-per-node", "node-rank", "master-addr", "master-port")
-    ),
-    ForeignOption(("--nnodes",), 1, instead=_RANKS_PER_HOST),
 )

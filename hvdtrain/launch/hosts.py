@@ -1,8 +1,9 @@
-"""Read hosts and their slots from `-H` or a hostfile, and check them before anything starts."""
+"""Read and check the hosts and slots of `-H` or a hostfile, and run programs on this host before a job starts."""
 
 import re
 import socket
-from collections.abc import Sequence
+import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,23 +26,23 @@ class Host:
 
 
 def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None) -> tuple[Host, ...]:
-    """Read the requested hosts, and check that they exist and have enough slots.
+    """Read the requested hosts, and check that they exist and have enough slots; return none if none are named.
 
     Args:
         named: The value of `-H`, such as "a:4,b:4".
         hostfile: A file with one host per line.
         ranks: The number of ranks to start; if None, as many as there are slots.
 
-    Returns:
-        The hosts in the given order; empty if neither was given.
-
     Raises:
         LaunchError: If both are given, or the hosts cannot be read, cannot be resolved or have too few slots.
     """
     if named and hostfile:
         raise LaunchError("Give the hosts with -H or with --hostfile, not with both.")
-    entries, source = _entries(named, hostfile)
-    if not source:
+    if named:
+        entries, source = [entry.strip() for entry in named.split(",")], "-H"
+    elif hostfile:
+        entries, source = _lines(hostfile), f"The hostfile {hostfile}"
+    else:
         return ()
     hosts = tuple(_parse(entry, source) for entry in entries)
     check_hosts(hosts, source, 1 if ranks is None else ranks)
@@ -49,18 +50,14 @@ def read_hosts(named: str | None, hostfile: str | None, ranks: int | None = None
 
 
 def check_hosts(hosts: Sequence[Host], source: str, ranks: int) -> None:
-    """Raise a LaunchError if hosts have too few slots or cannot be resolved.
-
-    Args:
-        hosts: The hosts.
-        source: Where the hosts were named, for the message.
-        ranks: The number of ranks to start.
-    """
+    """Raise a LaunchError if hosts, named in `source`, have too few slots or cannot be resolved."""
     slots = sum(host.slots for host in hosts)
     if slots < ranks:
+        per_host = -(-ranks // len(hosts)) if hosts else ranks
+        enough = ",".join(f"{host.name}:{per_host}" for host in hosts or [Host("localhost", 1)])
         raise LaunchError(
             f"{source} names {slots} slot(s) on {len(hosts)} host(s), fewer than the {ranks} ranks of -np; a "
-            f"host without a number has one slot, so write {_suggestion(hosts, ranks)} for example."
+            f"host without a number has one slot, so write -H {enough} for example."
         )
     for host in hosts:
         _resolve(host.name, source)
@@ -78,17 +75,38 @@ def addresses_towards(hosts: Sequence[str]) -> list[str]:
     return list(found)
 
 
-def _entries(named: str | None, hostfile: str | None) -> tuple[list[str], str]:
-    if named:
-        return [entry.strip() for entry in named.split(",")], "-H"
-    if not hostfile:
-        return [], ""
+def run_captured(
+    command: Sequence[str], environ: Mapping[str, str], seconds: float | None
+) -> subprocess.CompletedProcess[str]:
+    """Run a program, such as `mpirun --version` or a step of srun, and return its output and exit code.
+
+    Raises:
+        LaunchError: If it cannot be started, or does not end within `seconds`; None is no limit.
+    """
+    try:
+        return subprocess.run(
+            command,
+            env=dict(environ),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=seconds,
+        )
+    except OSError as error:
+        raise LaunchError(f"{command[0]} was found but does not run: {error}.") from error
+    except subprocess.TimeoutExpired as error:
+        raise LaunchError(f"{command[0]} was found but has not ended within {seconds:g} s.") from error
+
+
+def _lines(hostfile: str) -> list[str]:
+    """Return the lines of a file without comments and empty lines."""
     try:
         lines = Path(hostfile).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise LaunchError(f"The hostfile {hostfile} cannot be read: {error}.") from error
     entries = [line.partition("#")[0].strip() for line in lines]
-    return [entry for entry in entries if entry], f"The hostfile {hostfile}"
+    return [entry for entry in entries if entry]
 
 
 def _parse(entry: str, source: str) -> Host:
@@ -100,11 +118,6 @@ def _parse(entry: str, source: str) -> Host:
             "(in a file also: a slots=4)."
         )
     return Host(match["name"], slots)
-
-
-def _suggestion(hosts: Sequence[Host], ranks: int) -> str:
-    per_host = -(-ranks // len(hosts)) if hosts else ranks
-    return "-H " + ",".join(f"{host.name}:{per_host}" for host in hosts or [Host("localhost", 1)])
 
 
 def _resolve(name: str, source: str) -> list[tuple]:

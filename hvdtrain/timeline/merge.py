@@ -10,16 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hvdtrain.timeline.recorder import native_path_of
-from hvdtrain.timeline.recordings import (
-    RankTimeline,
-    aligned_starts,
-    files_of_other_ranks,
-    load,
-    to_trace_events,
-    unmoved_native_events,
-)
-from hvdtrain.timeline.trace_format import TraceError
+from hvdtrain.timeline import recordings
+from hvdtrain.timeline.recordings import RankTimeline, TraceError
 from hvdtrain.timeline.waiting_times import (
     Slice,
     Waiting,
@@ -46,7 +38,8 @@ def merge(files: Sequence[str], output: str | None = None) -> int:
     """
     first = Path(files[0])
     target = Path(output) if output else first.with_name(f"{first.stem}.merged{first.suffix}")
-    paths = [Path(name) for name in files] if len(files) > 1 else [first, *files_of_other_ranks(first)]
+    others = recordings.files_of_other_ranks(first) if len(files) == 1 else map(Path, files[1:])
+    paths = [first, *others]
     if target.resolve() in [path.resolve() for path in paths]:
         return _refuse(f"{target} is one of the files to merge; give another name with -o.")
     timelines = _read(paths)
@@ -55,8 +48,8 @@ def merge(files: Sequence[str], output: str | None = None) -> int:
     if not timelines:
         return _refuse("There is nothing to merge.")
     events = []
-    for timeline, start in zip(timelines, aligned_starts(timelines), strict=True):
-        events += to_trace_events(timeline, start)
+    for timeline, start in zip(timelines, recordings.aligned_starts(timelines), strict=True):
+        events += recordings.to_trace_events(timeline, start)
     try:
         target.write_text(json.dumps({"traceEvents": events, "displayTimeUnit": "ms"}))
     except OSError as error:
@@ -69,12 +62,7 @@ def merge(files: Sequence[str], output: str | None = None) -> int:
 
 
 def verdict(waits: Mapping[int, Waiting], recorded: float) -> str:
-    """Return one sentence on whether a rank keeps the others waiting.
-
-    Args:
-        waits: Time that the others waited for each rank.
-        recorded: Duration of the recording in microseconds.
-    """
+    """Return one sentence on whether a rank keeps the others waiting, in a recording of so many microseconds."""
     rank = max(waits, key=lambda rank: waits[rank].micros)
     worst = waits[rank]
     if worst.times == 0 or worst.micros < NOTABLE * recorded:
@@ -86,17 +74,21 @@ def verdict(waits: Mapping[int, Waiting], recorded: float) -> str:
 
 
 def _read(paths: Sequence[Path]) -> list[RankTimeline]:
-    """Read the files that can be read, and print a warning for each of the others."""
+    """Read the files, with a warning for each that cannot be read."""
     read: dict[int, RankTimeline] = {}
     for path in paths:
         with _warn_on_error(path):
-            timeline = load(path)
+            timeline = recordings.load(path)
             if timeline.rank in read:
                 _warn(f"{path} is of rank {timeline.rank}, as is {read[timeline.rank].path}; it is left out.")
                 continue
             read[timeline.rank] = timeline
-            with _warn_on_error(native_path_of(path)):
-                timeline.events.extend(unmoved_native_events(timeline))
+            # Only a rank that was killed leaves the file of Horovod's core beside its own.
+            native = recordings.native_path_of(path)
+            with _warn_on_error(native):
+                if native.is_file():
+                    rows = max(timeline.tensors, default=0)
+                    timeline.events.extend(recordings.native_events(native, timeline.start, rows))
     return [read[rank] for rank in sorted(read)]
 
 
@@ -138,7 +130,12 @@ def _report(timelines: Sequence[RankTimeline], console: Console) -> None:
         table.add_row(*_cells(timeline, found[timeline.rank], waits[timeline.rank]))
     console.print(table)
     for rank, slices_of_rank in found.items():
-        _print_unfinished(rank, slices_of_rank)
+        unfinished = [each for each in slices_of_rank if not each.ended and not each.native]
+        if unfinished:  # the innermost one comes first
+            print(
+                f"Rank {rank}'s file ends during {unfinished[0].phase} of {unfinished[0].tensor!r}: "
+                "the rank was killed there, or is still there."
+            )
     if len(timelines) > 1:
         print(verdict(waits, max(map(_recorded, found.values()))))
     if len({timeline.clock for timeline in timelines}) > 1:
@@ -146,17 +143,6 @@ def _report(timelines: Sequence[RankTimeline], console: Console) -> None:
             "The hosts are aligned by the time of day, which may differ between them by milliseconds; "
             "the table does not depend on it."
         )
-
-
-def _print_unfinished(rank: int, slices_of_rank: Sequence[Slice]) -> None:
-    """Print the innermost slice of a rank that has no end, if there is one."""
-    for slice_ in slices_of_rank:
-        if not slice_.ended and not slice_.native:
-            print(
-                f"Rank {rank}'s file ends during {slice_.phase} of {slice_.tensor!r}: "
-                "the rank was killed there, or is still there."
-            )
-            return
 
 
 def _cells(timeline: RankTimeline, slices_of_rank: Sequence[Slice], wait: Waiting) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import final
 
 from hvdtrain.messages import logger
-from hvdtrain.timeline.trace_format import Event, TraceError, native_events
+from hvdtrain.timeline.recordings import Event, TraceError, native_events, native_path_of, path_of
 
 # Starts an engine's own recording to a path; returns the function that ends it, or None if the engine has none.
 Native = Callable[[Path, bool], Callable[[], None] | None]
@@ -93,11 +93,21 @@ class Timeline:
             tensor: Name of the row, which is the name of the tensor in Horovod.
             phase: Name of the slice: NEGOTIATE_ALLREDUCE, ALLREDUCE, MPI_ALLREDUCE …
         """
-        row = self._begin(tensor, phase)
+        with self._lock:
+            row, events = self._row(tensor)
+            row.thread, row.depth = threading.get_ident(), row.depth + 1
+            if self._mark_cycles and phase.startswith("NEGOTIATE_"):
+                cycle = {"name": "CYCLE_START", "ph": "i", "s": "g", "ts": self._now(), "pid": 0, "tid": 0}
+                events.append(cycle)
+            events.append({"name": phase, "ph": "B", "ts": self._now(), "pid": row.pid, "tid": row.tid})
+            self._append(events)
         try:
             yield
         finally:
-            self._finish(row)
+            with self._lock:
+                row.depth -= 1
+                row.thread = row.thread if row.depth else None
+                self._append([{"ph": "E", "ts": self._now(), "pid": row.pid, "tid": row.tid}])
 
     def close(self) -> None:
         """End the recording. Later spans are not recorded, and a second call does nothing."""
@@ -109,24 +119,6 @@ class Timeline:
             self._file.close()
         atexit.unregister(self.close)
 
-    def _begin(self, tensor: str, phase: str) -> _Row:
-        with self._lock:
-            row, new = self._row(tensor)
-            row.thread, row.depth = threading.get_ident(), row.depth + 1
-            if self._mark_cycles and phase.startswith("NEGOTIATE_"):
-                new.append(
-                    {"name": "CYCLE_START", "ph": "i", "s": "g", "ts": self._now(), "pid": 0, "tid": 0}
-                )
-            begin = {"name": phase, "ph": "B", "ts": self._now(), "pid": row.pid, "tid": row.tid}
-            self._append([*new, begin])
-            return row
-
-    def _finish(self, row: _Row) -> None:
-        with self._lock:
-            row.depth -= 1
-            row.thread = row.thread if row.depth else None
-            self._append([{"ph": "E", "ts": self._now(), "pid": row.pid, "tid": row.tid}])
-
     def _row(self, tensor: str) -> tuple[_Row, list[Event]]:
         """Return a row of the tensor that no other thread uses, and the events that name a new row."""
         rows = self._rows.setdefault(tensor, [])
@@ -135,7 +127,12 @@ class Timeline:
                 return row, []
         pid = rows[0].pid if rows else len(self._rows)
         rows.append(_Row(pid, len(rows)))
-        return rows[-1], [] if len(rows) > 1 else _naming_events(pid, tensor)
+        if len(rows) > 1:
+            return rows[-1], []
+        return rows[-1], [
+            {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": tensor}},
+            {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}},
+        ]
 
     def _append(self, events: Sequence[Event]) -> None:
         """Overwrite the closing bracket by events and a new closing bracket; the caller holds the lock."""
@@ -146,10 +143,8 @@ class Timeline:
             self._end = self._write(self._end, b"".join(b",\n" + _encode(event) for event in events))
         except OSError as error:
             self._file.close()
-            logger.error(
-                f"rank {self._rank}: the timeline {self.path} ends here ({error.strerror}); the training "
-                "continues."
-            )
+            ends = f"the timeline {self.path} ends here ({error.strerror})"
+            logger.error(f"rank {self._rank}: {ends}; the training continues.")
 
     def _write(self, offset: int, data: bytes) -> int:
         """Write data and the closing bracket at an offset; return the offset of the closing bracket."""
@@ -186,24 +181,6 @@ class Timeline:
             "start_on_clock_in_micros": self._started / 1000,
         }
         return {"name": "process_name", "ph": "M", "pid": 0, "args": args}
-
-
-def path_of(path: str | os.PathLike, rank: int) -> Path:
-    """Return the absolute path of a rank's file; that of rank 0 is `path` itself."""
-    first = Path(path).absolute()
-    return first.with_name(f"{first.stem}.rank{rank}{first.suffix}") if rank else first
-
-
-def native_path_of(path: Path) -> Path:
-    """Return the file in which an engine's own core records, until `Timeline.close` moves its events."""
-    return path.with_name(f"{path.stem}.native{path.suffix}")
-
-
-def _naming_events(pid: int, tensor: str) -> list[Event]:
-    return [
-        {"name": "process_name", "ph": "M", "pid": pid, "args": {"name": tensor}},
-        {"name": "process_sort_index", "ph": "M", "pid": pid, "args": {"sort_index": pid}},
-    ]
 
 
 def _encode(event: Event) -> bytes:

@@ -4,7 +4,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from hvdtrain.timeline.trace_format import Event
+from hvdtrain.timeline.recordings import Event
 
 NEGOTIATE = "NEGOTIATE_"
 # Phases in which no data is transferred: ranks negotiate, data is copied or awaited, buffers are allocated.
@@ -13,68 +13,27 @@ _NO_TRANSFER = (NEGOTIATE, "MEMCPY_", "QUEUE", "WAIT_", "ALLOCATE_", "INIT_", "C
 LATE = 1000.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Slice:
-    """A phase of one tensor; all times are in microseconds.
+    """A phase of one tensor; all times are in microseconds."""
 
-    Args:
-        tensor: Name of the tensor.
-        phase: Name of the phase.
-        start: Time of its beginning.
-        end: Time of its end.
-        own: Start and end of each interval in it that no nested slice covers.
-        native: Whether Horovod's core recorded it.
-        ended: False if the recording ended before it.
-    """
-
-    tensor: str
-    phase: str
-    start: float
-    end: float
-    own: tuple[tuple[float, float], ...]
-    native: bool = False
-    ended: bool = True
+    tensor: str  # name of the tensor
+    phase: str  # name of the phase
+    start: float  # time of its beginning
+    end: float  # time of its end; that of the whole recording if the slice has none
+    native: bool  # whether Horovod's core recorded it
+    # Start and end of each interval in it that no nested slice covers.
+    own: list[tuple[float, float]] = field(default_factory=list)
+    ended: bool = False  # false if the recording ended before it
 
 
 @dataclass(frozen=True)
 class Waiting:
-    """Time that the other ranks waited for one rank.
+    """Time that the other ranks waited for one rank."""
 
-    Args:
-        times: Number of collectives in which it came last and late.
-        micros: Microseconds that another rank waited for it in total, as a mean over the other ranks.
-    """
-
-    times: int = 0
+    times: int = 0  # number of collectives in which it came last and late
+    # Microseconds that another rank waited for it in total, as a mean over the other ranks.
     micros: float = 0.0
-
-
-@dataclass
-class _Running:
-    """A slice that has begun and not ended."""
-
-    begin: Event
-    since: float
-    own: list[tuple[float, float]] = field(default_factory=list)
-
-    def pause(self, now: float) -> None:
-        """End an interval of its own time, because a nested slice begins."""
-        if now > self.since:
-            self.own.append((self.since, now))
-        self.since = float("inf")
-
-    def ended(self, names: Mapping[int, str], now: float, at_end: bool = False) -> Slice:
-        """Return the slice, which ends now."""
-        self.pause(now)
-        return Slice(
-            names.get(self.begin["pid"], ""),
-            self.begin["name"],
-            self.begin["ts"],
-            now,
-            tuple(self.own),
-            self.begin.get("cat") == "horovod",
-            not at_end,
-        )
 
 
 def slices(events: Iterable[Event], names: Mapping[int, str], end: float) -> list[Slice]:
@@ -88,22 +47,27 @@ def slices(events: Iterable[Event], names: Mapping[int, str], end: float) -> lis
     Returns:
         The slices in the order of their ends; slices without an end come last, the innermost first.
     """
-    rows: dict[tuple[int, int], list[_Running]] = defaultdict(list)
+    running: dict[tuple[int, int], list[Slice]] = defaultdict(list)
+    since: dict[tuple[int, int], float] = {}  # the time up to which the own intervals of a row are known
     done: list[Slice] = []
     for event in events:
         if event["ph"] not in ("B", "E"):
             continue
-        row = rows[event["pid"], event["tid"]]
+        key, now = (event["pid"], event["tid"]), event["ts"]
+        row = running[key]
+        if row and now > since[key]:
+            row[-1].own.append((since[key], now))
+        since[key] = now
         if event["ph"] == "B":
-            if row:
-                row[-1].pause(event["ts"])
-            row.append(_Running(event, event["ts"]))
+            native = event.get("cat") == "horovod"
+            row.append(Slice(names.get(event["pid"], ""), event["name"], now, end, native))
         elif row:
-            done.append(row.pop().ended(names, event["ts"]))
-            if row:
-                row[-1].since = event["ts"]
-    for row in rows.values():
-        done.extend(running.ended(names, end, at_end=True) for running in reversed(row))
+            row[-1].end, row[-1].ended = now, True
+            done.append(row.pop())
+    for key, row in running.items():
+        if row and end > since[key]:
+            row[-1].own.append((since[key], end))
+        done.extend(reversed(row))
     return done
 
 
@@ -133,10 +97,8 @@ def time_in(all_slices: Iterable[Slice], included: Callable[[Slice], bool]) -> f
 def waiting(slices_by_rank: Mapping[int, Sequence[Slice]]) -> dict[int, Waiting]:
     """Return for each rank how long the others waited for it.
 
-    The rank that comes last to a negotiation waits least in it, so the clocks of the ranks need not agree.
-
-    Args:
-        slices_by_rank: The slices of each rank; the n-th negotiation of a tensor is the same one on all ranks.
+    The rank that comes last to a negotiation waits least in it, so the clocks of the ranks need not agree. The n-th
+    negotiation of a tensor is the same one on all ranks.
     """
     negotiations: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for rank, slices_of_rank in slices_by_rank.items():

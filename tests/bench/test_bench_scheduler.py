@@ -9,8 +9,8 @@ import pytest
 from hvdtrain.bench.contender import Contender
 
 from hvdtrain.bench.scheduler import Scheduler
+from hvdtrain.cores import physical
 from hvdtrain.launch.hosts import LaunchError
-from hvdtrain.launch.launchers import binding
 
 
 def contender(name, **settings):
@@ -78,7 +78,7 @@ def test_every_rank_gets_the_request_and_answers_in_its_place(marked):
 
 
 def test_ranks_have_a_core_each_where_there_are_enough(marked):
-    cores = len(binding.cores())
+    cores = len(physical())
     with Scheduler([contender("it")], cores) as scheduler:
         assert scheduler.pinned
         taken = [set(each["cpus"]) for each in scheduler.ask(scheduler.present[0], {})]

@@ -14,7 +14,7 @@ from hvdtrain.bench.contender_job import Contender
 from hvdtrain.bench.tune import KnobResult
 from hvdtrain.launch import tuned_settings
 from hvdtrain.launch.launchers.mpirun import KNOWN
-from hvdtrain.launch.tunable_settings import KNOBS, STEPS, Knob, unasked
+from hvdtrain.launch.tuned_settings import KNOBS, STEPS, Knob, unasked
 
 HALF = Knob("half", "speed", {"HVDTRAIN_TEST_FACTOR_A": "0.5"})
 LESS = Knob("less", "speed", {"HVDTRAIN_TEST_FACTOR_A": "0.8"})

@@ -12,7 +12,7 @@ from twins import data, dense_model, fit, mine
 import hvdtrain.keras as hvd
 from hvdtrain import runtime
 from hvdtrain.timeline.control import start_timeline, stop_timeline
-from hvdtrain.timeline.recorder import path_of
+from hvdtrain.timeline.recordings import path_of
 
 pytestmark = pytest.mark.ranks
 

@@ -309,8 +309,8 @@ def test_a_launcher_whose_output_nobody_reads_ends_its_ranks(jobs):
 
 def test_without_a_launcher_that_answers_lines_and_failures_still_arrive(jobs):
     deaf = (
-        "from hvdtrain.launch.supervision import guard_server; from hvdtrain.cli import main\n"
-        "guard_server.Server.environ = property(lambda self: {'HVDTRAIN_RUN_ADDRESS': '127.0.0.1:9'}); main()"
+        "from hvdtrain.launch.supervision import protocol; from hvdtrain.cli import main\n"
+        "protocol.Server.environ = property(lambda self: {'HVDTRAIN_RUN_ADDRESS': '127.0.0.1:9'}); main()"
     )
     launch = [sys.executable, "-c", deaf, "run"]
     good = jobs.run("print('hello')", launch=launch)

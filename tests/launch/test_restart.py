@@ -8,11 +8,11 @@ import time
 
 import pytest
 
+from hvdtrain.launch import rank_environment
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.launchers import mpirun
-from hvdtrain.launch.restarts import walltime
-from hvdtrain.launch.restarts.outcome import Ending
-from hvdtrain.launch.restarts.restart_policy import Start, objection, pause, report
+from hvdtrain.launch.restarts import Start, objection, pause, report
+from hvdtrain.launch.supervision.outcome import Ending
 
 AGAIN = ("--max-restarts", "3")
 QUICK = {"HVDTRAIN_BACKOFF": "0.1"}
@@ -294,25 +294,25 @@ TIMES = {"90": 90, "1:30": 90, "8:00:00": 28800, "1-0": 86400, "1-2:03": 93780, 
 
 @pytest.mark.parametrize("written", TIMES)
 def test_walltime_is_read_as_slurm_writes_it(written):
-    assert walltime.seconds(written) == TIMES[written]
+    assert rank_environment.seconds(written) == TIMES[written]
 
 
 @pytest.mark.parametrize("written", ["", "0", "0:00", "8h", "-5", "1:2:3:4", "1-", ":30"])
 def test_what_is_no_time(written):
     with pytest.raises(LaunchError, match="is no length of time: write seconds"):
-        walltime.seconds(written)
+        rank_environment.seconds(written)
 
 
 def test_the_ranks_are_told_when_their_time_is_up(monkeypatch):
-    monkeypatch.setattr(walltime.time, "time", lambda: 1000.0)
+    monkeypatch.setattr(rank_environment.time, "time", lambda: 1000.0)
     none = {"PATH": ""}
-    assert walltime.deadline_variable(None, none) == {}
-    assert walltime.deadline_variable("1:00", none) == {"HVDTRAIN_DEADLINE": "1060.000"}
-    assert walltime.deadline_variable("1:00", {**none, "HVDTRAIN_DEADLINE": "1030"}) == {
+    assert rank_environment.deadline_variable(None, none) == {}
+    assert rank_environment.deadline_variable("1:00", none) == {"HVDTRAIN_DEADLINE": "1060.000"}
+    assert rank_environment.deadline_variable("1:00", {**none, "HVDTRAIN_DEADLINE": "1030"}) == {
         "HVDTRAIN_DEADLINE": "1030.000"
     }
     with pytest.raises(LaunchError, match="expected seconds since 1970"):
-        walltime.deadline_variable(None, {**none, "HVDTRAIN_DEADLINE": "soon"})
+        rank_environment.deadline_variable(None, {**none, "HVDTRAIN_DEADLINE": "soon"})
 
 
 @pytest.mark.parametrize(
@@ -335,5 +335,5 @@ def test_the_end_of_a_slurm_job_is_found(tmp_path, end, squeue, expected):
     environ = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "7"}
     if end:
         environ["SLURM_JOB_END_TIME"] = end.format(**known)
-    found = walltime.slurm_end(environ)
+    found = rank_environment.slurm_end(environ)
     assert found == (None if expected is None else now + expected)

@@ -12,7 +12,7 @@ import pytest
 from hvdtrain import cores, safe_path
 from hvdtrain.launch import start_plan
 from hvdtrain.launch.hosts import Host, LaunchError, read_hosts
-from hvdtrain.launch.launchers import binding, slurm
+from hvdtrain.launch.launchers import slurm
 from hvdtrain.launch.run import RunOptions, run
 
 SUPERVISE = safe_path.main_of("hvdtrain.launch.supervision.rank_main")
@@ -425,14 +425,14 @@ CORES = [(0, 4), (1, 5), (2, 6), (3, 7)]
 
 
 def test_shares_are_equal_and_keep_a_core_together():
-    assert [binding.share(CORES, rank, 2, "auto") for rank in (0, 1)] == [{0, 4, 1, 5}, {2, 6, 3, 7}]
-    assert binding.share(CORES, 2, 3, "auto") == {2, 6}
-    assert binding.share(CORES, 1, 2, "core") == {1, 5}
+    assert [cores.of_rank(CORES, rank, 2, "auto") for rank in (0, 1)] == [{0, 4, 1, 5}, {2, 6, 3, 7}]
+    assert cores.of_rank(CORES, 2, 3, "auto") == {2, 6}
+    assert cores.of_rank(CORES, 1, 2, "core") == {1, 5}
 
 
 @pytest.mark.parametrize("ranks, bind", [(5, "auto"), (5, "core"), (1, "auto"), (2, "none")])
 def test_ranks_roam_where_a_share_would_not_help(ranks, bind):
-    assert binding.share(CORES, 0, ranks, bind) is None
+    assert cores.of_rank(CORES, 0, ranks, bind) is None
 
 
 def test_a_plan_with_an_unreadable_hosts_line_raises(tmp_path):

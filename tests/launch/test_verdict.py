@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvdtrain.launch.restarts.outcome import conclude as conclude_job
 from hvdtrain.launch.supervision import protocol
-from hvdtrain.launch.supervision.guard_server import CLOSED
+from hvdtrain.launch.supervision.outcome import conclude as conclude_job
+from hvdtrain.launch.supervision.protocol import CLOSED
 from hvdtrain.launch.supervision.verdict import Verdict
 
 TRACE = "Traceback (most recent call last):\nValueError: x\n"
@@ -103,9 +103,7 @@ ROUTINE = "Primary job  terminated normally, but 1 process returned\na non-zero 
 
 
 def conclude(told, said, status=1):
-    ending = conclude_job(
-        SimpleNamespace(verdict=told, launcher_output=said, interrupted=None, beats={}), status, 1.0
-    )
+    ending = conclude_job(SimpleNamespace(verdict=told, launcher_output=said, interrupted=None), status, 1.0)
     return ending.code, ending.message
 
 

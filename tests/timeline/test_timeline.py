@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from hvdtrain.timeline.recorder import Timeline, native_path_of, path_of
-from hvdtrain.timeline.trace_format import TraceError, native_events, read_trace
+from hvdtrain.timeline.recorder import Timeline
+from hvdtrain.timeline.recordings import TraceError, native_events, native_path_of, path_of, read_trace
 
 
 def recorded(path):

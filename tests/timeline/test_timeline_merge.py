@@ -9,8 +9,8 @@ import sys
 import pytest
 
 from hvdtrain.timeline import merge as module
-from hvdtrain.timeline.recorder import Timeline, native_path_of, path_of
-from hvdtrain.timeline.recordings import aligned_starts, load
+from hvdtrain.timeline.recorder import Timeline
+from hvdtrain.timeline.recordings import aligned_starts, load, native_path_of, path_of
 from hvdtrain.timeline.waiting_times import is_transfer, slices, time_in, waiting
 
 HVDTRAIN = [sys.executable, "-c", "from hvdtrain.cli import main; main()"]

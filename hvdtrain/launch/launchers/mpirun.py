@@ -8,36 +8,25 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hvdtrain.launch.hosts import Host, LaunchError
-from hvdtrain.launch.run_program import ask
+from hvdtrain.launch.hosts import Host, LaunchError, run_captured
 
 
 @dataclass(frozen=True)
 class Mpi:
-    """One family of MPI launchers.
+    """One family of MPI launchers."""
 
-    Args:
-        name: Its name.
-        version: Regular expression for the output of `--version`.
-        unbound: Options that allow any number of ranks on any number of cores, without binding. Ranks bind
-            themselves (see binding.py).
-        hosts: The option for the hosts.
-        slots_each: The option for the number of slots of each host; if empty, `hosts` takes `a:4,b:4`.
-        forward: Options that forward the whole environment to other hosts.
-        forward_each: The option that forwards one variable to other hosts.
-        as_root: Variables without which it refuses to run as root.
-        pmi: Values of `srun --mpi=` for ranks of this MPI, the best first.
-    """
-
-    name: str
-    version: str
+    name: str  # its name
+    version: str  # regular expression for the output of `--version`
+    # Options that allow any number of ranks on any number of cores, without binding. Ranks bind themselves
+    # (see cores.py).
     unbound: tuple[str, ...]
-    hosts: str
-    slots_each: str = ""
-    forward: tuple[str, ...] = ()
-    forward_each: str = ""
+    hosts: str  # the option for the hosts
+    slots_each: str = ""  # the option for the number of slots of each host; if empty, `hosts` takes `a:4,b:4`
+    forward: tuple[str, ...] = ()  # options that forward the whole environment to other hosts
+    forward_each: str = ""  # the option that forwards one variable to other hosts
+    # Variables without which it refuses to run as root.
     as_root: Mapping[str, str] = field(default_factory=dict)
-    pmi: tuple[str, ...] = ()
+    pmi: tuple[str, ...] = ()  # values of `srun --mpi=` for ranks of this MPI, the best first
 
 
 # Open MPI 4 reads the first two; 5 reads either pair, depending on the name of the program (mpirun or prterun).
@@ -117,32 +106,20 @@ class Launcher:
         path = path_for(self.program, environ)
         return settings if path == environ.get("PATH") else settings | {"PATH": path}
 
-    def command(self, ranks: int, hosts: Sequence[Host], forwarded: Iterable[str]) -> list[str]:
-        """Return the launcher's part of the command line.
+    def command(self, ranks: int, hosts: Sequence[Host], forwarded: Sequence[str]) -> list[str]:
+        """Return the program and its options; the command of a rank follows them.
 
         Args:
             ranks: The number of ranks to start.
             hosts: The hosts; empty for this host.
             forwarded: The variables to forward to other hosts; empty if all ranks are on this host.
-
-        Returns:
-            The program and its options; the command of a rank follows.
-
-        Raises:
-            LaunchError: If this MPI has no option for these hosts.
         """
-        names = list(forwarded)
-        option = self.mpi.forward_each
-        exports = [word for name in names for word in (option, name)] if option else []
-        return [
-            self.program,
-            "-np",
-            str(ranks),
-            *self.mpi.unbound,
-            *self._host_options(hosts),
-            *(self.mpi.forward if names else ()),
-            *exports,
-        ]
+        command = [self.program, "-np", str(ranks), *self.mpi.unbound, *self._host_options(hosts)]
+        if forwarded:
+            command += self.mpi.forward
+        for name in forwarded if self.mpi.forward_each else ():
+            command += [self.mpi.forward_each, name]
+        return command
 
     def _host_options(self, hosts: Sequence[Host]) -> list[str]:
         """Return the options for the hosts, with slots per host or one number of slots for all."""
@@ -161,12 +138,6 @@ class Launcher:
 
 def find(environ: Mapping[str, str] = os.environ) -> Launcher | None:
     """Find an MPI launcher: first in the folder of this Python, so that a venv need not be activated.
-
-    Args:
-        environ: The environment with PATH.
-
-    Returns:
-        The launcher, or None if this machine has none.
 
     Raises:
         LaunchError: If a launcher is found whose `--version` names no known MPI.
@@ -193,7 +164,7 @@ def forwarded_names(environ: Iterable[str]) -> list[str]:
 
 def _identify(program: str, environ: Mapping[str, str]) -> Mpi:
     path = {"PATH": path_for(program, environ)}
-    done = ask([program, "--version"], {**environ, **_AS_ROOT, **path}, 60)
+    done = run_captured([program, "--version"], {**environ, **_AS_ROOT, **path}, 60)
     output = done.stdout + done.stderr
     for mpi in KNOWN:
         if re.search(mpi.version, output):

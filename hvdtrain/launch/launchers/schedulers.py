@@ -4,31 +4,25 @@ Slurm is not in the table: it starts the ranks itself (see slurm.py).
 """
 
 import json
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from hvdtrain.launch.hosts import Host, LaunchError, all_local, check_hosts
-from hvdtrain.launch.run_program import ask
+from hvdtrain.cores import read_numbers
+from hvdtrain.launch.hosts import Host, LaunchError, all_local, check_hosts, run_captured
 
 Slots = Iterator[tuple[str, int]]
 
 
 @dataclass(frozen=True)
 class Job:
-    """The scheduler's job in which this process runs.
+    """The scheduler's job in which this process runs."""
 
-    Args:
-        scheduler: Name of the scheduler.
-        source: The variable that names the hosts, and its value, for messages.
-        hosts: The hosts of the job with their slots.
-    """
-
-    scheduler: str
-    source: str
-    hosts: tuple[Host, ...]
+    scheduler: str  # name of the scheduler
+    source: str  # the variable that names the hosts, and its value, for messages
+    hosts: tuple[Host, ...]  # the hosts of the job with their slots
 
     @property
     def slots(self) -> int:
@@ -36,23 +30,15 @@ class Job:
         return sum(host.slots for host in self.hosts)
 
     def hosts_for(self, ranks: int) -> tuple[Host, ...]:
-        """Return the hosts on which to start ranks; empty if this host is the only one.
-
-        Raises:
-            LaunchError: If a host cannot be resolved, or several hosts have too few slots.
-        """
+        """Check the hosts, and return those on which to start ranks; empty if this host is the only one."""
         if len(self.hosts) == 1 and all_local(self.hosts):
             return ()  # any number of ranks may start here: a job may have one slot with many cores
         check_hosts(self.hosts, self.source, ranks)
         return self.hosts
 
 
-def find_job(environ: Mapping[str, str] = os.environ) -> Job | None:
-    """Return the job that the environment describes, or None if no variable of the table is set.
-
-    Raises:
-        LaunchError: If its hosts cannot be read.
-    """
+def find_job(environ: Mapping[str, str]) -> Job | None:
+    """Return the job that the environment describes, or None if no variable of the table is set."""
     for scheduler in SCHEDULERS:
         value = environ.get(scheduler.variable)
         if value:
@@ -61,15 +47,11 @@ def find_job(environ: Mapping[str, str] = os.environ) -> Job | None:
     return None
 
 
-@dataclass(frozen=True)
-class _Scheduler:
+class _Scheduler(NamedTuple):
     """A scheduler and the way in which it lists the hosts of a job.
 
-    Args:
-        name: Its name.
-        variable: The environment variable that only its jobs have.
-        text: Returns the text with the hosts, given the variable's value and the environment.
-        slots: Yields hosts and slots from that text; a host may occur several times.
+    `text` returns the hosts as text, given the value of the variable that only its jobs have, and the environment;
+    `slots` yields hosts and slots from that text, in which a host may occur several times.
     """
 
     name: str
@@ -87,7 +69,7 @@ def _variable_value(value: str, environ: Mapping[str, str]) -> str:
 
 
 def _flux_resources(value: str, environ: Mapping[str, str]) -> str:
-    done = ask(["flux", "resource", "R"], environ, 60)
+    done = run_captured(["flux", "resource", "R"], environ, 60)
     if done.returncode:
         raise LaunchError(f"`flux resource R` failed: {done.stderr.strip()[:300]}")
     return done.stdout
@@ -115,20 +97,13 @@ def _resource_set(text: str) -> Slots:
     """Yield hosts and cores from Flux's RFC 20: groups of ranks with their cores, and the hosts in rank order."""
     execution = json.loads(text)["execution"]
     cores = {
-        rank: len(list(_numbers(group["children"]["core"])))
+        rank: len(read_numbers(group["children"]["core"]))
         for group in execution["R_lite"]
-        for rank in _numbers(group["rank"])
+        for rank in read_numbers(group["rank"])
     }
     names = [name for part in execution["nodelist"] for name in _expand(part)]
     for rank, name in zip(sorted(cores), names, strict=True):
         yield name, cores[rank]
-
-
-def _numbers(text: str) -> Iterator[int]:
-    """Yield the numbers of a set such as "0-2,7"."""
-    for part in text.split(","):
-        first, _, last = part.partition("-")
-        yield from range(int(first), int(last or first) + 1)
 
 
 def _expand(text: str) -> Iterator[str]:
@@ -139,7 +114,7 @@ def _expand(text: str) -> Iterator[str]:
             continue
         for part in numbers.split(","):
             width = len(part.partition("-")[0])
-            yield from (f"{start}{number:0{width}}" for number in _numbers(part))
+            yield from (f"{start}{number:0{width}}" for number in read_numbers(part))
 
 
 # The first row whose variable is set wins.

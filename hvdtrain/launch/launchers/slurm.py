@@ -7,9 +7,8 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from hvdtrain import safe_path, settings
-from hvdtrain.launch.hosts import Host, LaunchError
+from hvdtrain.launch.hosts import Host, LaunchError, run_captured
 from hvdtrain.launch.launchers.mpirun import Mpi
-from hvdtrain.launch.run_program import ask
 
 # The PMI types to try if there is no mpirun that shows which MPI the ranks will load.
 ANY_PMI = ("pmix", "pmi2")
@@ -46,8 +45,16 @@ def settle(
     """
     if settings.get("HVDTRAIN_LAUNCHER", environ) == "mpirun" or "SLURM_MPI_TYPE" in environ:
         return {}
-    pmi = _fitting_pmi(ranks, mpi, environ, python)
-    return {"SLURM_MPI_TYPE": pmi} if pmi else {"HVDTRAIN_LAUNCHER": "mpirun"}
+    offered = pmi_types(environ)
+    for pmi in mpi.pmi if mpi else ANY_PMI:
+        if pmi not in offered:
+            continue
+        trouble = _trouble(pmi, min(2, ranks), environ, python)
+        if trouble is None:
+            return {"SLURM_MPI_TYPE": pmi}
+        fails = f"srun --mpi={pmi} does not connect the ranks: {trouble}"
+        print(f"hvdtrain: {fails} Trying another PMI or mpirun.", file=sys.stderr)
+    return {"HVDTRAIN_LAUNCHER": "mpirun"}
 
 
 def srun_command(
@@ -67,7 +74,7 @@ def srun_command(
     if settings.get("HVDTRAIN_LAUNCHER", environ) == "mpirun":
         return None
     # Since Slurm 22.05 srun does not inherit --cpus-per-task from sbatch.
-    threads = environ.get("SLURM_CPUS_PER_TASK")
+    threads = ["-c", environ["SLURM_CPUS_PER_TASK"]] if environ.get("SLURM_CPUS_PER_TASK") else []
     binding = {"core": ["--cpu-bind=cores"], "none": ["--cpu-bind=none"]}.get(bind, [])
     # After a node was lost, Slurm may consider the resources of its job step busy for a while: hence --overlap.
     remaining = [f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--overlap"] if nodes else []
@@ -78,32 +85,17 @@ def srun_command(
         # Without it the other ranks wait forever for a rank that has failed.
         "--kill-on-bad-exit=1",
         "--export=ALL",
-        *(["-c", threads] if threads else []),
+        *threads,
         *binding,
         *(remaining or overlap(environ)),
     ]
-
-
-def _fitting_pmi(
-    ranks: int, mpi: Mpi | None, environ: Mapping[str, str], python: Sequence[str]
-) -> str | None:
-    offered = pmi_types(environ)
-    for pmi in [name for name in (mpi.pmi if mpi else ANY_PMI) if name in offered]:
-        trouble = _trouble(pmi, min(2, ranks), environ, python)
-        if trouble is None:
-            return pmi
-        print(
-            f"hvdtrain: srun --mpi={pmi} does not connect the ranks: {trouble} Trying another PMI or mpirun.",
-            file=sys.stderr,
-        )
-    return None
 
 
 def _trouble(pmi: str, ranks: int, environ: Mapping[str, str], python: Sequence[str]) -> str | None:
     """Start at most two ranks and return what went wrong, or None if they have seen each other."""
     command = ["srun", f"--ntasks={ranks}", f"--mpi={pmi}", "--kill-on-bad-exit=1", *overlap(environ)]
     try:
-        done = ask([*command, *python, *_MEET], environ, 120)
+        done = run_captured([*command, *python, *_MEET], environ, 120)
     except LaunchError as error:
         return str(error)
     if f"met {ranks}" in done.stdout:
@@ -126,19 +118,15 @@ def first_hosts(environ: Mapping[str, str]) -> Sequence[str]:
 def pmi_types(environ: Mapping[str, str]) -> set[str]:
     """Return the PMI types that `srun` offers."""
     try:
-        done = ask(["srun", "--mpi=list"], environ, 60)
+        done = run_captured(["srun", "--mpi=list"], environ, 60)
     except LaunchError:
         return set()
     return set(re.findall(r"[\w.]+", done.stdout + done.stderr))
 
 
 def nodes(environ: Mapping[str, str]) -> tuple[Host, ...]:
-    """Return the nodes of the allocation with the number of tasks of each.
-
-    Raises:
-        LaunchError: If Slurm does not report a number of tasks for each node.
-    """
-    done = ask(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")], environ, 60)
+    """Return the nodes of the allocation with the number of tasks of each."""
+    done = run_captured(["scontrol", "show", "hostnames", environ.get("SLURM_JOB_NODELIST", "")], environ, 60)
     names = done.stdout.split()
     # "2(x3),1" is two tasks on each of three nodes, and one on the last.
     counts = re.findall(r"(\d+)(?:\(x(\d+)\))?", environ.get("SLURM_TASKS_PER_NODE", ""))

@@ -37,12 +37,8 @@ class Console:
     """Print the output of all ranks without mixing their lines.
 
     The output of rank 0 is written unmodified, so that progress bars work. Lines of other ranks are written as a
-    whole, at the start of a line and with a `[rank]` prefix; their progress bars are omitted.
-
-    Args:
-        verbose: Whether to print the start-up messages of TensorFlow too.
-        stdout: File for standard output; that of this process by default.
-        stderr: File for standard error; that of this process by default.
+    whole, at the start of a line and with a `[rank]` prefix; their progress bars are omitted. The start-up messages
+    of TensorFlow are shown only if `verbose`.
     """
 
     def __init__(self, verbose: bool, stdout: BinaryIO | None = None, stderr: BinaryIO | None = None) -> None:

@@ -11,14 +11,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import IO, Any
 
-from hvdtrain.heartbeat import Beat
-from hvdtrain.launch.hangs.hang_detector import HangDetector
+from hvdtrain.heartbeat import Limits, stack_file
 from hvdtrain.launch.hosts import LaunchError
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.console import Console
-from hvdtrain.launch.supervision.guard_server import CLOSED, Event, Server
+from hvdtrain.launch.supervision.hang_detector import HangDetector
+from hvdtrain.launch.supervision.protocol import Event, Server
 from hvdtrain.launch.supervision.verdict import Verdict
-from hvdtrain.timeouts import Limits, stack_file
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
@@ -27,6 +26,23 @@ AFTER_FAILURE = 3.0  # seconds for MPI to end the job by itself
 AFTER_SIGNAL = 4.0  # seconds for the ranks to end by themselves
 AFTER_LAST = 10.0  # seconds for the MPI launcher to notice that all ranks have ended
 KEPT = 1 << 16  # bytes kept of the MPI launcher's own output
+
+
+class Interrupted(BaseException):
+    """Raised when a signal asks this process to end while no ranks are running."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def hearing() -> contextlib.AbstractContextManager[None]:
+    """Raise `Interrupted` for a signal inside the block; while ranks are running, the job handles signals."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(number)
+
+    return _handling(interrupt, *ENDING, signal.SIGUSR1)
 
 
 class Job:
@@ -47,8 +63,13 @@ class Job:
         self.interrupted: int | None = None
         self._console, self._verbose = console, verbose
         self._selector = selectors.DefaultSelector()
-        self._hang_detector = HangDetector(self.verdict, self._order, console.say, _limits(), stack_file())
+        try:
+            limits = Limits.read()
+        except ValueError as error:
+            raise LaunchError(str(error)) from error
         self._server = Server(self._selector, addresses)
+        order = self._server.order
+        self._hang_detector = HangDetector(self.verdict, order, console.say, limits, stack_file())
         self._process: subprocess.Popen[bytes] | None = None
         self._planned: list[tuple[float, Callable[[], None]]] = []
         self._signals: list[int] = []
@@ -58,16 +79,16 @@ class Job:
         self._relays_stdout = False
 
     def run(self, command: Sequence[str], environ: Mapping[str, str]) -> int:
-        """Start the command and wait until all its processes have ended.
-
-        Args:
-            command: The MPI launcher with its options and the command of a rank.
-            environ: Its environment, to which the server's address is added.
+        """Start the MPI launcher and wait until all its processes have ended.
 
         Returns:
-            The exit code of the MPI launcher, or minus the number of the signal that ended it.
+            Its exit code, or minus the number of the signal that ended it.
         """
-        with self._recording_signals():
+
+        def record(number: int, frame: FrameType | None) -> None:
+            self._signals.append(number)
+
+        with _handling(record, *ENDING, *PASSED_ON):
             # In a new session, so that Ctrl-C in the terminal reaches the ranks only through this process.
             self._process = subprocess.Popen(
                 command,
@@ -83,15 +104,10 @@ class Job:
                 while not self._over():
                     self._step()
             finally:
-                self._kill()
+                self._end(signal.SIGKILL)
                 self._server.close()
                 self._selector.close()
         return self._process.wait()
-
-    @property
-    def beats(self) -> dict[int, Beat]:
-        """The last report about each rank."""
-        return self._hang_detector.beats
 
     @property
     def launcher_output(self) -> str:
@@ -112,21 +128,21 @@ class Job:
     def _step(self) -> None:
         events = [event for key, _ in self._selector.select(timeout=0.1) for event in key.data()]
         # Closed connections last: a report with the cause may arrive together with the end of other ranks.
-        events.sort(key=lambda event: event[1] == CLOSED)
+        events.sort(key=lambda event: event[1] == protocol.CLOSED)
         reported = {rank for rank, known in enumerate(self.verdict.ranks) if known.report}
         now = time.monotonic()
         for rank, kind, payload in events:
             # Reports of ranks that are ended because of a hang do not contain its cause.
             if not (self._hung and kind == protocol.REPORT):
-                self.verdict.note(rank, kind, payload)
-            self._hang_detector.receive(rank, kind, payload, now)
+                self.verdict.note(rank, kind, payload, now)
         for rank, kind, payload in events:
             # Output of a rank before its report may explain the failure, for example a usage message of argparse.
             if kind == protocol.REPORT:
                 reported.add(rank)
             self._show(rank, kind, payload, rank in reported)
         self._console.tick()
-        self._end_hang(now)
+        if self.verdict.first is None and not self._planned:
+            self._hung = self._hang_detector.check(now)
         if self.verdict.resumable is not None:
             self._end_patiently()
         elif self.verdict.first is not None:
@@ -134,16 +150,6 @@ class Job:
         self._handle_signals()
         while self._planned and time.monotonic() >= self._planned[0][0]:
             self._planned.pop(0)[1]()
-
-    def _end_hang(self, now: float) -> None:
-        """End the job if it hangs, with a failure report for the rank that the others wait for."""
-        failure = self._hang_detector.check(now) if self.verdict.first is None and not self._planned else None
-        if failure is not None:
-            self._hung = True
-            self.verdict.note(failure.rank, protocol.REPORT, failure.report)
-
-    def _order(self, number: int) -> None:
-        self._server.order(number)
 
     def _show(self, rank: int, kind: bytes, payload: bytes, reported: bool) -> None:
         """Print output, but not the standard error of ranks that are ended because of the first failure."""
@@ -156,12 +162,16 @@ class Job:
 
     def _end_in(self, seconds: float) -> None:
         """Plan the end of the job: SIGTERM, SIGKILL, give up. A plan that exists already is kept."""
+
+        def give_up() -> None:
+            self._given_up = True
+
         if not self._planned and not self._given_up:
             now = time.monotonic()
             self._planned = [
-                (now + seconds, self._terminate),
-                (now + seconds + 3, self._kill),
-                (now + seconds + 4, self._give_up),
+                (now + seconds, lambda: self._end(signal.SIGTERM)),
+                (now + seconds + 3, lambda: self._end(signal.SIGKILL)),
+                (now + seconds + 4, give_up),
             ]
 
     def _end_patiently(self) -> None:
@@ -170,7 +180,7 @@ class Job:
 
         def check() -> None:
             failed = self.verdict.first is not None and self.verdict.resumable is None
-            asked = [beat.patience for beat in self.beats.values() if not failed]
+            asked = [rank.beat.patience for rank in self.verdict.ranks if not failed]
             end, now = begun + max([AFTER_SIGNAL, *asked]), time.monotonic()
             self._planned = [(min(end, now + 0.5), check)]
             if self.verdict.all_gone or now >= end:
@@ -180,18 +190,9 @@ class Job:
         if not self._planned and not self._given_up:
             check()
 
-    def _terminate(self) -> None:
+    def _end(self, number: int) -> None:
+        """Order the guards to end their ranks, and send a signal to the MPI launcher."""
         self._server.end()
-        self._signal_launcher(signal.SIGTERM)
-
-    def _kill(self) -> None:
-        self._server.end()
-        self._signal_launcher(signal.SIGKILL)
-
-    def _give_up(self) -> None:
-        self._given_up = True
-
-    def _signal_launcher(self, number: int) -> None:
         if self._process and self._process.poll() is None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
@@ -205,19 +206,7 @@ class Job:
             elif number in ENDING:
                 self.interrupted = number
                 self._end_patiently() if self._server.connected else self._end_in(0)
-            self._order(number)
-
-    @contextlib.contextmanager
-    def _recording_signals(self) -> Iterator[None]:
-        def record(number: int, frame: FrameType | None) -> None:
-            self._signals.append(number)
-
-        before = {number: signal.signal(number, record) for number in handled_signals(*ENDING, *PASSED_ON)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            self._server.order(number)
 
     def _register(self, pipe: IO[bytes] | None, take: Callable[[bytes], list[Event]]) -> None:
         assert pipe is not None
@@ -252,17 +241,20 @@ class Job:
         return events
 
 
-def handled_signals(*numbers: int) -> list[int]:
-    """Return these signals, without SIGHUP if nohup has set it to be ignored: the job outlives its terminal."""
+@contextlib.contextmanager
+def _handling(handler: Callable[[int, FrameType | None], None], *numbers: int) -> Iterator[None]:
+    """Let a function handle these signals inside the block.
+
+    If nohup has set SIGHUP to be ignored, it stays ignored: the job outlives its terminal.
+    """
     ignored = signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
-    return [number for number in numbers if number != signal.SIGHUP or not ignored]
-
-
-def _limits() -> Limits:
+    handled = [number for number in numbers if number != signal.SIGHUP or not ignored]
+    before = {number: signal.signal(number, handler) for number in handled}
     try:
-        return Limits.read()
-    except ValueError as error:
-        raise LaunchError(str(error)) from error
+        yield
+    finally:
+        for number, handler_before in before.items():
+            signal.signal(number, handler_before)
 
 
 def _read_record(line: bytes) -> list[Event]:

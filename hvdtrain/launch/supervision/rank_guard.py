@@ -14,64 +14,26 @@ import socket
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple
 
 from hvdtrain.launch.supervision import protocol
 from hvdtrain.launch.supervision.rank_monitor import RankMonitor
 
 RELAYED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2}
 PATIENCE = 2.0  # seconds between SIGTERM and SIGKILL for a rank, unless it has requested more
-LOST = 30.0  # seconds after which data for a lost host is no longer retransmitted
 CHUNK = 65536
 _KEPT = 4096  # bytes kept of a quiet rank's standard error
 
 
-@dataclass(frozen=True)
-class Pipes:
-    """The guard's ends of the pipes to its rank.
-
-    Args:
-        stdout: The rank's standard output.
-        stderr: The rank's standard error.
-        reports: The result of the script, as one line of JSON.
-        crash: The Python stack that faulthandler writes when a signal kills the rank.
-        stacks: The stacks of all threads that faulthandler writes on request.
-        receipt: The pipe on which the guard confirms that it has sent a report.
-    """
+class Pipes(NamedTuple):
+    """The guard's ends of the pipes to its rank."""
 
     stdout: int
     stderr: int
-    reports: int
-    crash: int
-    stacks: int
-    receipt: int
-
-
-class Link(Protocol):
-    """A destination for the frames of a guard."""
-
-    def send(self, kind: bytes, payload: bytes) -> None:
-        """Send one frame."""
-
-    def receiver(self) -> socket.socket | None:
-        """Return the socket on which the launcher sends orders, if there is one."""
-
-
-class Connection:
-    """A TCP connection to the launcher."""
-
-    def __init__(self, sock: socket.socket) -> None:
-        self._socket = sock
-
-    def send(self, kind: bytes, payload: bytes) -> None:
-        """Send one frame; errors are ignored, because a lost launcher is detected on `receiver()`."""
-        with contextlib.suppress(OSError):
-            self._socket.sendall(protocol.pack(kind, payload))
-
-    def receiver(self) -> socket.socket | None:
-        """Return the socket on which the launcher sends orders."""
-        return self._socket
+    reports: int  # the result of the script, as one line of JSON
+    crash: int  # the Python stack that faulthandler writes when a signal kills the rank
+    stacks: int  # the stacks of all threads that faulthandler writes on request
+    receipt: int  # on which the guard confirms that it has sent a report
 
 
 class Terminal:
@@ -82,6 +44,8 @@ class Terminal:
         size: The number of ranks, for the message about a failure; None if unknown.
         records: Whether a launcher reads this output, so that reports are written as records.
     """
+
+    socket = None  # no launcher sends orders
 
     def __init__(self, rank: int, size: int | None, records: bool) -> None:
         self._rank, self._size, self._records = rank, size, records
@@ -99,10 +63,6 @@ class Terminal:
             self._finish()
         elif kind == protocol.REPORT:
             self._print_failure(json.loads(payload))
-
-    def receiver(self) -> socket.socket | None:
-        """Return None: there is no launcher that sends orders."""
-        return None
 
     def _finish(self) -> None:
         for kind, rest in self._rest.items():
@@ -133,6 +93,10 @@ class Terminal:
             self._write(protocol.STDERR, message.encode(errors="replace"))
 
 
+# Where a guard sends its frames.
+Link = protocol.Connection | Terminal
+
+
 class Guard:
     """Watch one rank until it has ended.
 
@@ -144,7 +108,7 @@ class Guard:
         quiet: Whether to send the end of its standard error only if it fails without a report.
     """
 
-    def __init__(self, child: int, pipes: Pipes, link: Link, page: mmap.mmap, quiet: bool = False) -> None:
+    def __init__(self, child: int, pipes: Pipes, link: Link, page: mmap.mmap, quiet: bool) -> None:
         self._child, self._pipes, self._link = child, pipes, link
         self._quiet, self._kept, self._reported = quiet, bytearray(), False
         self._monitor = RankMonitor(child, page, pipes.stacks, link.send)
@@ -157,23 +121,20 @@ class Guard:
         self._listen()
 
     def watch(self) -> int:
-        """Relay output and signals until the rank has ended.
-
-        Returns:
-            The exit code of the rank, or minus the number of the signal that ended it.
-        """
+        """Relay output and signals until the rank has ended; return its exit code, or minus its signal."""
         while self._status is None:
             for key, _ in self._selector.select(timeout=0.1):
                 key.data()
             self._relay_signals()
-            if self._link.receiver() is not None:
+            if self._link.socket is not None:
                 self._monitor.check()
             if self._kill_at and time.monotonic() > self._kill_at:
                 self._signal(signal.SIGKILL)
-            self._reap()
-        self._read_streams()
+            ended, status = os.waitpid(self._child, os.WNOHANG)
+            if ended:
+                self._status = os.waitstatus_to_exitcode(status)
         self._read_reports()
-        self._drain(self._pipes.crash, self._crash.extend)
+        self._read_crash()
         self._monitor.send_last()
         if self._kept and self._status and not self._reported:
             self._link.send(protocol.STDERR, bytes(self._kept))
@@ -186,15 +147,14 @@ class Guard:
             self._pipes.stdout: self._read_streams,
             self._pipes.stderr: self._read_streams,
             self._pipes.reports: self._read_reports,
-            self._pipes.crash: lambda: self._drain(self._pipes.crash, self._crash.extend),
+            self._pipes.crash: self._read_crash,
             self._pipes.stacks: self._read_stacks,
         }
         for pipe, reader in readers.items():
             os.set_blocking(pipe, False)
             self._selector.register(pipe, selectors.EVENT_READ, reader)
-        receiver = self._link.receiver()
-        if receiver is not None:
-            self._selector.register(receiver, selectors.EVENT_READ, self._read_orders)
+        if self._link.socket is not None:
+            self._selector.register(self._link.socket, selectors.EVENT_READ, self._read_orders)
 
     def _read_streams(self) -> None:
         self._drain(self._pipes.stdout, lambda data: self._link.send(protocol.STDOUT, data))
@@ -211,6 +171,9 @@ class Guard:
         # Output that was written before the report is sent before it.
         self._read_streams()
         self._drain(self._pipes.reports, self._send_reports)
+
+    def _read_crash(self) -> None:
+        self._drain(self._pipes.crash, self._crash.extend)
 
     def _read_stacks(self) -> None:
         if not self._monitor.read_stacks():
@@ -247,28 +210,24 @@ class Guard:
             self._selector.unregister(source)
 
     def _read_orders(self) -> None:
-        receiver = self._link.receiver()
-        assert receiver is not None
+        assert self._link.socket is not None
         try:
-            orders = receiver.recv(64)
+            orders = self._link.socket.recv(64)
         except OSError:
             orders = b""
-        for number in orders:
-            self._execute(number)
+        for order in orders:
+            if order == protocol.LOOK:
+                self._monitor.request_stacks()
+            elif order == protocol.END:
+                self._end_ordered = True
+            else:
+                self._signal(order)
         if not orders:
-            self._forget(receiver)
+            self._forget(self._link.socket)
             self._signal(signal.SIGTERM)
             # A launcher that orders the end has already waited for the time that the rank has requested.
             requested = 0.0 if self._end_ordered else self._monitor.patience
             self._kill_at = time.monotonic() + max(PATIENCE, requested)
-
-    def _execute(self, order: int) -> None:
-        if order == protocol.LOOK:
-            self._monitor.request_stacks()
-        elif order == protocol.END:
-            self._end_ordered = True
-        else:
-            self._signal(order)
 
     def _relay_signals(self) -> None:
         while (caught := signal.sigtimedwait(RELAYED, 0)) is not None:
@@ -279,42 +238,3 @@ class Guard:
     def _signal(self, number: int) -> None:
         if self._status is None:
             os.kill(self._child, number)
-
-    def _reap(self) -> None:
-        pid, status = os.waitpid(self._child, os.WNOHANG)
-        if pid:
-            self._status = os.waitstatus_to_exitcode(status)
-
-
-def connect() -> socket.socket | None:
-    """Connect to the launcher that the environment names.
-
-    Returns:
-        The connection, or None if there is no launcher or it cannot be reached.
-    """
-    for address in _addresses():
-        try:
-            sock = socket.create_connection(address, timeout=3)
-        except OSError:
-            continue
-        sock.settimeout(None)
-        keep_alive(sock)
-        return sock
-    return None
-
-
-def keep_alive(sock: socket.socket) -> None:
-    """Set options with which a connection to a lost host ends within half a minute."""
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    # Keep-alive probes are not sent while data is unacknowledged; then TCP_USER_TIMEOUT applies.
-    options = {"TCP_KEEPIDLE": 10, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": int(LOST * 1000)}
-    for option, value in options.items():
-        if hasattr(socket, option):
-            sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-
-
-def _addresses() -> list[tuple[str, int]]:
-    named = [entry.rpartition(":") for entry in os.environ.get(protocol.ADDRESS, "").split(",") if entry]
-    addresses = [(host, int(port)) for host, _, port in named]
-    srun = os.environ.get("SLURM_LAUNCH_NODE_IPADDR")
-    return addresses + [(srun, port) for _, port in addresses[:1] if srun]

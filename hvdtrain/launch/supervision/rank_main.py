@@ -17,23 +17,28 @@ import faulthandler
 import json
 import os
 import select
+import shlex
 import signal
 import socket
 import sys
 import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvdtrain import heartbeat, script, stop_request, topology
+from hvdtrain import cores, heartbeat, script, settings, stop_request, topology
 from hvdtrain.collectives.mpi.library import load_wheel
-from hvdtrain.launch.launchers import binding
-from hvdtrain.launch.supervision import protocol, stock_horovod
-from hvdtrain.launch.supervision.rank_guard import Connection, Guard, Link, Pipes, Terminal, connect
+from hvdtrain.launch.supervision import protocol
+from hvdtrain.launch.supervision.rank_guard import Guard, Link, Pipes, Terminal
 from hvdtrain.launch.supervision.rank_monitor import STACKS
+from hvdtrain.patching import AfterImport, replace
 
 PR_SET_PDEATHSIG = 1
 SUCCESS: dict[str, Any] = {"done": True, "code": 0, "text": "", "traceback": ""}
+
+
+class StockHorovodExit(SystemExit):
+    """Raised if the script initializes stock Horovod with Keras 3: each rank would train a separate model."""
 
 
 def main() -> None:
@@ -49,13 +54,12 @@ def main() -> None:
     for end in (stdout, stderr, reports, crash, stacks, awaited) if child else (*reading, receipt):
         os.close(end)
     if child:
-        pipes = Pipes(reading[0], reading[1], reading[2], reading[3], reading[4], receipt)
         link = _link(place)
-        if link.receiver() is not None:
+        if link.socket is not None:
             heartbeat.watch(page)
         # With --wrap only rank 0 prints, as a single process would, also messages of TensorFlow's C++ code.
         quiet = bool(place and place.rank) and command[:2] == ["-m", "hvdtrain.wrap"]
-        _leave(Guard(child, pipes, link, page, quiet).watch())
+        _leave(Guard(child, Pipes._make([*reading, receipt]), link, page, quiet).watch())
     _redirect(stdout, stderr, crash, stacks)
     heartbeat.keep_workers_away()
     os.register_at_fork(after_in_child=lambda: _close(reports))
@@ -73,14 +77,11 @@ def main() -> None:
 def _link(place: topology.Place | None) -> Link:
     """Connect to the launcher; if that fails, use the guard's own output."""
     rank = place.rank if place else 0
-    sock = connect()
     size = place.size if place else 1
-    link = Connection(sock) if sock else Terminal(rank, size, records=protocol.ADDRESS in os.environ)
-    hello = {
-        "rank": rank,
-        "host": socket.gethostname(),
-        "token": os.environ.get(protocol.TOKEN, ""),
-    }
+    sock = protocol.connect()
+    records = protocol.ADDRESS in os.environ
+    link = protocol.Connection(sock) if sock else Terminal(rank, size, records)
+    hello = {"rank": rank, "host": socket.gethostname(), "token": os.environ.get(protocol.TOKEN, "")}
     link.send(protocol.HELLO, json.dumps(hello).encode())
     return link
 
@@ -122,10 +123,10 @@ def _take_cores(place: topology.Place | None, bind: str) -> None:
     """Bind this rank to its share of the host's cores, and let MPI yield if a rank has less than two of them."""
     if not place or place.local_rank is None or not place.local_size:
         return
-    if binding.should_yield(len(os.sched_getaffinity(0)), place.local_size):
-        for name, value in binding.YIELDING.items():
+    if cores.should_yield(place.local_size):
+        for name, value in cores.YIELDING.items():
             os.environ.setdefault(name, value)
-    mine = binding.share(binding.cores(), place.local_rank, place.local_size, bind)
+    mine = cores.of_rank(cores.physical(), place.local_rank, place.local_size, bind)
     if mine:
         with contextlib.suppress(OSError):
             os.sched_setaffinity(0, mine)
@@ -144,7 +145,7 @@ def _run(command: Sequence[str]) -> dict[str, Any]:
             as_horovod.install()
             command = command[1:]
         elif command[:2] != ["-m", "hvdtrain.wrap"]:
-            stock_horovod.watch(command)
+            _watch_stock_horovod(command)
         script.run(command)
     except SystemExit as stop:
         _await_cause(stop)
@@ -153,6 +154,39 @@ def _run(command: Sequence[str]) -> dict[str, Any]:
         _await_cause(error)
         return _failed(error)
     return _finished()
+
+
+def _watch_stock_horovod(command: Sequence[str]) -> None:
+    """Stop the script at Horovod's `init` if Horovod would average nothing; only then its Keras is known."""
+
+    def checked(init: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if _averages_nothing():
+                version = sys.modules["keras"].__version__
+                typed = settings.get(protocol.TYPED) or shlex.join(["hvdtrain", "run", "-np", "N", *command])
+                raise StockHorovodExit(
+                    f"stock Horovod averages no gradients under Keras {version}, so each rank would train a "
+                    f"separate model; type: {typed.replace('hvdtrain run', 'hvdtrain run --as-horovod', 1)}"
+                )
+            return init(*args, **kwargs)
+
+        return run
+
+    def replace_init() -> None:
+        replace(sys.modules["horovod.common.basics"].HorovodBasics, "init", checked)
+
+    sys.meta_path.insert(0, AfterImport("horovod.common.basics", replace_init))
+
+
+def _averages_nothing() -> bool:
+    """Return whether the script uses Horovod for TensorFlow with Keras 3, other than as the engine of hvdtrain."""
+    library = sys.modules.get("hvdtrain.collectives.horovod.library")
+    if library is not None and library.serves_hvdtrain:
+        return False
+    keras = sys.modules.get("keras")
+    keras3 = keras is not None and not getattr(keras, "__version__", "2").startswith("2.")
+    # With tf_keras (TF_USE_LEGACY_KERAS=1 or imported by name) Horovod works.
+    return keras3 and "horovod.tensorflow" in sys.modules and "tf_keras" not in sys.modules
 
 
 def _finished() -> dict[str, Any]:
@@ -186,7 +220,7 @@ def _flush() -> None:
 
 def _stopped(stop: SystemExit) -> dict:
     """Return the report of a `sys.exit()`: success without a code or with 0, else a failure."""
-    if isinstance(stop, stock_horovod.StockHorovodExit):
+    if isinstance(stop, StockHorovodExit):
         return _failure(1, str(stop.code), "")
     if isinstance(stop, stop_request.Preempted):
         return {**_failure(stop_request.RESUMABLE, stop.sentence, ""), "resumable": True}
@@ -219,10 +253,7 @@ def _advice(error: BaseException) -> list[str]:
     For a script written for Horovod, also what to write instead.
     """
     runtime, as_horovod = sys.modules.get("hvdtrain.runtime"), sys.modules.get("hvdtrain.as_horovod")
-    messages = (
-        runtime.last_words(error) if runtime else "",
-        as_horovod.advice(error) if as_horovod else "",
-    )
+    messages = (runtime.last_words(error) if runtime else "", as_horovod.advice(error) if as_horovod else "")
     return [f"\n{message}\n" for message in messages if message]
 
 

@@ -6,12 +6,11 @@ import os
 import signal
 import time
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 
 from hvdtrain import heartbeat, process_activity
-from hvdtrain.heartbeat import Beat, Note
+from hvdtrain.heartbeat import Beat, Limits, Note, Position
 from hvdtrain.launch.supervision import protocol
-from hvdtrain.timeouts import Limits
 
 # The signal on which a rank's faulthandler writes the stacks of all threads, even inside native code. No other
 # software is known to use this real-time signal. It is sent only if /proc shows that the rank has a handler for it.
@@ -55,8 +54,9 @@ class RankMonitor:
         now = time.monotonic()
         if now >= self._due or self.patience != self._beat.patience:
             self._due = now + self._interval
-            self._update()
-            self.send_changes()
+            note = heartbeat.read(self._page)
+            busy = self._life.busy(note.aside)
+            self._send_position(note, busy or (note != self._note and note.since is None))
         if self._requested_at is not None and self._complete(now):
             self._requested_at = None
             self._answer()
@@ -65,7 +65,8 @@ class RankMonitor:
         """Request the stacks of the rank; once complete, they are sent to the launcher with its position."""
         if self._requested_at is None:
             self._text, self._requested_at, self._received_at = b"", time.monotonic(), time.monotonic()
-            if self._can_answer():
+            stopped = process_activity.state(self._child) in ("T", "t", "Z", "")
+            if not stopped and process_activity.catches(self._child, STACKS):
                 process_activity.signal_thread(self._child, heartbeat.read(self._page).listener, STACKS)
             else:
                 self._requested_at -= _ANSWER  # answer without stacks at the next check
@@ -79,44 +80,29 @@ class RankMonitor:
         self._text, self._received_at = (self._text + data)[:_MOST], time.monotonic()
         return bool(data)
 
-    def send_changes(self) -> None:
-        """Send the position of the rank, if it has changed."""
-        if self._sent is not None and _lasting(self._sent) == _lasting(self._beat):
-            return
-        self._sent = self._beat
-        self._send(protocol.BEAT, json.dumps(asdict(self._beat)).encode())
-
     def send_last(self) -> None:
         """Send the position at which the rank has ended."""
-        self._set_beat(heartbeat.read(self._page), True)
-        self.send_changes()
+        self._send_position(heartbeat.read(self._page), True)
 
-    def _update(self) -> None:
-        note = heartbeat.read(self._page)
-        busy = self._life.busy(note.aside)
-        self._set_beat(note, busy or (note != self._note and note.since is None))
+    def _send_position(self, note: Note, busy: bool) -> None:
+        """Send the position of the rank, if it has changed."""
+        self._set_beat(note, busy)
+        beat = _lasting(self._beat)
+        if beat != self._sent:
+            self._sent = beat
+            self._send(protocol.BEAT, json.dumps(asdict(self._beat)).encode())
 
     def _set_beat(self, note: Note, busy: bool) -> None:
         waiting = None if note.since is None else max(time.monotonic() - note.since, 0.0)
         self._note = note
         self._beat = Beat(
-            epoch=note.epoch,
-            step=note.step,
-            doing=note.doing,
+            **{field.name: getattr(note, field.name) for field in fields(Position)},
             waiting=waiting,
-            loose=note.loose,
-            among=note.among,
-            waits=note.waits,
-            patience=note.patience,
             pid=self._child,
             state=process_activity.state(self._child),
             # A waiting rank uses CPU time inside MPI, which is no progress.
             busy=busy and (waiting is None or note.loose),
         )
-
-    def _can_answer(self) -> bool:
-        stopped = process_activity.state(self._child) in ("T", "t", "Z", "")
-        return not stopped and process_activity.catches(self._child, STACKS)
 
     def _complete(self, now: float) -> bool:
         late = now > (self._requested_at or 0.0) + _ANSWER
@@ -139,11 +125,7 @@ def _interval() -> float:
         return Limits().interval  # the launcher reports the invalid value
 
 
-def _lasting(beat: Beat) -> dict:
-    """Return the facts of a beat without those that change all the time: waiting time, and running or sleeping."""
-    facts = asdict(beat)
-    facts["waiting"] = beat.waiting is not None
-    facts["state"] = (
-        beat.state if beat.state in ("T", "t", "D") else ""
-    )  # only stopped or waiting for a device
-    return facts
+def _lasting(beat: Beat) -> Beat:
+    """Return a beat without what changes all the time: the waiting time, and whether it is running or sleeping."""
+    waiting = None if beat.waiting is None else 0.0
+    return replace(beat, waiting=waiting, state=beat.state if beat.state in ("T", "t", "D") else "")

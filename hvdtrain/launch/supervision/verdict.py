@@ -1,12 +1,12 @@
-"""Record the result of each rank, determine which rank failed first, and describe its failure."""
+"""Record what the guards report about the ranks, determine which rank failed first, and describe its failure."""
 
 import json
 import re
 import signal
 from dataclasses import dataclass, field
 
+from hvdtrain.heartbeat import Beat
 from hvdtrain.launch.supervision import protocol
-from hvdtrain.launch.supervision.guard_server import CLOSED
 from hvdtrain.stop_request import RESUMABLE
 
 HINTS: dict[int, str] = {
@@ -22,16 +22,24 @@ _TEARING_DOWN = (-signal.SIGTERM, -signal.SIGKILL)
 
 
 @dataclass
-class RankResult:
-    """The known facts about one rank."""
+class RankState:
+    """The known facts about one rank, with times in seconds on the launcher's monotonic clock."""
 
     host: str = "unknown"
-    up: bool = False
-    done: bool = False
-    gone: bool = False
-    status: int | None = None
-    report: dict = field(default_factory=dict)
-    crash: str = ""
+    up: bool = False  # whether it has started
+    done: bool = False  # whether its script has finished
+    gone: bool = False  # whether it has ended, or its guard is lost
+    status: int | None = None  # its exit code, or minus the number of the signal that ended it
+    report: dict = field(default_factory=dict)  # the content of its REPORT frame
+    crash: str = ""  # its Python stack when a signal killed it
+    # Its last position; the process id is 0 if it has not reported any.
+    beat: Beat = field(default_factory=lambda: Beat(busy=False))
+    since: float | None = None  # when its wait began; None if it does not wait
+    alive: float = 0.0  # when it last made progress
+    # The answer of its guard to the last request for stacks, the content of a STACK frame.
+    answer: dict = field(default_factory=dict)
+    unheard: bool = False  # whether its guard has sent nothing since that request
+    silent: bool = False  # whether its guard did not answer while others did, and has sent nothing since
 
     @property
     def vanished(self) -> bool:
@@ -43,36 +51,49 @@ class RankResult:
         """Whether the script has finished and the process has ended with exit code 0 after it."""
         return self.done and self.status == 0
 
+    @property
+    def failed(self) -> bool:
+        """Whether it has reported a failure itself."""
+        return bool(self.report) and not self.done
+
+    def set_beat(self, beat: Beat, now: float) -> None:
+        """Record a new position."""
+        self.unheard = self.silent = False
+        if beat.busy or self.beat.busy:
+            self.alive = now
+        self.beat = beat
+        self.since = None if beat.waiting is None else now - beat.waiting
+
 
 class Verdict:
-    """The result of a job, from the reports of the guards.
-
-    Args:
-        size: The number of ranks of the job.
-    """
+    """The result of a job, from the reports of the guards."""
 
     def __init__(self, size: int) -> None:
-        self.ranks = [RankResult() for _ in range(size)]
+        self.ranks = [RankState() for _ in range(size)]
         self.first: int | None = None
 
-    def note(self, rank: int, kind: bytes, payload: bytes) -> None:
-        """Record one event; the first failure is considered the cause of all later failures."""
-        if not 0 <= rank < len(self.ranks):
+    def note(self, number: int, kind: bytes, payload: bytes, now: float = 0.0) -> None:
+        """Record a frame, or the end of a connection; the first failure counts as the cause of all others."""
+        if not 0 <= number < len(self.ranks):
             return
-        result = self.ranks[rank]
-        if kind == protocol.HELLO:
-            result.up, result.host = True, json.loads(payload)["host"]
+        rank = self.ranks[number]
+        content = {} if kind in (protocol.STDOUT, protocol.STDERR, protocol.CLOSED) else json.loads(payload)
+        if kind == protocol.CLOSED:
+            self._blame(number, not rank.gone, informative=False)
+            rank.gone = True
+        elif kind == protocol.HELLO:
+            rank.up, rank.host = True, content["host"]
         elif kind == protocol.REPORT:
-            result.report = json.loads(payload)
-            result.done = result.report["done"]
-            self._blame(rank, not result.done)
+            rank.report, rank.done = content, content["done"]
+            self._blame(number, not rank.done)
         elif kind == protocol.EXIT:
-            ending = json.loads(payload)
-            result.status, result.crash, result.gone = ending["status"], ending["crash"], True
-            self._blame(rank, not result.succeeded, informative=result.status not in _TEARING_DOWN)
-        elif kind == CLOSED:
-            self._blame(rank, not result.gone, informative=False)
-            result.gone = True
+            rank.status, rank.crash, rank.gone = content["status"], content["crash"], True
+            self._blame(number, not rank.succeeded, informative=rank.status not in _TEARING_DOWN)
+        elif kind == protocol.BEAT:
+            rank.set_beat(Beat(**content), now)
+        elif kind == protocol.STACK:
+            rank.answer = content
+            rank.set_beat(Beat(**content["beat"]), now)
 
     @property
     def succeeded(self) -> bool:
@@ -112,7 +133,7 @@ class Verdict:
         if self.first is None:
             return 0 if self.succeeded else 1
         rank = self.ranks[self.first]
-        if rank.report and not rank.done:
+        if rank.failed:
             return int(rank.report["code"])
         if rank.status is None or rank.status == 0:
             return 1
@@ -129,14 +150,14 @@ class Verdict:
         """Return a summary of the first failure in a few words."""
         assert self.first is not None
         rank = self.ranks[self.first]
-        if rank.report and not rank.done:
+        if rank.failed:
             return f"failed: {rank.report['text']}"
         return re.split(r"[.:,] |[.:]$", _ending(rank).strip(), maxsplit=1)[0]
 
-    def _blame(self, rank: int, failed: bool, informative: bool = True) -> None:
+    def _blame(self, number: int, failed: bool, informative: bool = True) -> None:
         """Record the first failure; a lost connection is replaced by a later failure that has a reason."""
         if failed and (self.first is None or (informative and self.ranks[self.first].vanished)):
-            self.first = rank
+            self.first = number
 
     def _same_failures(self) -> str:
         """Return a line about the other ranks that failed with the same message; may be empty."""
@@ -145,7 +166,7 @@ class Verdict:
         others = [
             str(number)
             for number, rank in enumerate(self.ranks)
-            if number != self.first and rank.report and not rank.done and rank.report["text"] == message
+            if number != self.first and rank.failed and rank.report["text"] == message
         ]
         if not message or not others:
             return ""
@@ -154,11 +175,11 @@ class Verdict:
         return f"hvdtrain: {named} failed with the same message.\n"
 
 
-def _ending(rank: RankResult) -> str:
-    report = rank.report
-    if report and not rank.done:
-        trace = report["traceback"].rstrip()
-        return f" failed; its traceback:\n\n{trace}" if trace else f" ended the job: {report['text']}"
+def _ending(rank: RankState) -> str:
+    """Describe how a rank ended; the text continues a sentence after its name."""
+    if rank.failed:
+        trace = rank.report["traceback"].rstrip()
+        return f" failed; its traceback:\n\n{trace}" if trace else f" ended the job: {rank.report['text']}"
     if rank.status is None:
         return (
             " vanished: its connection ended without a message, so its host or its guard process may be lost."
@@ -181,17 +202,8 @@ def _killed(number: int, when: str, crash: str) -> str:
     except ValueError:
         name = "unknown"
     sentence = f" was killed by signal {number} ({name}){when}."
-    stack = _stack(crash)
+    # Only the part of faulthandler's output that belongs to the user's code.
+    stack = re.split(r"^.*hvdtrain/script\.py|^Extension modules", crash, maxsplit=1, flags=re.M)[0].strip()
     if stack:
         return f"{sentence} Its Python stack at that moment:\n\n{stack}"
     return f"{sentence} {HINTS.get(number, '')}".rstrip()
-
-
-def _stack(crash: str) -> str:
-    """Return the part of faulthandler's output that belongs to the user's code."""
-    kept = []
-    for line in crash.splitlines():
-        if "hvdtrain/script.py" in line or line.startswith("Extension modules"):
-            break
-        kept.append(line)
-    return "\n".join(kept).strip()

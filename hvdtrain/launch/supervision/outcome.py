@@ -17,28 +17,18 @@ _ROUTINE_MESSAGES = re.compile(
 
 @dataclass(frozen=True)
 class Ending:
-    """The result of one start.
+    """The result of one start."""
 
-    Args:
-        code: The exit code.
-        message: The last message on the screen; it ends with the traceback of the rank that failed first.
-        summary: A summary in a few words.
-        rank: The rank that failed first, or None.
-        step: The step of that rank, counted over the whole training; None if it is not known.
-        trace: Its traceback.
-        lost: Whether that rank ended without a report, for example because its host was lost.
-        up: Whether any rank has started.
-        interrupted: Whether the job was ended by a signal to the launcher, such as Ctrl-C or SIGTERM.
-    """
-
-    code: int
+    code: int  # the exit code
+    # The last message on the screen; it ends with the traceback of the rank that failed first.
     message: str = ""
-    summary: str = "done"
-    rank: int | None = None
-    step: int | None = None
-    trace: str = ""
-    lost: bool = False
-    up: bool = True
+    summary: str = "done"  # a summary in a few words
+    rank: int | None = None  # the rank that failed first, or None
+    step: int | None = None  # the step of that rank, counted over the whole training; None if it is not known
+    trace: str = ""  # its traceback
+    lost: bool = False  # whether that rank ended without a report, for example because its host was lost
+    up: bool = True  # whether any rank has started
+    # Whether the job was ended by a signal to the launcher, such as Ctrl-C or SIGTERM.
     interrupted: bool = False
 
     @property
@@ -57,7 +47,9 @@ def conclude(job: Job, status: int, seconds: float) -> Ending:
     """
     verdict = job.verdict
     if verdict.resumable is not None:
-        return Ending(RESUMABLE, _resumable(verdict.resumable), "stopped, can go on", step=_last_step(job))
+        text = verdict.resumable.rstrip(". ")
+        message = f"hvdtrain: {text} (exit code {RESUMABLE}, no failure)."
+        return Ending(RESUMABLE, message, "stopped, can go on", step=_last_step(job))
     if job.interrupted:
         return interrupted(job.interrupted, seconds, _last_step(job))
     if verdict.succeeded:
@@ -72,43 +64,31 @@ def conclude(job: Job, status: int, seconds: float) -> Ending:
 
 
 def interrupted(number: int, seconds: float, step: int | None = None) -> Ending:
-    """Return the result of a job that a signal has ended."""
+    """Return the result of a start that a signal has ended."""
     name = signal.Signals(number).name
     message = f"hvdtrain: ended by {name} after {seconds:.0f} s."
     return Ending(128 + number, message, f"ended by {name}", step=step, interrupted=True)
 
 
-def _resumable(text: str) -> str:
-    return f"hvdtrain: {text.rstrip('. ')} (exit code {RESUMABLE}, no failure)."
-
-
 def _failure(job: Job, first: int) -> Ending:
     verdict = job.verdict
+    # The MPI launcher's message counts if the rank has not reported a reason itself.
+    message = "" if verdict.explained else _shorten(job.launcher_output)
+    explanation = f"hvdtrain: message of the MPI launcher: {message}\n" if message else ""
     return Ending(
         verdict.code(),
-        _explanation(job) + verdict.sentence(),
+        explanation + verdict.sentence(),
         f"rank {first} {verdict.summary()}",
         rank=first,
-        step=_step(job, first),
+        step=job.verdict.ranks[first].beat.step,
         trace=verdict.ranks[first].report.get("traceback", ""),
         lost=verdict.ranks[first].vanished,
     )
 
 
-def _step(job: Job, rank: int) -> int | None:
-    beat = job.beats.get(rank)
-    return beat.step if beat else None
-
-
 def _last_step(job: Job) -> int | None:
-    steps = [step for rank in range(len(job.verdict.ranks)) if (step := _step(job, rank)) is not None]
-    return max(steps, default=None)
-
-
-def _explanation(job: Job) -> str:
-    """Return the MPI launcher's message, if the rank that failed first has not reported a reason itself."""
-    message = "" if job.verdict.explained else _shorten(job.launcher_output)
-    return f"hvdtrain: message of the MPI launcher: {message}\n" if message else ""
+    steps = [rank.beat.step for rank in job.verdict.ranks]
+    return max((step for step in steps if step is not None), default=None)
 
 
 def _never_started(job: Job, status: int) -> str:

@@ -1,1 +1,0 @@
-"""Detect ranks that wait for one another, and report who waits for whom."""
