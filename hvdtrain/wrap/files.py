@@ -182,7 +182,7 @@ def redirected(choose: Callable[..., str], name: str, index: int = 0) -> Make:
 
     def make(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            before, files, after = args[:index], args[index : index + 1], args[index + 1 :]
+            before, given, after = args[:index], args[index : index + 1], args[index + 1 :]
 
             def moved(file: Any) -> Any:
                 if isinstance(file, list | tuple):
@@ -192,7 +192,7 @@ def redirected(choose: Callable[..., str], name: str, index: int = 0) -> Make:
 
             if name in kwargs:
                 kwargs[name] = moved(kwargs[name])
-            return function(*before, *map(moved, files), *after, **kwargs)
+            return function(*before, *map(moved, given), *after, **kwargs)
 
         return call
 

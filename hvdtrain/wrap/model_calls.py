@@ -12,7 +12,7 @@ from hvdtrain.collectives.engine import Engine
 from hvdtrain.patching import replace
 from hvdtrain.wrap import row_trial
 from hvdtrain.wrap.layers import OUTPUT, combiner
-from hvdtrain.wrap.row_shard import Combine, Share, alone, current, moved, running
+from hvdtrain.wrap.row_shard import Combine, Share, alone, current, has_rows, moved, part, running
 from hvdtrain.wrap.row_trial import Verdict
 
 # For each model its verdicts, by training mode and number of layers.
@@ -40,7 +40,7 @@ def _divided(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, *args, **kwargs)
         share = Share.of(engine, count)
         combine = combiner(share, verdict.losses)
-        args, kwargs = keras.tree.map_structure(lambda leaf: row_trial.part(leaf, share), (args, kwargs))
+        args, kwargs = keras.tree.map_structure(lambda leaf: part(leaf, share), (args, kwargs))
         with running(share=share, combine=combine):
             outputs = original(self, *args, **kwargs)
         return keras.tree.map_structure(lambda leaf: _joined(leaf, share, combine), outputs)
@@ -59,7 +59,7 @@ def _in_data_pipeline() -> bool:
 def _rows(arguments: Any) -> Any:
     """Return the common number of rows of all tensors in the arguments, None if they cannot be divided."""
     leaves = keras.tree.flatten(arguments)
-    tensors = [leaf for leaf in leaves if row_trial.has_rows(leaf)]
+    tensors = [leaf for leaf in leaves if has_rows(leaf)]
     if not tensors or any(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
         return None
     if any(tf.TensorShape(tensor.shape).rank is None for tensor in tensors):

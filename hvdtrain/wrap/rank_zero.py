@@ -114,22 +114,21 @@ class _Command(subprocess.Popen):
             super().__init__(*args, **kwargs)
             return
         self.args: Any = args[0] if args else kwargs.get("args")
-        self.process: Any = None  # on rank 0 the process
+        self._process: Any = None  # on rank 0 the process
 
         def start() -> list[str]:
-            self.process = _Popen(*args, **kwargs)
-            return [name for name in _STREAMS if getattr(self.process, name) is not None]
+            self._process = _Popen(*args, **kwargs)
+            return [name for name in _STREAMS if getattr(self._process, name) is not None]
 
-        opened = self.run(start)
+        opened = self._call(start)
         for name in _STREAMS:
             setattr(self, name, _Stream(self, name) if name in opened else None)
 
-    def run(self, work: Callable[[], Any]) -> Any:
-        """Run `work` on rank 0, and return its result on every rank."""
+    def _call(self, work: Callable[[], Any]) -> Any:
         if self._engine is None or _alone.get():
             return work()
         result, self.pid, self.returncode = _run_once(
-            self._engine, lambda: (work(), self.process.pid, self.process.returncode)
+            self._engine, lambda: (work(), self._process.pid, self._process.returncode)
         )
         return result
 
@@ -140,9 +139,10 @@ class _Stream(io.IOBase):
     def __init__(self, command: _Command, name: str) -> None:
         self._command, self._name = command, name
 
-    def use(self, method: str, *args: Any) -> Any:
-        """Call a method of the pipe."""
-        return self._command.run(lambda: getattr(getattr(self._command.process, self._name), method)(*args))
+    def _use(self, method: str, *args: Any) -> Any:
+        return self._command._call(
+            lambda: getattr(getattr(self._command._process, self._name), method)(*args)
+        )
 
     def __del__(self) -> None:
         """Do nothing: the pipe belongs to the process on rank 0, and `io.IOBase` would close it."""
@@ -150,11 +150,11 @@ class _Stream(io.IOBase):
     @property
     def closed(self) -> bool:
         """Whether the stream is closed on rank 0."""
-        return bool(self.use("__getattribute__", "closed"))
+        return bool(self._use("__getattribute__", "closed"))
 
 
 def _stream_method(name: str) -> Callable[..., Any]:
-    return lambda self, *args: self.use(name, *args)
+    return lambda self, *args: self._use(name, *args)
 
 
 def _command_method(name: str) -> Callable[..., Any]:
@@ -167,7 +167,7 @@ def _command_method(name: str) -> Callable[..., Any]:
         if name == "__exit__":
             # The process needs no details of an error in the script, and the error may not be picklable.
             args = (None, None, None)
-        return self.run(lambda: getattr(self.process, name)(*args, **kwargs))
+        return self._call(lambda: getattr(self._process, name)(*args, **kwargs))
 
     return call
 

@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import differentiable
@@ -162,6 +163,18 @@ def moved(tensor: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
     if mask is not None:
         result._keras_mask = move(tf.convert_to_tensor(mask))
     return result
+
+
+def part(leaf: Any, share: Share) -> Any:
+    """Return the rows of a rank in an argument, or the argument itself if it has no rows."""
+    if not has_rows(leaf):
+        return leaf
+    return moved(leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf), share.take)
+
+
+def has_rows(leaf: Any) -> bool:
+    """Return whether an argument of a model is an array or tensor with rows."""
+    return (tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)) and leaf.shape != ()
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from keras.src import backend
 from hvdtrain.collectives.single import SingleEngine
 from hvdtrain.wrap import randomness
 from hvdtrain.wrap.layers import OUTPUT, Kind, kind_of
-from hvdtrain.wrap.row_shard import Share, alone, moved, running
+from hvdtrain.wrap.row_shard import Share, alone, has_rows, part, running
 
 _ROWS = 5
 _PARTS = (2, 3)
@@ -71,18 +71,6 @@ def verdict(model: keras.Model, call: Call, args: Any, kwargs: Any) -> Verdict:
     return Verdict(f"cannot be tested on {_ROWS} generated rows ({type(error).__name__})")
 
 
-def part(leaf: Any, share: Share) -> Any:
-    """Return the rows of a rank in an argument, or the argument itself if it has no rows."""
-    if not has_rows(leaf):
-        return leaf
-    return moved(leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf), share.take)
-
-
-def has_rows(leaf: Any) -> bool:
-    """Return whether an argument of a model is an array or tensor with rows."""
-    return (tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)) and leaf.shape != ()
-
-
 @dataclass(frozen=True)
 class _Outcome:
     """The result of a call of a model.
@@ -102,10 +90,11 @@ class _Outcome:
 
     def equals_joined(self, parts: Sequence["_Outcome"], tolerance: float) -> bool:
         """Return whether the joined outputs of the parts, and the state of each, equal this outcome."""
-        joined = [np.concatenate(outputs) for outputs in zip(*(part.outputs for part in parts), strict=True)]
-        pairs = [*zip(self.outputs, joined, strict=True)]
-        for part in parts:
-            pairs += zip(self.state, part.state, strict=True)
+        pairs = []
+        for expected, *found in zip(self.outputs, *(outcome.outputs for outcome in parts), strict=True):
+            pairs.append((expected, np.concatenate(found)))
+        for outcome in parts:
+            pairs += zip(self.state, outcome.state, strict=True)
         return all(_close(expected, found, tolerance) for expected, found in pairs)
 
 

@@ -172,12 +172,11 @@ def _is_random(attribute: Any) -> bool:
     nodes = list(definition.node)
     for inner in definition.library.function:
         nodes += inner.node_def
-    return any(_is_stateful(node.op) for node in nodes)
-
-
-def _is_stateful(name: str) -> bool:
-    known = op_def_registry.get(name)
-    return known is not None and known.is_stateful and name not in ("Placeholder", "_Arg", "_Retval")
+    for node in nodes:
+        known = op_def_registry.get(node.op)
+        if known is not None and known.is_stateful and node.op not in ("Placeholder", "_Arg", "_Retval"):
+            return True
+    return False
 
 
 def _with_larger_batches(adapter: Any, factor: int) -> Any:
