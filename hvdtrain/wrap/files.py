@@ -51,7 +51,6 @@ class _Copies:
         self.removed: set[str] = set()
 
     def copy_path(self, path: str) -> str:
-        """Return the path at which the copy of a file lies, if there is a copy."""
         return self.folder + path
 
     def is_exempt(self, path: str) -> bool:
@@ -154,11 +153,7 @@ def time_between_files() -> float:
 
 
 def show_files_until(moment: float) -> None:
-    """Show this rank the files that other ranks have made until a time, where it has no copy.
-
-    Args:
-        moment: Seconds since the epoch, at which rank 0 reached the present point of the script.
-    """
+    """Show this rank the files that other ranks have made until a time in seconds since the epoch."""
     _copies.since = max(_copies.since, moment)
 
 

@@ -63,11 +63,7 @@ def generators() -> list[Any]:
 
 @contextlib.contextmanager
 def unchanged(generators: Sequence[Any]) -> Iterator[None]:
-    """Restore random number generators, also the global one of Keras, at the end of this context.
-
-    Args:
-        generators: The result of `generators`.
-    """
+    """Restore random number generators, also the global one of Keras, at the end of this context."""
     keras_had_generator = get_global_attribute(GLOBAL_SEED_GENERATOR) is not None
     restorers = [_restorer(generator) for generator in generators]
     with _fresh_kernels():
@@ -190,10 +186,6 @@ def _whole_and_begin(first: Any, share: Share) -> tuple[Any, Any]:
     """Return how many rows to draw for the whole batch, and the first of them that belongs to this rank.
 
     If the first dimension of the shape to draw is not a multiple of this rank's rows, the numbers belong to no row.
-
-    Args:
-        first: That dimension.
-        share: The rows of this rank.
     """
     rows, count = tf.cast(share.rows, tf.int32), tf.cast(share.count, tf.int32)
     per_row = tf.where(first % rows == 0, first // rows, 0)

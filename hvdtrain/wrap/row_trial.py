@@ -73,17 +73,11 @@ def verdict(model: keras.Model, call: Call, args: Any, kwargs: Any) -> Verdict:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """The result of a call of a model.
-
-    Args:
-        outputs: The outputs as a flat list.
-        losses: Pairs of a layer name and the loss that the layer has added; also outputs without rows.
-        state: Values of the variables that the call may change.
-    """
+    """The result of a call of a model."""
 
     outputs: list[np.ndarray]
-    losses: list[tuple[str, np.ndarray]]
-    state: list[np.ndarray]
+    losses: list[tuple[str, np.ndarray]]  # of each layer that has added one; also outputs without rows
+    state: list[np.ndarray]  # values of the variables that the call may change
 
     def loss_names(self) -> list[str]:
         return [name for name, _ in self.losses]
@@ -140,13 +134,7 @@ def _declared_shapes(model: keras.Model, args: Any) -> Shapes:
 
 
 class _RowMaker:
-    """A function that generates rows like those of an argument.
-
-    Args:
-        size: Size of a dimension that neither the shape of the argument nor the model defines.
-        shapes: Shapes that the model declares.
-        distribution: One of `_DISTRIBUTIONS`.
-    """
+    """A function that generates rows like those of an argument, with `size` for each unknown dimension."""
 
     def __init__(self, size: int, shapes: Shapes, distribution: str) -> None:
         self._size, self._shapes, self._distribution = size, shapes, distribution

@@ -72,11 +72,7 @@ def in_step() -> Iterator[None]:
 
 
 def check_thread(what: str) -> None:
-    """Raise RuntimeError outside the main thread, and then in the main thread too.
-
-    Args:
-        what: The name of the called function.
-    """
+    """Raise RuntimeError outside the main thread, for the function `what`, and then in the main thread too."""
     thread = threading.current_thread()
     if thread is not threading.main_thread():
         _errors_in_threads.append(RuntimeError(_THREAD.format(what=what, thread=thread.name)))
