@@ -6,16 +6,15 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
 
 SERVED = {
     "horovod": "hvdtrain.as_horovod.package",
     "horovod.common": "hvdtrain.as_horovod.common",
-    "horovod.common.basics": "hvdtrain.as_horovod.common.basics",
+    "horovod.common.basics": "hvdtrain.as_horovod.common",
     "horovod.common.elastic": "hvdtrain.keras.elastic",
-    "horovod.common.exceptions": "hvdtrain.as_horovod.common.exceptions",
+    "horovod.common.exceptions": "hvdtrain.as_horovod.common",
     "horovod.common.process_sets": "hvdtrain.runtime.process_sets",
-    "horovod.common.util": "hvdtrain.as_horovod.common.util",
+    "horovod.common.util": "hvdtrain.as_horovod.common",
     "horovod.keras": "hvdtrain.as_horovod.standalone_keras",
     "horovod.keras.callbacks": "hvdtrain.keras.callbacks",
     "horovod.keras.elastic": "hvdtrain.keras.elastic",
@@ -29,19 +28,6 @@ SERVED = {
     "horovod.tensorflow.mpi_ops": "hvdtrain.tensorflow.mpi_ops",
     "horovod.tensorflow.sync_batch_norm": "hvdtrain.tensorflow.sync_batch_norm",
     "horovod.tensorflow.util": "hvdtrain.tensorflow.util",
-}
-
-# Attributes that Python sets in each module, and that are not copied.
-_SET_BY_PYTHON = {
-    "__builtins__",
-    "__cached__",
-    "__doc__",
-    "__file__",
-    "__loader__",
-    "__name__",
-    "__package__",
-    "__path__",
-    "__spec__",
 }
 
 
@@ -81,20 +67,15 @@ class _Alias(Loader):
         if "hvdtrain.keras" in sys.modules:
             # In Horovod each rank may validate or not, for example only rank 0.
             importlib.import_module("hvdtrain.keras.patches.model_fit").let_each_validate()
-        vars(module).update(_content(source))
+        own = {*vars(module), "__builtins__", "__cached__", "__file__", "__path__"}  # set by Python
+        for name, value in vars(source).items():
+            if name not in own and not isinstance(value, ModuleType):
+                setattr(module, name, value)
         module.__doc__ = f"{source.__name__}, by the name that it has in Horovod."
         if module.__name__ != "horovod":
             # Scripts use them as attributes: hvd.callbacks, hvd.elastic.
             for child in _children(module.__name__):
                 importlib.import_module(child)
-
-
-def _content(source: ModuleType) -> dict[str, Any]:
-    content = {}
-    for name, value in vars(source).items():
-        if name not in _SET_BY_PYTHON and not isinstance(value, ModuleType):
-            content[name] = value
-    return content
 
 
 def _children(name: str) -> list[str]:

@@ -1,117 +1,89 @@
 """Accept calls and names of Keras 2 on Keras 3, each with the reason why this is safe."""
 
+import functools
+import importlib
 import inspect
 import math
 import operator
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
 
-from hvdtrain.patching import AfterImport, definer, replace_outermost
+import keras
+import tensorflow as tf
+
+from hvdtrain.as_horovod import keras2_optimizers, keras2_training
+from hvdtrain.patching import definer, replace_outermost
 
 # A function that takes the value of an argument of Keras 2 and returns the arguments of Keras 3 with that meaning.
 Meaning = Callable[[Any], dict[str, Any]]
 
 
-def _ignored(value: Any) -> dict[str, Any]:
-    return {}
+def _ignored(*names: str) -> dict[str, Meaning]:
+    return {name: lambda value: {} for name in names}
 
 
-def _rounded_up(name: str) -> Meaning:
-    return lambda value: {name: math.ceil(value) if isinstance(value, float) else value}
+def _rounded_up(name: str) -> dict[str, Meaning]:
+    """Accept a fraction as a number of steps: Keras 2 counted until it was reached, so 4.5 steps were 5."""
+    return {name: lambda value: {name: math.ceil(value) if isinstance(value, float) else value}}
 
 
-def _renamed(name: str) -> Meaning:
-    return lambda value: {name: value}
+# They chose how data was fetched, not which data.
+_FETCHING = _ignored("max_queue_size", "workers", "use_multiprocessing")
 
-
-class _Arguments(NamedTuple):
-    """Arguments of one method, their meaning on Keras 3, and the reason."""
-
-    owner: str
-    method: str
-    meanings: Mapping[str, Meaning]
-    reason: str
-
-
-_FETCHING = dict.fromkeys(("max_queue_size", "workers", "use_multiprocessing"), _ignored)
-_TENSORBOARD = ("batch_size", "write_grads", "embeddings_layer_names", "embeddings_data")
-
-_ARGUMENTS = (
-    _Arguments(
-        "Model",
-        "compile",
-        dict.fromkeys(("experimental_run_tf_function", "sample_weight_mode"), _ignored),
-        "They chose how a step was traced, and allowed sample weights of several axes, as Keras 3 always does.",
+_ARGUMENTS: dict[tuple[str, str], dict[str, Meaning]] = {
+    # They chose how a step was traced, and allowed sample weights of several axes, as Keras 3 always does.
+    ("Model", "compile"): _ignored("experimental_run_tf_function", "sample_weight_mode"),
+    ("Model", "fit"): _FETCHING | _rounded_up("steps_per_epoch") | _rounded_up("validation_steps"),
+    ("Model", "evaluate"): _FETCHING | _rounded_up("steps"),
+    ("Model", "predict"): _FETCHING | _rounded_up("steps"),
+    # It chose a kernel of TensorFlow.
+    ("layers.BatchNormalization", "__init__"): _ignored("fused"),
+    # TensorFlow 2 already ignored them.
+    ("callbacks.TensorBoard", "__init__"): _ignored(
+        "batch_size", "write_grads", "embeddings_layer_names", "embeddings_data"
     ),
-    *(
-        _Arguments("Model", method, _FETCHING, "They chose how data was fetched, not which data.")
-        for method in ("fit", "evaluate", "predict")
+    # It is the older name.
+    ("callbacks.ReduceLROnPlateau", "__init__"): {"epsilon": lambda value: {"min_delta": value}},
+    # They named an operation, or concerned the replicas of a tf.distribute strategy.
+    ("optimizers.Optimizer", "apply_gradients"): _ignored(
+        "name", "experimental_aggregate_gradients", "skip_gradients_aggregation"
     ),
-    *(
-        _Arguments(
-            "Model",
-            method,
-            {name: _rounded_up(name)},
-            "Keras 2 counted until this number was reached: 4.5 steps were 5.",
-        )
-        for method, name in (
-            ("fit", "steps_per_epoch"),
-            ("fit", "validation_steps"),
-            ("evaluate", "steps"),
-            ("predict", "steps"),
-        )
-    ),
-    _Arguments(
-        "layers.BatchNormalization", "__init__", {"fused": _ignored}, "It chose a kernel of TensorFlow."
-    ),
-    _Arguments(
-        "callbacks.TensorBoard",
-        "__init__",
-        dict.fromkeys(_TENSORBOARD, _ignored),
-        "TensorFlow 2 already ignored them.",
-    ),
-    _Arguments(
-        "callbacks.ReduceLROnPlateau", "__init__", {"epsilon": _renamed("min_delta")}, "It is the older name."
-    ),
-    _Arguments(
-        "optimizers.Optimizer",
-        "apply_gradients",
-        dict.fromkeys(("name", "experimental_aggregate_gradients", "skip_gradients_aggregation"), _ignored),
-        "They named an operation, or concerned the replicas of a tf.distribute strategy.",
-    ),
-    _Arguments(
-        "optimizers.Optimizer",
-        "__init__",
-        {"jit_compile": _ignored},
-        "In Keras 3 it is an argument of compile.",
-    ),
+    # In Keras 3 it is an argument of compile.
+    ("optimizers.Optimizer", "__init__"): _ignored("jit_compile"),
+}
+
+_TF_KERAS = "keras._tf_keras.keras"
+
+# Modules in both `keras` and `tf.keras`, which were one package in Keras 2. Each gets the names that only the other
+# has.
+_PAIRED_MODULES = (
+    *("backend", "layers", "losses", "metrics"),
+    *("preprocessing", "preprocessing.image", "preprocessing.sequence"),
 )
 
+# Modules of Keras 2 whose names are all in a module of Keras 3.
+_MODULES = {
+    "backend": ("tensorflow_backend",),
+    "layers": (
+        *("advanced_activations", "convolutional", "core", "embeddings", "merge", "noise", "normalization"),
+        *("pooling", "recurrent", "wrappers"),
+    ),
+    "optimizers": ("experimental",),
+    "utils": ("data_utils", "generic_utils", "np_utils", "vis_utils"),
+}
 
-def install_with_keras() -> None:
-    """Change Keras now if it is loaded, otherwise as soon as the script has loaded it."""
-    if "keras" in sys.modules:
-        install()
-    else:
-        sys.meta_path.insert(0, AfterImport("keras", install))
+_OPTIMIZERS = ("Adadelta", "Adagrad", "Adam", "Adamax", "Ftrl", "Nadam", "Optimizer", "RMSprop", "SGD")
+_ONLY_CAPITALIZED = ("Ftrl", "Optimizer")
 
 
 def install() -> None:
     """Restore the calls and names. What Keras 3 accepts keeps its meaning."""
-    import keras
-
-    if keras.__version__.startswith("2.") or keras.backend.backend() != "tensorflow":
-        return  # hvdtrain.keras rejects both with a message
-    from hvdtrain.as_horovod import keras2_names, keras2_optimizers, keras2_training
-
-    keras2_names.install(keras)
-    keras2_training.install(keras)
-    keras2_optimizers.install(keras)
-    methods: dict[tuple[str, str], dict[str, Meaning]] = {}
-    for arguments in _ARGUMENTS:
-        methods.setdefault((arguments.owner, arguments.method), {}).update(arguments.meanings)
-    for (owner, method), meanings in methods.items():
+    _add_names()
+    keras2_training.install()
+    keras2_optimizers.install()
+    for (owner, method), meanings in _ARGUMENTS.items():
         kind = operator.attrgetter(owner)(keras)
         replace_outermost(definer(kind, method), method, _translating(meanings))
 
@@ -127,3 +99,73 @@ def _translating(meanings: dict[str, Meaning]) -> Callable[[Any], Any]:
         return call
 
     return make
+
+
+def _add_names() -> None:
+    """Put names into `keras` and `tf.keras`, and make `tensorflow.keras.*` the modules behind `tf.keras.*`."""
+    tf_keras = importlib.import_module(_TF_KERAS)
+    keras.preprocessing.text = sys.modules["keras.preprocessing.text"] = tf_keras.preprocessing.text
+    for name in _PAIRED_MODULES:
+        both = {**_public(_inside(tf_keras, name)), **_public(_inside(keras, name))}
+        if name == "backend":
+            both = {name: _unwrapping(function) for name, function in both.items()}
+        for api in (keras, tf_keras):
+            vars(_inside(api, name)).update(both)
+    keras.Variable.ref = lambda variable: _Reference(variable)
+    for api in (keras, tf_keras):
+        for name in _OPTIMIZERS:
+            kind = getattr(keras.optimizers, name)
+            setattr(_inside(api, "optimizers.legacy"), name, kind)
+            if name not in _ONLY_CAPITALIZED:
+                setattr(api.optimizers, name.lower(), kind)
+        for name, older in _MODULES.items():
+            module = _inside(api, name)
+            for child in older:
+                sys.modules[f"{api.__name__}.{name}.{child}"] = module
+                vars(module).setdefault(child, module)
+    # Otherwise an import of tensorflow.keras.losses would load the same file again, without the added names.
+    for name in list(sys.modules):
+        if name.startswith(_TF_KERAS):
+            sys.modules[name.replace(_TF_KERAS, "tensorflow.keras", 1)] = sys.modules[name]
+
+
+def _inside(module: Any, path: str) -> Any:
+    return importlib.import_module(f"{module.__name__}.{path}")
+
+
+def _public(module: ModuleType) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+
+
+def _unwrapping(function: Any) -> Any:
+    """Let a function of `keras.backend`, written for TensorFlow variables, accept those of Keras 3."""
+    if isinstance(function, type | ModuleType) or not callable(function):
+        return function
+
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        args, kwargs = tf.nest.map_structure(_tensorflow_variable, (args, kwargs))
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _tensorflow_variable(value: Any) -> Any:
+    return value.value if isinstance(value, keras.Variable) else value
+
+
+class _Reference:
+    """The result of `variable.ref()`: a hashable reference, because a variable itself is not hashable."""
+
+    def __init__(self, variable: Any) -> None:
+        self._variable = variable
+
+    def deref(self) -> Any:
+        """Return the variable."""
+        return self._variable
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Reference) and self._variable is other._variable
+
+    def __hash__(self) -> int:
+        return id(self._variable)

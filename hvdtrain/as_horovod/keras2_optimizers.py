@@ -1,9 +1,10 @@
 """Restore arguments, attributes and methods of optimizers of Keras 2."""
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import keras
 import tensorflow as tf
 
 from hvdtrain.patching import definer, replace
@@ -14,17 +15,21 @@ _COMPUTE = (
 )
 
 
-def install(keras: Any) -> None:
+def install() -> None:
     """Add the arguments, attributes and methods to all optimizers."""
     base = definer(keras.optimizers.Optimizer, "variables")
     replace(base, "__init__", _taking_lr)
     replace(base, "apply_gradients", _rejecting_changed_gradients)
-    base.lr = property(lambda self: self.learning_rate, _set_rate)
+    base.lr = property(
+        lambda self: self.learning_rate, lambda self, rate: setattr(self, "learning_rate", rate)
+    )
     base.minimize, base._compute_gradients = _minimize, _compute_gradients
     base.get_scaled_loss = lambda self, loss: self.scale_loss(loss)
     base.get_unscaled_gradients = lambda self, grads: grads  # Keras 3 unscales gradients when it applies them
     base.get_gradients = base.get_updates = _symbolic
-    base.weights, base.get_weights = property(_weights), _get_weights
+    base.weights = property(_weights)
+    # What `set_weights` of Keras 3 accepts.
+    base.get_weights = lambda self: [variable.numpy() for variable in self.variables]
     for kind in _with_subclasses(base):
         if isinstance(vars(kind).get("variables"), property):
             kind.variables = property(_callable(vars(kind)["variables"].fget))
@@ -65,10 +70,6 @@ def _without_epsilon(init: Callable[..., None]) -> Callable[..., None]:
     return __init__
 
 
-def _set_rate(optimizer: Any, rate: Any) -> None:
-    optimizer.learning_rate = rate
-
-
 def _minimize(
     self: Any, loss: Any, var_list: Any, grad_loss: Any = None, name: str | None = None, tape: Any = None
 ) -> Any:
@@ -103,7 +104,9 @@ def _rejecting_changed_gradients(apply_gradients: Callable[..., Any]) -> Callabl
 
         pairs = list(grads_and_vars)
         computed = vars(self).pop("_hvdtrain_computed", None)
-        if computed is not None and is_distributed(self) and not _are_all_in(pairs, computed):
+        known = {id(gradient) for gradient in computed or ()}
+        unchanged = all(id(gradient) in known for gradient, _ in pairs)
+        if computed is not None and is_distributed(self) and not unchanged:
             raise NotImplementedError(
                 f"{type(self).__name__}: the gradients of _compute_gradients were changed before apply_gradients, "
                 f"which is where the ranks combine them. {_COMPUTE}"
@@ -111,11 +114,6 @@ def _rejecting_changed_gradients(apply_gradients: Callable[..., Any]) -> Callabl
         return apply_gradients(self, pairs)
 
     return apply
-
-
-def _are_all_in(pairs: Sequence[tuple[Any, Any]], computed: Sequence[Any]) -> bool:
-    known = {id(gradient) for gradient in computed}
-    return all(id(gradient) in known for gradient, _ in pairs)
 
 
 def _symbolic(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -128,11 +126,6 @@ def _weights(optimizer: Any) -> list[Any]:
     """Return the variables without the learning rate, as Keras 2 listed them."""
     rate = getattr(optimizer, "_learning_rate", None)
     return [variable for variable in optimizer.variables if variable is not rate]
-
-
-def _get_weights(self: Any) -> list[Any]:
-    """Return the values that `set_weights` of Keras 3 accepts."""
-    return [variable.numpy() for variable in self.variables]
 
 
 class _Callable(list):

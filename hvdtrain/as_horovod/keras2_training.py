@@ -1,9 +1,9 @@
 """Restore methods of models and callbacks that Keras 3 has removed, and the names of logs in Keras 2."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import keras as keras3
+import keras
 import numpy as np
 
 from hvdtrain.patching import definer, replace, replace_outermost
@@ -12,8 +12,16 @@ from hvdtrain.patching import definer, replace, replace_outermost
 _SYNONYMS = (("lr", "learning_rate"), ("acc", "accuracy"), ("val_acc", "val_accuracy"))
 _OTHER_NAME = dict([*_SYNONYMS, *((new, old) for old, new in _SYNONYMS)])
 
+# The arguments of Keras 2 after the generator, in order.
+_OF_FIT_GENERATOR = (
+    *("steps_per_epoch", "epochs", "verbose", "callbacks", "validation_data", "validation_steps"),
+    *("validation_freq", "class_weight", "max_queue_size", "workers", "use_multiprocessing", "shuffle"),
+    "initial_epoch",
+)
+_OF_OTHER_GENERATORS = ("steps", "callbacks", "max_queue_size", "workers", "use_multiprocessing", "verbose")
 
-def install(keras: Any) -> None:
+
+def install() -> None:
     """Add the methods to models and callbacks."""
     trainer = definer(keras.Model, "fit")
     trainer.fit_generator = _fit_generator
@@ -33,55 +41,25 @@ def install(keras: Any) -> None:
     replace(keras.callbacks.History, "on_train_begin", _recording_both_names)
 
 
-def _fit_generator(
-    self: Any,
-    generator: Any,
-    steps_per_epoch: float | None = None,
-    epochs: int = 1,
-    verbose: Any = 1,
-    callbacks: Any = None,
-    validation_data: Any = None,
-    validation_steps: float | None = None,
-    validation_freq: int = 1,
-    class_weight: Any = None,
-    max_queue_size: int = 10,
-    workers: int = 1,
-    use_multiprocessing: bool = False,
-    shuffle: bool = True,
-    initial_epoch: int = 0,
-) -> Any:
-    return self.fit(
-        generator,
-        steps_per_epoch=steps_per_epoch,
-        epochs=epochs,
-        verbose=verbose,
-        callbacks=callbacks,
-        validation_data=validation_data,
-        validation_steps=validation_steps,
-        validation_freq=validation_freq,
-        class_weight=class_weight,
-        # For a Python generator shuffle never had an effect, and Keras 3 would warn.
-        shuffle=shuffle and isinstance(generator, keras3.utils.PyDataset),
-        initial_epoch=initial_epoch,
-    )
+def _fit_generator(self: Any, generator: Any, *args: Any, **kwargs: Any) -> Any:
+    given = {"verbose": 1, "shuffle": True, **_named(_OF_FIT_GENERATOR, args), **kwargs}
+    # For a Python generator shuffle never had an effect, and Keras 3 would warn.
+    given["shuffle"] = given["shuffle"] and isinstance(generator, keras.utils.PyDataset)
+    return self.fit(generator, **given)
 
 
 def _taking_generator(name: str) -> Callable[..., Any]:
     """Return `evaluate_generator` or `predict_generator`, given the name of the method without "_generator"."""
 
-    def run(
-        self: Any,
-        generator: Any,
-        steps: float | None = None,
-        callbacks: Any = None,
-        max_queue_size: int = 10,
-        workers: int = 1,
-        use_multiprocessing: bool = False,
-        verbose: Any = 0,
-    ) -> Any:
-        return getattr(self, name)(generator, steps=steps, callbacks=callbacks, verbose=verbose)
+    def run(self: Any, generator: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {"verbose": 0, **_named(_OF_OTHER_GENERATORS, args), **kwargs}
+        return getattr(self, name)(generator, **given)
 
     return run
+
+
+def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
+    return dict(zip(names[: len(args)], args, strict=True))
 
 
 def _predict_proba(self: Any, x: Any, batch_size: int | None = None, verbose: Any = 0) -> Any:
@@ -198,7 +176,7 @@ def _with_current_names(on_train_begin: Callable[..., None]) -> Callable[..., No
 def _has_acc(model: Any) -> bool:
     compiled = getattr(model, "_compile_metrics", None)
     given = [] if compiled is None else [compiled._user_metrics, compiled._user_weighted_metrics]
-    metrics = keras3.tree.flatten(given)
+    metrics = keras.tree.flatten(given)
     return any(metric == "acc" or getattr(metric, "name", None) == "acc" for metric in metrics)
 
 

@@ -2,8 +2,9 @@
 
 from typing import Any, NoReturn
 
-# The version of Horovod whose interface hvdtrain has.
-__version__ = "0.28.1"
+__all__ = ["run"]
+
+__version__ = "0.28.1"  # the version of Horovod whose interface hvdtrain has
 
 
 def run(func: Any, *args: Any, **kwargs: Any) -> NoReturn:
@@ -12,6 +13,3 @@ def run(func: Any, *args: Any, **kwargs: Any) -> NoReturn:
         "horovod.run starts ranks from inside a script, which hvdtrain does not do. Put the function into a script "
         "that calls it, and type: hvdtrain run --as-horovod -np 4 script.py"
     )
-
-
-__all__ = ["run"]

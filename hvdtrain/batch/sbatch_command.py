@@ -139,7 +139,8 @@ def _profile_options(profile: Profile, template: Template, taken: set[str]) -> O
         "ntasks-per-node": counts.get("ntasks-per-node"),
         "cpus-per-task": str(profile.cpus_per_task or ""),
     }
-    options = {name: value for name, value in options.items() if value} | read_options(profile.sbatch)
+    options = {name: value for name, value in options.items() if value}
+    options |= read_options(profile.sbatch)
     if template.name != "cpu" and "gres" in counts:
         options.setdefault("gres", counts["gres"])
     # Slurm accepts only one of these options.

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from hvdtrain.bench.contender_job import Contender
 from hvdtrain.bench.models import WORKLOADS
@@ -137,7 +138,7 @@ def _tf_keras(model: str, name: str, mode: str, *needs: str) -> StepContender:
     return StepContender(name, work, settings, environ, needs, baseline=TF_KERAS, **_peer(mode))
 
 
-def _peer(mode: str) -> dict[str, bool]:
+def _peer(mode: str) -> dict[str, Any]:
     """Return how a contender runs that does not use hvdtrain."""
     together = mode != "plain"
     return {"independent": not together, "stock": together, "distributed": together}

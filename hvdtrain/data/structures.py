@@ -7,7 +7,7 @@ from typing import Any
 import keras
 import numpy as np
 
-_NAMES = ("x", "y", "sample_weight")
+NAMES = ("x", "y", "sample_weight")
 _MANY = 10  # an error names at most this many arrays
 
 Facts = list[tuple[str, str]]  # what must be the same on all ranks: names and values
@@ -27,7 +27,7 @@ def unpacked(data: Any) -> tuple[Any, Any, Any]:
 
 def all_arrays(parts: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
     """Convert the leaves of x, y and sample_weight to NumPy arrays; see `arrays`."""
-    x, y, weight = map(arrays, parts, _NAMES)
+    x, y, weight = map(arrays, parts, NAMES)
     return x, y, weight
 
 
@@ -61,7 +61,7 @@ def length(parts: tuple[Any, Any, Any]) -> int:
         ValueError: If arrays have different lengths (each is named), or one has no dimension.
     """
     lengths: dict[str, int] = {}
-    for part, label in zip(parts, _NAMES, strict=True):
+    for part, label in zip(parts, NAMES, strict=True):
         for name, leaf in leaves(part, label):
             if leaf.ndim == 0:
                 raise ValueError(
@@ -94,7 +94,7 @@ def as_keras(array: np.ndarray) -> np.ndarray:
 
 def all_described(parts: tuple[Any, Any, Any]) -> Facts:
     """Return the facts of x, y and sample_weight that ranks compare; see `described`."""
-    return [fact for part, name in zip(parts, _NAMES, strict=True) for fact in described(part, name)]
+    return [fact for part, name in zip(parts, NAMES, strict=True) for fact in described(part, name)]
 
 
 def described(part: Any, label: str) -> Facts:

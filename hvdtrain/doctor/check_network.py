@@ -18,8 +18,10 @@ INTERFACES = Path("/sys/class/net")
 
 # Bridges and tunnels of containers and virtual machines. They often have the same address on every host, so a
 # rank that connects to another host through them reaches itself.
-PRIVATE = ("docker", "br-", "virbr", "veth", "cni", "flannel", "cali", "lxc", "lxd", "podman", "vmnet")
-PRIVATE += ("vboxnet",)
+PRIVATE = (
+    *("docker", "br-", "virbr", "veth", "cni", "flannel", "cali", "lxc", "lxd", "podman"),
+    *("vmnet", "vboxnet"),
+)
 
 # The variables with which a user selects the interface, by the launcher's MPI ("" without one), else of Hydra.
 _OPEN_MPI = ("OMPI_MCA_btl_tcp_if_include", "OMPI_MCA_oob_tcp_if_include")

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from typing import Any
 
 from hvdtrain import settings
@@ -17,7 +18,13 @@ ELEMENTS = 1 << 20  # 4 MiB: beyond every eager limit, so the transport that tra
 def main() -> None:
     """Run the probe that is named on the command line, with the arguments after its name."""
     probe, *arguments = sys.argv[1:]
-    {"allreduce": _allreduce, "mpi": _mpi, "patches": _patches, "stack": _stack}[probe](*arguments)
+    probes: dict[str, Callable[..., None]] = {
+        "allreduce": _allreduce,
+        "mpi": _mpi,
+        "patches": _patches,
+        "stack": _stack,
+    }
+    probes[probe](*arguments)
 
 
 def _print(facts: Any) -> None:

@@ -15,6 +15,7 @@ from rich.progress import (
     BarColumn,
     Progress,
     SpinnerColumn,
+    TaskID,
     TaskProgressColumn,
     TextColumn,
     TimeElapsedColumn,
@@ -39,6 +40,7 @@ class Steps:
         self._console = console
         self._verbose = verbose
         self._phase = ""
+        self._task = TaskID(0)
         self._started = time.monotonic()
         self._printed = 0  # the last percentage of a line
         columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TaskProgressColumn())

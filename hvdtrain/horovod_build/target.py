@@ -24,8 +24,10 @@ RECORD = "horovod/hvdtrain_build.json"
 RECIPE = 1
 
 # The user's Horovod settings that are passed to the build; all others would change what is built.
-PASSED_ON = ("HOROVOD_CUDA_HOME", "HOROVOD_NCCL_HOME", "HOROVOD_NCCL_INCLUDE", "HOROVOD_NCCL_LIB")
-PASSED_ON += ("HOROVOD_NCCL_LINK", "HOROVOD_BUILD_CUDA_CC_LIST", "HOROVOD_BUILD_ARCH_FLAGS")
+PASSED_ON = (
+    *("HOROVOD_CUDA_HOME", "HOROVOD_NCCL_HOME", "HOROVOD_NCCL_INCLUDE", "HOROVOD_NCCL_LIB"),
+    *("HOROVOD_NCCL_LINK", "HOROVOD_BUILD_CUDA_CC_LIST", "HOROVOD_BUILD_ARCH_FLAGS"),
+)
 
 # Without a call of `MPI_Init`, as the standard allows, this also runs where no job may start.
 _PRINT_MPI_VERSION = r"""

@@ -12,7 +12,7 @@ from types import TracebackType
 
 from hvdtrain import script, topology
 from hvdtrain.patching import AfterImport
-from hvdtrain.wrap import commands, files, refusals, script_end
+from hvdtrain.wrap import files, rank_zero, script_errors
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -33,11 +33,10 @@ def main(arguments: Sequence[str]) -> None:
             files.install()
         else:
             sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr] # a job may end abruptly
-        commands.install()
-        refusals.install()
+        rank_zero.install()
+        script_errors.reject_imports()
         _change_keras_after_import(scale_batch)
-    with script_end.in_step():
-        refusals.run(arguments)
+    script_errors.run(arguments)
 
 
 def _fix_hash_seed() -> None:
@@ -69,22 +68,19 @@ def _change_keras_after_import(scale_batch: bool) -> None:
     """Join the ranks and change Keras after the script has imported TensorFlow or Keras.
 
     Not before: the script may first set environment variables that Keras reads.
-
-    Args:
-        scale_batch: Whether each rank keeps the batch size of the script.
     """
+
+    def change_keras() -> None:
+        from hvdtrain.wrap import training  # loads Keras
+
+        training.install(scale_batch)
+
     # TensorFlow may compute before the script imports Keras; by then the ranks must have divided the cores.
     sys.meta_path.insert(0, AfterImport("tensorflow", lambda: importlib.import_module("keras")))
-    sys.meta_path.insert(0, AfterImport("keras", lambda: _change_keras(scale_batch)))
+    sys.meta_path.insert(0, AfterImport("keras", change_keras))
     if "keras" in sys.modules or "tensorflow" in sys.modules:  # Python may load them before any script
         importlib.import_module("keras")
-        _change_keras(scale_batch)
-
-
-def _change_keras(scale_batch: bool) -> None:
-    from hvdtrain.wrap.install import install  # loads Keras
-
-    install(scale_batch)
+        change_keras()
 
 
 main(sys.argv[1:])

@@ -11,18 +11,18 @@ path on this rank find this copy.
 import atexit
 import builtins
 import contextlib
-import functools
 import io
 import os
 import pathlib
 import shutil
+import stat
 import tarfile
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from hvdtrain.patching import replace
+from hvdtrain.patching import Make, replace
 
 _CLOCK_REALTIME_COARSE = 5  # the time module does not define it
 _EXEMPT = ("/dev/", "/proc/", "/sys/")
@@ -40,7 +40,7 @@ class _Copies:
     """The copies of files that this rank has written.
 
     Args:
-        folder: Folder of the copies, each under its absolute path.
+        folder: Folder of the copies, each under its absolute path; "" on rank 0, which uses the files themselves.
         since: Seconds since the epoch. Files that other ranks have made after this time are hidden from this rank.
     """
 
@@ -51,12 +51,11 @@ class _Copies:
         self.removed: set[str] = set()
 
     def copy_path(self, path: str) -> str:
-        """Return the path at which the copy of a file lies, if there is a copy."""
         return self.folder + path
 
     def is_exempt(self, path: str) -> bool:
         """Return whether all ranks use the same file at a path."""
-        return path.startswith((*_EXEMPT, self.folder))
+        return not self.folder or path.startswith((*_EXEMPT, self.folder))
 
     def for_reading(self, path: str) -> str:
         """Return the path to read on this rank: that of the copy, or of a file that was there before."""
@@ -78,12 +77,7 @@ class _Copies:
             return False
 
     def for_writing(self, path: str, keep: bool) -> str:
-        """Return the path of the copy to write.
-
-        Args:
-            path: An absolute path.
-            keep: Whether to copy the present content of the file first.
-        """
+        """Return the path of the copy to write, to which `keep` first copies the present content of the file."""
         if self.is_exempt(path):
             return path
         # The order matters: a file that another rank makes at this moment either does not exist yet, or is hidden.
@@ -97,64 +91,59 @@ class _Copies:
         return copy
 
 
-_copies: _Copies | None = None
+_copies = _Copies("", 0)
 # The original functions, before `install` replaces them.
+_open, _lstat, _stat, _mkdir, _scandir = io.open, os.lstat, os.stat, os.mkdir, os.scandir
 _rmtree = shutil.rmtree
-_lstat, _stat, _mkdir, _listdir, _open, _scandir = (
-    os.lstat,
-    os.stat,
-    os.mkdir,
-    os.listdir,
-    io.open,
-    os.scandir,
-)
 
 
 def install() -> None:
     """Redirect the files that this rank writes from now on."""
     global _copies
-    folder = tempfile.mkdtemp(prefix="hvdtrain-wrap-")
-    _copies = copies = _Copies(folder, time.time())
+    _copies = _Copies(tempfile.mkdtemp(prefix="hvdtrain-wrap-"), time.time())
     atexit.register(remove_copies)
-    builtins.open = io.open = _opening(copies, _open)
-    replace(os, "open", lambda opening: _opening_by_flags(copies, opening))
-    replace(os, "mkdir", lambda make: _making(copies, make))
-    for change, names in (
-        (_reading_copy, _ATTRIBUTES),
-        (_removing, _REMOVING),
-        (_renaming, _RENAMING),
-        (_linking, _LINKING),
+    replace(io, "open", redirected(for_mode, "file"))
+    builtins.open = io.open
+    for names, make in (
+        (("open",), redirected(_for_flags, "path")),
+        (("mkdir",), redirected(_for_new_folder, "path")),
+        (_ATTRIBUTES, redirected(for_reading, "path")),
+        (_LINKING, redirected(for_writing, "dst", 1)),
+        (_REMOVING, _removing),
+        (_RENAMING, _renaming),
     ):
         for name in names:
-            replace(os, name, functools.partial(change, copies))
-    replace(shutil, "rmtree", functools.partial(_removing, copies))
-    replace(os, "listdir", lambda _: lambda path=".": _list_names(copies, path))
-    replace(os, "scandir", lambda _: lambda path=".": _Entries(copies, path))
+            replace(os, name, make)
+    replace(shutil, "rmtree", _removing)
+    replace(os, "listdir", lambda _: lambda path=".": [entry.name for entry in _entries(path)])
+    replace(os, "scandir", lambda _: lambda path=".": _Entries(_entries(path)))
     tarfile.bltn_open = io.open  # type: ignore[attr-defined] # tarfile has stored the original function
-    _update_pathlib()
+    accessor = getattr(pathlib, "_NormalAccessor", None)  # in Python 3.10 pathlib has stored them too
+    for name in ("mkdir", "listdir", "scandir", *_ATTRIBUTES, *_REMOVING, *_RENAMING, *_LINKING):
+        if hasattr(accessor, name):
+            setattr(accessor, name, staticmethod(getattr(os, name)))
+    if accessor is not None:
+        accessor.open = staticmethod(io.open)
 
 
 def drop_copies() -> None:
     """Remove the copies of this rank and show it all files as rank 0 has them on this host."""
-    if _copies is not None:
-        _rmtree(_copies.folder, ignore_errors=True)
+    if _copies.folder:
+        remove_copies()
         _makedirs(_copies.folder)
         _copies.removed.clear()
 
 
 def remove_copies() -> None:
     """Remove all copies of this rank."""
-    if _copies is not None:
+    if _copies.folder:
         _rmtree(_copies.folder, ignore_errors=True)
 
 
 def time_between_files() -> float:
-    """Return a time after all files made so far and before all files made later by this process.
+    """Return a time after all files made so far and before all files made later, in seconds since the epoch.
 
     Linux stamps files with a clock that advances every few milliseconds, so this waits for its next tick.
-
-    Returns:
-        Seconds since the epoch.
     """
     now = then = time.clock_gettime(_CLOCK_REALTIME_COARSE)
     while then <= now:
@@ -164,210 +153,152 @@ def time_between_files() -> float:
 
 
 def show_files_until(moment: float) -> None:
-    """Show this rank the files that other ranks have made until a time, where it has no copy.
-
-    Args:
-        moment: Seconds since the epoch, at which rank 0 reached the present point of the script.
-    """
-    if _copies is not None:
-        _copies.since = max(_copies.since, moment)
-
-
-def for_reading(path: Any) -> str:
-    """Return the absolute path to read on this rank in place of a path."""
-    absolute = os.path.abspath(os.fspath(path))
-    return absolute if _copies is None else _copies.for_reading(absolute)
+    """Show this rank the files that other ranks have made until a time in seconds since the epoch."""
+    _copies.since = max(_copies.since, moment)
 
 
 def share(path: Any) -> bool:
     """Show this rank a file that rank 0 has just written; return False if it does not exist on this host."""
-    absolute = os.path.abspath(os.fspath(path))
-    if _copies is None:
-        return True
+    absolute = os.path.abspath(path)
     if not _lexists(absolute):
         return False
     _copies.shared.add(absolute)
     return True
 
 
-def for_writing(path: Any, keep: bool = False) -> str:
-    """Return the absolute path to write on this rank in place of a path.
+def redirected(choose: Callable[..., str], name: str, index: int = 0) -> Make:
+    """Return a function that wraps another one so that it uses other paths.
 
     Args:
-        path: The path.
-        keep: Whether to copy the present content of the file first.
+        choose: Takes an absolute path and the arguments after it; returns the path to use.
+        name: Name of the argument that is a path or a list of paths.
+        index: Its position.
     """
-    absolute = os.path.abspath(os.fspath(path))
-    return absolute if _copies is None else _copies.for_writing(absolute, keep)
+
+    def make(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            before, given, after = args[:index], args[index : index + 1], args[index + 1 :]
+
+            def moved(file: Any) -> Any:
+                if isinstance(file, list | tuple):
+                    return [moved(item) for item in file]
+                path = _path(file, kwargs)
+                return file if path is None else choose(path, *after, **kwargs)
+
+            if name in kwargs:
+                kwargs[name] = moved(kwargs[name])
+            return function(*before, *map(moved, given), *after, **kwargs)
+
+        return call
+
+    return make
 
 
-def _opening(copies: _Copies, opening: Callable[..., Any]) -> Callable[..., Any]:
-    def open(file: Any, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
-        path = _path(file)
-        if path is None:
-            return opening(file, mode, *args, **kwargs)
-        if set(mode) & set("wax+"):
-            return opening(copies.for_writing(path, keep="w" not in mode), mode, *args, **kwargs)
-        return opening(copies.for_reading(path), mode, *args, **kwargs)
-
-    return open
+def for_reading(path: Any, /, *args: Any, **kwargs: Any) -> str:
+    """Return the absolute path to read on this rank in place of a path."""
+    return _copies.for_reading(os.path.abspath(path))
 
 
-def _opening_by_flags(copies: _Copies, opening: Callable[..., int]) -> Callable[..., int]:
-    def open(file: Any, flags: int, *args: Any, **kwargs: Any) -> int:
-        path = _path(file, kwargs)
-        if path is None:
-            return opening(file, flags, *args, **kwargs)
-        if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            return opening(copies.for_writing(path, keep=not flags & os.O_TRUNC), flags, *args, **kwargs)
-        return opening(copies.for_reading(path), flags, *args, **kwargs)
-
-    return open
+def for_writing(path: Any, /, *args: Any, **kwargs: Any) -> str:
+    """Return the absolute path to write on this rank in place of a path."""
+    return _copies.for_writing(os.path.abspath(path), keep=False)
 
 
-def _making(copies: _Copies, make: Callable[..., None]) -> Callable[..., None]:
-    def mkdir(file: Any, *args: Any, **kwargs: Any) -> None:
-        path = _path(file, kwargs)
-        if path is None or copies.is_exempt(path):
-            return make(file, *args, **kwargs)
-        # A folder that rank 0 has made in the meantime does not count as existing.
-        if not copies.is_hidden(path) and _lexists(path) and _stat(path).st_ctime < copies.since:
-            raise FileExistsError(17, os.strerror(17), path)
-        return make(copies.for_writing(path, keep=False), *args, **kwargs)
-
-    return mkdir
+def for_mode(path: str, /, mode: str = "r", *args: Any, **kwargs: Any) -> str:
+    """Return the path to open on this rank in a mode of `open`."""
+    if set(mode) & set("wax+"):
+        return _copies.for_writing(path, keep="w" not in mode)
+    return _copies.for_reading(path)
 
 
-def _reading_copy(copies: _Copies, function: Callable[..., Any]) -> Callable[..., Any]:
-    def call(file: Any, *args: Any, **kwargs: Any) -> Any:
-        path = _path(file, kwargs)
-        return function(file if path is None else copies.for_reading(path), *args, **kwargs)
-
-    return call
+def _for_flags(path: str, /, flags: int, *args: Any, **kwargs: Any) -> str:
+    if flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+        return _copies.for_writing(path, keep=not flags & os.O_TRUNC)
+    return _copies.for_reading(path)
 
 
-def _removing(copies: _Copies, remove: Callable[..., None]) -> Callable[..., None]:
+def _for_new_folder(path: str, /, *args: Any, **kwargs: Any) -> str:
+    # A folder that rank 0 has made in the meantime does not count as existing.
+    if not _copies.is_hidden(path) and _lexists(path) and _stat(path).st_ctime < _copies.since:
+        raise FileExistsError(17, os.strerror(17), path)
+    return _copies.for_writing(path, keep=False)
+
+
+def _removing(remove: Callable[..., None]) -> Callable[..., None]:
     def removed(file: Any, *args: Any, **kwargs: Any) -> None:
         path = _path(file, kwargs)
-        if path is None or copies.is_exempt(path):
+        if path is None or _copies.is_exempt(path):
             remove(file, *args, **kwargs)
             return
-        if _lexists(copies.copy_path(path)):
-            remove(copies.copy_path(path), *args, **kwargs)
-        elif path not in copies.shared and copies.is_hidden(path):
+        if _lexists(_copies.copy_path(path)):
+            remove(_copies.copy_path(path), *args, **kwargs)
+        elif path not in _copies.shared and _copies.is_hidden(path):
             raise FileNotFoundError(2, os.strerror(2), path)
         # Otherwise the file was there before, and rank 0 removes it or has removed it.
-        copies.removed.add(path)
-        copies.shared.discard(path)
+        _copies.removed.add(path)
+        _copies.shared.discard(path)
 
     return removed
 
 
-def _renaming(copies: _Copies, rename: Callable[..., None]) -> Callable[..., None]:
+def _renaming(rename: Callable[..., None]) -> Callable[..., None]:
     def renamed(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
         old, new = _path(source), _path(target)
-        if old is None or new is None or copies.is_exempt(old):
+        if old is None or new is None or _copies.is_exempt(old):
             rename(source, target, *args, **kwargs)
             return
-        present, copy = copies.for_reading(old), copies.for_writing(new, keep=False)
+        present, copy = _copies.for_reading(old), _copies.for_writing(new, keep=False)
         if present != old:
             rename(present, copy)
         elif _is_dir(present):
             shutil.copytree(present, copy)
         elif _lexists(present):
             shutil.copyfile(present, copy)
-        copies.removed.add(old)
+        _copies.removed.add(old)
 
     return renamed
 
 
-def _linking(copies: _Copies, link: Callable[..., None]) -> Callable[..., None]:
-    def linked(source: Any, target: Any, *args: Any, **kwargs: Any) -> None:
-        path = _path(target, kwargs)
-        link(source, target if path is None else copies.for_writing(path, keep=False), *args, **kwargs)
-
-    return linked
-
-
-def _list_names(copies: _Copies, file: Any) -> list[Any]:
+def _entries(file: Any) -> list[os.DirEntry]:
+    """List the entries of a folder that this rank sees, and those of its copy of the folder."""
     path = _path(file)
     if path is None or isinstance(file, bytes):
-        return _listdir(file)
-    copy = copies.copy_path(path)
-    has_copy = _is_dir(copy) and not copies.is_exempt(path)
-    copied = _listdir(copy) if has_copy else []
+        return list(_scandir(file))
+    copy = _copies.copy_path(path)
+    has_copy = _is_dir(copy) and not _copies.is_exempt(path)
     if has_copy and not _is_dir(path):
-        return copied
-    visible = [name for name in _listdir(path) if not copies.is_hidden(os.path.join(path, name))]
-    return list(dict.fromkeys([*visible, *copied]))
+        return list(_scandir(copy))
+    entries = {}
+    for entry in _scandir(file):
+        if not _copies.is_hidden(os.path.join(path, entry.name)):
+            entries[entry.name] = entry
+    if has_copy:
+        entries.update((entry.name, entry) for entry in _scandir(copy))
+    return list(entries.values())
 
 
-class _Entries:
-    """The replacement for the result of `os.scandir`: entries of a folder and of this rank's copy of it."""
+class _Entries(contextlib.ExitStack):
+    """The replacement for the result of `os.scandir`: an iterator with `close`, which can be used in `with`."""
 
-    def __init__(self, copies: _Copies, file: Any) -> None:
-        self._entries = iter(self._list(copies, file))
+    def __init__(self, entries: Iterable[os.DirEntry]) -> None:
+        super().__init__()
+        self._entries = iter(entries)
 
-    def _list(self, copies: _Copies, file: Any) -> list[Any]:
-        path = _path(file)
-        if path is None or isinstance(file, bytes):
-            return list(_scandir(file))
-        copy = copies.copy_path(path)
-        has_copy = _is_dir(copy) and not copies.is_exempt(path)
-        copied = list(_scandir(copy)) if has_copy else []
-        if has_copy and not _is_dir(path):
-            return copied
-        names = {entry.name for entry in copied}
-        visible = []
-        for entry in _scandir(file):
-            if entry.name not in names and not copies.is_hidden(os.path.abspath(entry.path)):
-                visible.append(entry)
-        return [*visible, *copied]
+    def __iter__(self) -> Iterator[os.DirEntry]:
+        return self._entries
 
-    def __iter__(self) -> Iterator[Any]:
-        return self
-
-    def __next__(self) -> Any:
+    def __next__(self) -> os.DirEntry:
         return next(self._entries)
-
-    def __enter__(self) -> "_Entries":
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """Do nothing: all entries have been read."""
-
-
-def _update_pathlib() -> None:
-    """Give pathlib of Python 3.10, which has stored the original functions, the replacements."""
-    accessor = getattr(pathlib, "_NormalAccessor", None)
-    if accessor is None:
-        return
-    for name in (
-        "open",
-        "stat",
-        "listdir",
-        "scandir",
-        "mkdir",
-        "rmdir",
-        "unlink",
-        "rename",
-        "replace",
-        "chmod",
-    ):
-        if hasattr(accessor, name):
-            setattr(accessor, name, staticmethod(io.open if name == "open" else getattr(os, name)))
 
 
 def _path(file: Any, kwargs: Mapping[str, Any] | None = None) -> str | None:
-    """Return the absolute path of a file; None for a descriptor, or a path relative to the argument `dir_fd`."""
+    """Return the absolute path of a file; None for a descriptor, an address, or a path relative to `dir_fd`."""
     if kwargs and kwargs.get("dir_fd") is not None:
         return None
-    if isinstance(file, int) or not isinstance(file, str | bytes | os.PathLike):
+    if not isinstance(file, str | bytes | os.PathLike):
         return None
-    return os.path.abspath(os.fsdecode(file))
+    path = os.fsdecode(file)
+    return None if "://" in path else os.path.abspath(path)
 
 
 def _is_inside(path: str, folders: Iterable[str]) -> bool:
@@ -385,7 +316,7 @@ def _lexists(path: str) -> bool:
 
 def _is_dir(path: str) -> bool:
     try:
-        return bool(_stat(path).st_mode & 0o170000 == 0o040000)
+        return stat.S_ISDIR(_stat(path).st_mode)
     except (OSError, ValueError):
         return False
 

@@ -8,18 +8,19 @@ import keras
 import tensorflow as tf
 from keras.src import backend
 
+from hvdtrain.collectives.engine import Engine
 from hvdtrain.patching import replace
-from hvdtrain.wrap import context, layer_losses, row_trial
-from hvdtrain.wrap.row_shard import Share
+from hvdtrain.wrap import row_trial
+from hvdtrain.wrap.layers import OUTPUT, combiner
+from hvdtrain.wrap.row_shard import Combine, Share, alone, current, has_rows, moved, part, running
 from hvdtrain.wrap.row_trial import Verdict
-from hvdtrain.wrap.tensor_attributes import moved
 
 # For each model its verdicts, by training mode and number of layers.
 _verdicts: WeakKeyDictionary[Any, dict[Any, Verdict]] = WeakKeyDictionary()
 
 
 def install() -> None:
-    """Change `keras.Model.__call__`, for the time of `context.of_all_ranks`.
+    """Change `keras.Model.__call__`, for the time in which all ranks run a step together.
 
     Where Keras only computes shapes or creates variables, nothing is divided.
     """
@@ -30,17 +31,17 @@ def install() -> None:
 
 def _divided(original: Callable[..., Any]) -> Callable[..., Any]:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        engine = context.engine()
-        if engine is None or context.share() is not None or _in_data_pipeline():
+        engine = current().engine
+        if engine is None or current().share is not None or _in_data_pipeline():
             return original(self, *args, **kwargs)
         count = _rows((args, kwargs))
         verdict = None if count is None else _verdict(self, engine, original, args, kwargs)
         if verdict is None or verdict.why_whole:
             return original(self, *args, **kwargs)
         share = Share.of(engine, count)
-        combine = layer_losses.LossCombiner(share, verdict.losses)
-        args, kwargs = keras.tree.map_structure(lambda leaf: row_trial.part(leaf, share), (args, kwargs))
-        with context.on_rows(share), context.adding(combine):
+        combine = combiner(share, verdict.losses)
+        args, kwargs = keras.tree.map_structure(lambda leaf: part(leaf, share), (args, kwargs))
+        with running(share=share, combine=combine):
             outputs = original(self, *args, **kwargs)
         return keras.tree.map_structure(lambda leaf: _joined(leaf, share, combine), outputs)
 
@@ -58,7 +59,7 @@ def _in_data_pipeline() -> bool:
 def _rows(arguments: Any) -> Any:
     """Return the common number of rows of all tensors in the arguments, None if they cannot be divided."""
     leaves = keras.tree.flatten(arguments)
-    tensors = [leaf for leaf in leaves if row_trial.has_rows(leaf)]
+    tensors = [leaf for leaf in leaves if has_rows(leaf)]
     if not tensors or any(isinstance(leaf, keras.KerasTensor) for leaf in leaves):
         return None
     if any(tf.TensorShape(tensor.shape).rank is None for tensor in tensors):
@@ -72,17 +73,12 @@ def _rows(arguments: Any) -> Any:
 
 def _common_rows(tensors: list[Any]) -> Any:
     counts = [_row_count(tensor) for tensor in tensors]
-    checks = []
-    for count in counts[1:]:
-        check = tf.debugging.assert_equal(
-            count,
-            counts[0],
-            "hvdtrain run --wrap: a model is called with tensors of different numbers of rows, so its batch cannot "
-            "be divided among the ranks. Use hvd.DistributedOptimizer in the script, and hvdtrain run.",
-        )
-        if check is not None:
-            checks.append(check)
-    with tf.control_dependencies(checks):
+    message = (
+        "hvdtrain run --wrap: a model is called with tensors of different numbers of rows, so its batch cannot "
+        "be divided among the ranks. Use hvd.DistributedOptimizer in the script, and hvdtrain run."
+    )
+    checks = [tf.debugging.assert_equal(count, counts[0], message) for count in counts[1:]]
+    with tf.control_dependencies([check for check in checks if check is not None]):
         return tf.identity(counts[0])
 
 
@@ -94,13 +90,13 @@ def _row_count(tensor: Any) -> Any:
     return tf.shape(tensor)[0]
 
 
-def _joined(leaf: Any, share: Share, combine: layer_losses.LossCombiner) -> Any:
+def _joined(leaf: Any, share: Share, combine: Combine) -> Any:
     if not tf.is_tensor(leaf):
         return leaf
-    return combine(layer_losses.OUTPUT, leaf) if leaf.shape.rank == 0 else moved(leaf, share.join)
+    return combine(OUTPUT, leaf) if leaf.shape.rank == 0 else moved(leaf, share.join)
 
 
-def _verdict(model: Any, engine: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Verdict:
+def _verdict(model: Any, engine: Engine, call: Callable[..., Any], args: Any, kwargs: Any) -> Verdict:
     """Return the verdict on a model; print once if it needs whole batches."""
     verdicts = _verdicts.setdefault(model, {})
     training = kwargs.get("training")
@@ -130,7 +126,7 @@ def _why_whole(model: Any) -> str:
 
 def _on_no_rows(original: Callable[..., Any]) -> Callable[..., Any]:
     def make(*args: Any, **kwargs: Any) -> Any:
-        with context.on_no_rows():
+        with alone():
             return original(*args, **kwargs)
 
     return make

@@ -15,27 +15,44 @@ import tensorflow as tf
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.patching import replace, replace_where_defined
 from hvdtrain.wrap import files
+from hvdtrain.wrap.files import redirected
 from hvdtrain.wrap.rank_zero import on_rank_zero
 
-_get_file = keras.utils.get_file
 # Preprocessing layers whose `adapt` may read files.
 _ADAPTED = ("Discretization", "IntegerLookup", "Normalization", "StringLookup", "TextVectorization")
-_READERS = (
-    (tf.data.TFRecordDataset, "__init__"),
-    (tf.data.TextLineDataset, "__init__"),
-    (tf.data.FixedLengthRecordDataset, "__init__"),
-    (tf.io, "read_file"),
-)
+_DATASETS = (tf.data.TFRecordDataset, tf.data.TextLineDataset, tf.data.FixedLengthRecordDataset)
 
 
-def install_saving(engine: Engine) -> None:
-    """Let rank 0 save the models and weights of Keras.
-
-    Args:
-        engine: The ranks.
-    """
+def install(engine: Engine) -> None:
+    """Redirect the files that ranks other than 0 write without Python's `open`, as `files.py` does."""
     for name in ("save", "save_weights", "export"):
         replace_where_defined(keras.Model, name, lambda method: _saved_by_rank_zero(engine, method))
+    _use_same_temporary_names(engine)
+    for owner, name in (
+        (tf.train.Checkpoint, "save"),
+        (tf.train.Checkpoint, "write"),
+        (tf.saved_model, "save"),
+    ):
+        replace(owner, name, lambda method: _by_rank_zero(engine, method))
+    get_file = keras.utils.get_file
+    for name, module in list(sys.modules.items()):
+        if name.startswith("keras.") and getattr(module, "get_file", None) is get_file:
+            replace(module, "get_file", lambda fetch: _once_per_disk(engine, fetch))
+    for name in _ADAPTED:
+        replace(getattr(keras.layers, name), "adapt", lambda method: _after_rank_zero(engine, method))
+    if engine.rank:
+        _use_private_copies()
+
+
+def _use_private_copies() -> None:
+    tf.summary.create_file_writer = lambda *args, **kwargs: tf.summary.create_noop_writer()
+    replace(tf.io.TFRecordWriter, "__init__", redirected(files.for_writing, "path", 1))
+    replace(tf.io, "write_file", redirected(files.for_writing, "filename"))
+    replace(tf.io, "read_file", redirected(files.for_reading, "filename"))
+    for dataset in _DATASETS:
+        replace(dataset, "__init__", redirected(files.for_reading, "filenames", 1))
+    for file in (h5py.File, tf.io.gfile.GFile):
+        replace(file, "__init__", redirected(files.for_mode, "name", 1))
 
 
 def _saved_by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[..., Any]:
@@ -56,36 +73,6 @@ def _saved_by_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[
             method(*given.args, **given.kwargs)
 
     return save
-
-
-def install(engine: Engine) -> None:
-    """Redirect the other files that ranks other than 0 write without Python's `open`, as `files.py` does.
-
-    Args:
-        engine: The ranks.
-    """
-    _use_same_temporary_names(engine)
-    for name in ("save", "write"):
-        replace(tf.train.Checkpoint, name, lambda method: _by_rank_zero(engine, method))
-    replace(tf.saved_model, "save", lambda method: _by_rank_zero(engine, method))
-    for name, module in list(sys.modules.items()):
-        if name.startswith("keras.") and getattr(module, "get_file", None) is _get_file:
-            replace(module, "get_file", lambda fetch: _once_per_disk(engine, fetch))
-    for name in _ADAPTED:
-        replace(getattr(keras.layers, name), "adapt", lambda method: _after_rank_zero(engine, method))
-    if engine.rank == 0:
-        return
-    tf.summary.create_file_writer = lambda *args, **kwargs: tf.summary.create_noop_writer()
-    replace(tf.io.TFRecordWriter, "__init__", lambda method: _with_path(method, 1, files.for_writing))
-    replace(tf.io, "write_file", lambda method: _with_path(method, 0, files.for_writing))
-    replace(h5py.File, "__init__", _with_path_for_mode)
-    replace(tf.io.gfile.GFile, "__init__", _with_path_for_mode)
-    for owner, name in _READERS:
-        replace(
-            owner,
-            name,
-            lambda method: _with_path(method, int(method.__name__ == "__init__"), files.for_reading),
-        )
 
 
 def _use_same_temporary_names(engine: Engine) -> None:
@@ -129,44 +116,5 @@ def _after_rank_zero(engine: Engine, method: Callable[..., Any]) -> Callable[...
 
 
 def see_files_of_rank_zero(engine: Engine) -> None:
-    """Wait for rank 0, and show this rank the files that rank 0 has made until now.
-
-    Args:
-        engine: The ranks.
-    """
+    """Wait for rank 0, and show this rank the files that rank 0 has made until now."""
     files.show_files_until(engine.broadcast_object(files.time_between_files()))
-
-
-def _with_path(method: Callable[..., Any], index: int, move: Callable[[Any], str]) -> Callable[..., Any]:
-    """Change an argument that is a path or a list of paths.
-
-    Args:
-        method: The function or method to wrap.
-        index: Position of the argument.
-        move: Returns the path to use in place of a path.
-    """
-    name = list(inspect.signature(method).parameters)[index]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        given = {name: args[index]} if len(args) > index else kwargs
-        paths = given.get(name)
-        if isinstance(paths, list | tuple) and all(isinstance(path, str | os.PathLike) for path in paths):
-            paths = [move(path) for path in paths]
-        elif isinstance(paths, str | os.PathLike) and "://" not in os.fspath(paths):
-            paths = move(paths)
-        rest = {key: value for key, value in kwargs.items() if key != name}
-        if len(args) > index:
-            return method(*args[:index], paths, *args[index + 1 :], **rest)
-        return method(*args, **({name: paths} if name in kwargs else {}), **rest)
-
-    return call
-
-
-def _with_path_for_mode(method: Callable[..., Any]) -> Callable[..., Any]:
-    def opened(self: Any, name: Any, mode: str = "r", *args: Any, **kwargs: Any) -> None:
-        if isinstance(name, str | os.PathLike) and "://" not in os.fspath(name):
-            writes, keeps = bool(set(mode) & set("wxa+-")), bool(set(mode) & set("a+"))
-            name = files.for_writing(name, keeps) if writes else files.for_reading(name)
-        method(self, name, mode, *args, **kwargs)
-
-    return opened

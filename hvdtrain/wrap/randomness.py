@@ -19,8 +19,7 @@ from tensorflow.python.ops import gen_random_ops
 
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.patching import replace
-from hvdtrain.wrap import context
-from hvdtrain.wrap.row_shard import Share
+from hvdtrain.wrap.row_shard import Share, current
 
 # Functions whose numbers belong to rows. The first argument is a shape.
 _OF_SHAPES = ("normal", "uniform", "randint", "truncated_normal")
@@ -50,6 +49,8 @@ def install(engine: Engine) -> None:
 
 def align(engine: Engine) -> None:
     """Copy the states of the generators of Python and NumPy from rank 0: threads may have drawn from them."""
+    # Not with keras/checkpointing/random_numbers.py: to read TensorFlow's generator starts TensorFlow, which the
+    # script may still have to configure.
     python_state, numpy_state = engine.broadcast_object((random.getstate(), np.random.get_state()))
     random.setstate(python_state)
     np.random.set_state(numpy_state)
@@ -62,11 +63,7 @@ def generators() -> list[Any]:
 
 @contextlib.contextmanager
 def unchanged(generators: Sequence[Any]) -> Iterator[None]:
-    """Restore random number generators, also the global one of Keras, at the end of this context.
-
-    Args:
-        generators: The result of `generators`.
-    """
+    """Restore random number generators, also the global one of Keras, at the end of this context."""
     keras_had_generator = get_global_attribute(GLOBAL_SEED_GENERATOR) is not None
     restorers = [_restorer(generator) for generator in generators]
     with _fresh_kernels():
@@ -154,14 +151,15 @@ def _for_whole_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     """Draw numbers for all rows and keep those of this rank: the same numbers as on one process."""
 
     def draw(shape: Any, *args: Any, **kwargs: Any) -> Any:
-        share = context.share()
-        if share is None or _rank_of(shape) == 0:
+        share = current().share
+        if share is None:
             return original(shape, *args, **kwargs)
-        first, rest = _split(shape)
-        per_row, whole = _counts(first, share)
-        drawn = original(tf.concat([[whole], rest], 0), *args, **kwargs)
-        begin = tf.where(per_row > 0, share.start * per_row, 0)
-        mine = drawn[begin : begin + first]
+        sizes = tf.cast(shape, tf.int32)
+        if sizes.shape[0] == 0:
+            return original(shape, *args, **kwargs)
+        whole, begin = _whole_and_begin(sizes[0], share)
+        drawn = original(tf.concat([[whole], sizes[1:]], 0), *args, **kwargs)
+        mine = drawn[begin : begin + sizes[0]]
         mine.set_shape(_static(shape))
         return mine
 
@@ -170,42 +168,29 @@ def _for_whole_batch(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _dropout_for_whole_batch(original: Callable[..., Any]) -> Callable[..., Any]:
     def dropout(inputs: Any, rate: float, noise_shape: Any = None, seed: Any = None) -> Any:
-        share = context.share()
+        share = current().share
         if share is None or not 0 < rate < 1 or inputs.shape.rank in (0, None):
             return original(inputs, rate, noise_shape, seed)
         shape = tf.shape(inputs)
-        per_row, whole = _counts(shape[0], share)
+        whole, begin = _whole_and_begin(shape[0], share)
         ones = tf.ones(tf.concat([[whole], shape[1:]], 0), inputs.dtype)
         if noise_shape is not None and (tf.is_tensor(noise_shape[0]) or noise_shape[0] not in (1, None)):
             noise_shape = (None, *noise_shape[1:])
         factor = original(ones, rate, noise_shape, seed)
-        begin = tf.where(per_row > 0, share.start * per_row, 0)
         return inputs * tf.ensure_shape(factor[begin : begin + shape[0]], inputs.shape)
 
     return dropout
 
 
-def _counts(first: Any, share: Share) -> tuple[Any, Any]:
-    """Return how many drawn rows belong to one row of the batch, and the number of rows to draw.
+def _whole_and_begin(first: Any, share: Share) -> tuple[Any, Any]:
+    """Return how many rows to draw for the whole batch, and the first of them that belongs to this rank.
 
-    The first is 0 if `first` is not a multiple of this rank's rows: then the numbers belong to no row.
-
-    Args:
-        first: The first dimension of the shape to draw.
-        share: The rows of this rank.
+    If the first dimension of the shape to draw is not a multiple of this rank's rows, the numbers belong to no row.
     """
     rows, count = tf.cast(share.rows, tf.int32), tf.cast(share.count, tf.int32)
     per_row = tf.where(first % rows == 0, first // rows, 0)
-    return per_row, tf.where(per_row > 0, tf.maximum(count * per_row, first), first)
-
-
-def _split(shape: Any) -> tuple[Any, Any]:
-    sizes = tf.convert_to_tensor(shape, tf.int32) if not tf.is_tensor(shape) else tf.cast(shape, tf.int32)
-    return sizes[0], sizes[1:]
-
-
-def _rank_of(shape: Any) -> int | None:
-    return shape.shape[0] if tf.is_tensor(shape) else len(shape)
+    whole = tf.where(per_row > 0, tf.maximum(count * per_row, first), first)
+    return whole, tf.where(per_row > 0, share.start * per_row, 0)
 
 
 def _static(shape: Any) -> Any:
@@ -221,7 +206,7 @@ def _with_rank_in_seed(original: Callable[..., Any]) -> Callable[..., Any]:
     """Add the rank to the seed, so that different rows on two ranks get different numbers."""
 
     def draw(*args: Any, **kwargs: Any) -> Any:
-        share, plain = context.share(), keras_random._cast_seed
+        share, plain = current().share, keras_random._cast_seed
         if share is None:
             return original(*args, **kwargs)
         keras_random._cast_seed = lambda seed: plain(seed) + share.engine.rank

@@ -12,10 +12,9 @@ import tensorflow as tf
 from keras.src import backend
 
 from hvdtrain.collectives.single import SingleEngine
-from hvdtrain.wrap import context, randomness
-from hvdtrain.wrap.layer_losses import OUTPUT, Kind, LossRecorder, Observation, kind_of
-from hvdtrain.wrap.row_shard import Share
-from hvdtrain.wrap.tensor_attributes import keras_attributes, moved
+from hvdtrain.wrap import randomness
+from hvdtrain.wrap.layers import OUTPUT, Kind, kind_of
+from hvdtrain.wrap.row_shard import Share, alone, has_rows, part, running
 
 _ROWS = 5
 _PARTS = (2, 3)
@@ -31,6 +30,8 @@ _LOSS_FACTOR = 5
 _DISTRIBUTIONS = ("uniform", "normal", "of two signs", "wide")
 
 Call = Callable[..., Any]
+# Shapes that a model built from `keras.Input` declares, by the id of an argument.
+Shapes = Mapping[int, Sequence[int | None]]
 
 
 @dataclass(frozen=True)
@@ -54,58 +55,74 @@ def verdict(model: keras.Model, call: Call, args: Any, kwargs: Any) -> Verdict:
 
     Args:
         model: The model.
-        call: The original `__call__` of the model.
+        call: Its original `__call__`.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
     """
     error: Exception | None = None
-    declared = _declared(model, args)
-    with tf.init_scope(), context.testing(), warnings.catch_warnings():
+    shapes = _declared_shapes(model, args)
+    with tf.init_scope(), alone(testing=True), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for size in _UNKNOWN_SIZES:
             try:
-                return _judged(model, call, args, kwargs, _RowMaker(size, declared))
+                return _judged(model, call, (args, kwargs), size, shapes)
             except Exception as caught:  # the layers of a script may raise anything for generated rows
                 error = caught
     return Verdict(f"cannot be tested on {_ROWS} generated rows ({type(error).__name__})")
 
 
-def _judged(model: keras.Model, call: Call, args: Any, kwargs: Any, maker: "_RowMaker") -> Verdict:
-    tolerance = _HALF if _computes_in_half(model) else _EXACT
+@dataclass(frozen=True)
+class _Outcome:
+    """The result of a call of a model."""
 
-    def outcomes_of(distribution: str) -> tuple[_Outcome, list[_Outcome]]:
-        maker.begin(distribution)
-        return _whole_and_parts(model, call, keras.tree.map_structure(maker, (args, kwargs)))
+    outputs: list[np.ndarray]
+    losses: list[tuple[str, np.ndarray]]  # of each layer that has added one; also outputs without rows
+    state: list[np.ndarray]  # values of the variables that the call may change
 
-    whole, parts = outcomes_of(_DISTRIBUTIONS[0])
+    def loss_names(self) -> list[str]:
+        return [name for name, _ in self.losses]
+
+    def equals_joined(self, parts: Sequence["_Outcome"], tolerance: float) -> bool:
+        """Return whether the joined outputs of the parts, and the state of each, equal this outcome."""
+        pairs = []
+        for expected, *found in zip(self.outputs, *(outcome.outputs for outcome in parts), strict=True):
+            pairs.append((expected, np.concatenate(found)))
+        for outcome in parts:
+            pairs += zip(self.state, outcome.state, strict=True)
+        return all(_close(expected, found, tolerance) for expected, found in pairs)
+
+
+def _judged(model: keras.Model, call: Call, arguments: Any, size: int, shapes: Shapes) -> Verdict:
+    tolerance = _EXACT
+    if any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers()):
+        tolerance = _HALF
+
+    def outcomes_of(distribution: str) -> list[_Outcome]:
+        maker = _RowMaker(size, shapes, distribution)
+        return _whole_and_parts(model, call, keras.tree.map_structure(maker, arguments))
+
+    whole, *parts = outcomes_of(_DISTRIBUTIONS[0])
     if not whole.equals_joined(parts, tolerance):
         return Verdict("looks at several rows of a batch at once")
     if not whole.losses:
         return Verdict("")
-    outcomes = [(whole, parts), *(outcomes_of(distribution) for distribution in _DISTRIBUTIONS[1:])]
+    outcomes = [[whole, *parts], *(outcomes_of(distribution) for distribution in _DISTRIBUTIONS[1:])]
     names = whole.loss_names()
-    for whole, parts in outcomes:
-        if any(outcome.loss_names() != names for outcome in (whole, *parts)):
-            return Verdict("adds losses that depend on its numbers")
+    if any(outcome.loss_names() != names for of_rows in outcomes for outcome in of_rows):
+        return Verdict("adds losses that depend on its numbers")
     losses = []
     for index, name in enumerate(names):
-        kind = kind_of(_observations(outcomes, index), _LOSS_FACTOR * tolerance)
+        observations = []
+        for of_rows in outcomes:
+            observations.append([outcome.losses[index][1] for outcome in of_rows])
+        kind = kind_of(observations, _PARTS, _LOSS_FACTOR * tolerance)
         if kind is None:
             return Verdict(f"has a loss that is neither a mean nor a sum over rows ({name})")
         losses.append((name, kind))
     return Verdict("", losses)
 
 
-def _observations(outcomes: "Sequence[tuple[_Outcome, list[_Outcome]]]", index: int) -> list[Observation]:
-    observations = []
-    for whole, parts in outcomes:
-        losses = [part.losses[index][1] for part in parts]
-        observations.append(Observation(whole.losses[index][1], losses, [part.rows for part in parts]))
-    return observations
-
-
-def _declared(model: keras.Model, args: Any) -> dict[int, Sequence[int | None]]:
-    """Return the shapes that a model built from `keras.Input` declares, by the id of the argument."""
+def _declared_shapes(model: keras.Model, args: Any) -> Shapes:
     leaves, inputs = keras.tree.flatten(args[:1]), getattr(model, "inputs", None) or []
     if len(leaves) != len(inputs):
         return {}
@@ -117,24 +134,10 @@ def _declared(model: keras.Model, args: Any) -> dict[int, Sequence[int | None]]:
 
 
 class _RowMaker:
-    """A generator of rows like those of an argument.
+    """A function that generates rows like those of an argument, with `size` for each unknown dimension."""
 
-    Args:
-        size: Size of a dimension that neither the shape of the argument nor the model defines.
-        declared: Shapes that the model declares, by the id of an argument.
-    """
-
-    def __init__(self, size: int, declared: Mapping[int, Sequence[int | None]]) -> None:
-        self._size, self._declared = size, declared
-        self.begin(_DISTRIBUTIONS[0])
-
-    def begin(self, distribution: str) -> None:
-        """Draw all following numbers from one distribution.
-
-        Args:
-            distribution: One of `_DISTRIBUTIONS`.
-        """
-        self._distribution = distribution
+    def __init__(self, size: int, shapes: Shapes, distribution: str) -> None:
+        self._size, self._shapes, self._distribution = size, shapes, distribution
         self._random = np.random.default_rng(_DISTRIBUTIONS.index(distribution))
 
     def __call__(self, leaf: Any) -> Any:
@@ -152,20 +155,10 @@ class _RowMaker:
 
     def _shape(self, leaf: Any) -> list[int]:
         shape = []
-        for size, declared in zip(leaf.shape, self._declared.get(id(leaf), leaf.shape), strict=True):
+        for size, declared in zip(leaf.shape, self._shapes.get(id(leaf), leaf.shape), strict=True):
             known = declared if size is None else size
             shape.append(self._size if known is None else known)
         return [_ROWS, *shape[1:]] if shape else []
-
-    def _floats(self, shape: list[int]) -> Any:
-        if self._distribution == "normal":
-            return self._random.normal(size=shape)
-        if self._distribution == "wide":
-            return self._random.normal(size=shape, scale=10)
-        numbers = self._random.uniform(size=shape)
-        if self._distribution == "of two signs" and numbers.ndim:
-            numbers[: _PARTS[0]] *= -1
-        return numbers
 
     def _numbers(self, shape: list[int], dtype: tf.DType) -> Any:
         if dtype.is_floating or dtype.is_complex:
@@ -177,85 +170,60 @@ class _RowMaker:
             integers.reshape(_ROWS, -1)[:, 0] = [0, 1, 1, 1, 1] if integers.ndim == 1 else 1
         return tf.strings.as_string(integers) if dtype == tf.string else tf.cast(integers, dtype)
 
-
-@dataclass(frozen=True)
-class _Outcome:
-    """The result of a call of a model.
-
-    Args:
-        outputs: The outputs as a flat list.
-        losses: Pairs of a layer name and the loss that the layer has added; also outputs without rows.
-        state: Values of the variables that the call may change.
-        rows: Number of rows on which the model was called.
-    """
-
-    outputs: list[np.ndarray]
-    losses: list[tuple[str, np.ndarray]]
-    state: list[np.ndarray]
-    rows: int
-
-    def loss_names(self) -> list[str]:
-        """Return the names of the layers that have added losses."""
-        return [name for name, _ in self.losses]
-
-    def equals_joined(self, parts: Sequence["_Outcome"], tolerance: float) -> bool:
-        """Return whether the joined outputs of the parts, and the state of each, equal this outcome."""
-        joined = [np.concatenate(outputs) for outputs in zip(*(part.outputs for part in parts), strict=True)]
-        pairs = [*zip(self.outputs, joined, strict=True)]
-        for part in parts:
-            pairs += zip(self.state, part.state, strict=True)
-        return all(_close(expected, found, tolerance) for expected, found in pairs)
+    def _floats(self, shape: list[int]) -> Any:
+        if self._distribution == "normal":
+            return self._random.normal(size=shape)
+        if self._distribution == "wide":
+            return self._random.normal(size=shape, scale=10)
+        numbers = self._random.uniform(size=shape)
+        if self._distribution == "of two signs" and numbers.ndim:
+            numbers[: _PARTS[0]] *= -1
+        return numbers
 
 
-def _whole_and_parts(model: keras.Model, call: Call, arguments: Any) -> tuple[_Outcome, list[_Outcome]]:
+def _whole_and_parts(model: keras.Model, call: Call, arguments: Any) -> list[_Outcome]:
+    """Return the outcomes of all rows, and of each of the two parts."""
     if not all(layer.built for layer in model._flatten_layers()):
         args, kwargs = keras.tree.map_structure(_symbolic, arguments)
         backend.compute_output_spec(lambda: call(model, *args, **kwargs))
     generators = randomness.generators()
-    whole = _called(model, call, arguments, None, generators)
-    parts = []
+    outcomes = [_called(model, call, arguments, generators, None)]
     for start, rows in ((0, _PARTS[0]), (_PARTS[0], _PARTS[1])):
         share = Share(_SINGLE_ENGINE, _ROWS, start, rows)
-        parts.append(_called(model, call, arguments, share, generators))
-    return whole, parts
+        outcomes.append(_called(model, call, arguments, generators, share))
+    return outcomes
 
 
 def _called(
-    model: keras.Model, call: Call, arguments: Any, share: Share | None, generators: Sequence[Any]
+    model: keras.Model, call: Call, arguments: Any, generators: Sequence[Any], share: Share | None
 ) -> _Outcome:
+    rows = _ROWS
     if share is not None:
+        rows = share.real
         arguments = keras.tree.map_structure(lambda leaf: part(leaf, share), arguments)
     args, kwargs = arguments
-    recorder = LossRecorder()
-    on_rows = context.on_rows(share) if share else contextlib.nullcontext()
+    losses: list[tuple[str, Any]] = []
     outputs: list[np.ndarray] = []
     state: list[np.ndarray] = []
-    with _restored(model, generators), on_rows, context.adding(recorder):
+
+    def record(name: str, loss: Any) -> Any:
+        losses.append((name, loss))
+        return loss
+
+    with _restored(model, generators), running(share=share, combine=record):
         for leaf in keras.tree.flatten(call(model, *args, **kwargs)):
             if tf.is_tensor(leaf):
-                outputs += [_array(tensor) for tensor in (leaf, *keras_attributes(leaf))]
+                attributes = [getattr(leaf, name, None) for name in ("_keras_mask", "_keras_logits")]
+                outputs += [_array(tensor) for tensor in (leaf, *attributes) if tensor is not None]
             elif leaf is not None:
                 state.append(_array(leaf))
-        losses = [(name, _array(loss)) for name, loss in recorder.losses]
+        losses = [(name, _array(loss)) for name, loss in losses]
         state += [np.array(variable.numpy()) for variable in _state(model)]
     losses += [(OUTPUT, output) for output in outputs if not output.ndim]
     outputs = [output for output in outputs if output.ndim]
-    real = share.real if share else _ROWS
-    if any(len(output) != real for output in outputs):
+    if any(len(output) != rows for output in outputs):
         raise ValueError("the model returned another number of rows than it received")
-    return _Outcome(outputs, losses, state, real)
-
-
-def part(leaf: Any, share: Share) -> Any:
-    """Return the rows of a rank in an argument, or the argument itself if it has no rows."""
-    if not has_rows(leaf):
-        return leaf
-    return moved(leaf if tf.is_tensor(leaf) else tf.convert_to_tensor(leaf), share.take)
-
-
-def has_rows(leaf: Any) -> bool:
-    """Return whether an argument of a model is an array or tensor with rows."""
-    return (tf.is_tensor(leaf) or isinstance(leaf, np.ndarray)) and leaf.shape != ()
+    return _Outcome(outputs, losses, state)
 
 
 def _symbolic(leaf: Any) -> Any:
@@ -295,10 +263,6 @@ def _restored(model: keras.Model, generators: Sequence[Any]) -> Iterator[None]:
             variable.assign(value)
         for layer, added in zip(layers, losses, strict=True):
             layer._losses[:] = added
-
-
-def _computes_in_half(model: keras.Model) -> bool:
-    return any(layer.compute_dtype in ("float16", "bfloat16") for layer in model._flatten_layers())
 
 
 def _array(value: Any) -> np.ndarray:

@@ -105,12 +105,12 @@ def test_a_script_that_is_not_there(scripts):
     ],
 )
 def test_tensorflow_1_gets_a_sentence(scripts, line, told):
-    from hvdtrain.as_horovod import tf1
+    from hvdtrain.as_horovod import advice
 
     tensorflow = pytest.importorskip("tensorflow")
     with pytest.raises(AttributeError) as caught:
         eval(line, {"tf": tensorflow})
-    assert told in tf1.advice(caught.value)
+    assert told in advice(caught.value)
 
 
 def test_the_sentence_follows_the_traceback_once(scripts):
@@ -125,7 +125,7 @@ def test_the_sentence_follows_the_traceback_once(scripts):
 
 
 def test_an_error_elsewhere_gets_none():
-    from hvdtrain.as_horovod import tf1
+    from hvdtrain.as_horovod import advice
 
-    assert not tf1.advice(AttributeError("module 'numpy' has no attribute 'Session'"))
-    assert not tf1.advice(ValueError("tf.Session"))
+    assert not advice(AttributeError("module 'numpy' has no attribute 'Session'"))
+    assert not advice(ValueError("tf.Session"))

@@ -6,8 +6,8 @@ import subprocess
 import sys
 
 import pytest
-from hvdtrain.bench.contender import Contender
 
+from hvdtrain.bench.contender_job import Contender
 from hvdtrain.bench.scheduler import Scheduler
 from hvdtrain.cores import physical
 from hvdtrain.launch.hosts import LaunchError

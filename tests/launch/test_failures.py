@@ -165,7 +165,7 @@ def test_who_has_only_heard_of_an_exit_leaves_it_the_code_and_the_last_word(jobs
     script = """
 from hvdtrain import runtime
 from hvdtrain.collectives.engine import MismatchError
-from hvdtrain.wrap.script_end import in_step
+from hvdtrain.wrap.script_errors import in_step
 
 engine = runtime.init()
 try:

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from hvdtrain.wrap.layer_losses import Kind, Observation, kind_of
+from hvdtrain.wrap.layers import Kind, kind_of
 
 ROWS = (2, 3)
 DRAWS = [np.random.default_rng(seed).normal(size=(5, 4)) for seed in range(4)]
@@ -28,16 +28,13 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 def test_kind(name):
     loss, expected = KINDS[name]
-    observed = [
-        Observation(np.array(loss(draw)), [np.array(loss(part)) for part in np.split(draw, ROWS[:1])], ROWS)
-        for draw in DRAWS
-    ]
-    assert kind_of(observed, 1e-6) is expected
+    observed = [[np.array(loss(rows)) for rows in (draw, *np.split(draw, ROWS[:1]))] for draw in DRAWS]
+    assert kind_of(observed, ROWS, 1e-6) is expected
 
 
 def test_one_finite_draw_decides():
-    silent = Observation(np.array(np.nan), [np.array(np.nan)] * 2, ROWS)
-    zero = Observation(np.array(0.0), [np.array(0.0)] * 2, ROWS)
-    total = Observation(np.array(5.0), [np.array(2.0), np.array(3.0)], ROWS)
-    assert kind_of([silent, zero, total], 1e-6) is Kind.SUM
-    assert kind_of([silent, zero], 1e-6) is None
+    silent = [np.array(np.nan)] * 3
+    zero = [np.array(0.0)] * 3
+    total = [np.array(5.0), np.array(2.0), np.array(3.0)]
+    assert kind_of([silent, zero, total], ROWS, 1e-6) is Kind.SUM
+    assert kind_of([silent, zero], ROWS, 1e-6) is None

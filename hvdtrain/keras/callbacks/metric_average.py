@@ -57,6 +57,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
         self.device = device
         self.process_set = process_set
         self._training = self._told_non_finite = self._told_per_batch = False
+        self._first_non_finite: int | None = None
         self._start_epoch(0)
 
     def set_model(self, model: Any) -> None:
@@ -68,7 +69,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         """Start computing the model's logs from all ranks."""
         self._training, self._told_non_finite = True, False
-        vars(self.model).pop(_METHOD, None)  # left by a fit that ended with an error
+        self.model.__dict__.pop(_METHOD, None)  # left by a fit that ended with an error
         self._begin()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -126,15 +127,15 @@ class MetricAverageCallback(keras.callbacks.Callback):
     def _begin(self) -> None:
         """Replace the model's method by one that returns the logs of all ranks."""
         if self._engine.size > 1:
-            vars(self.model).setdefault(_METHOD, _LogsMethod(self.model)).callbacks.append(self)
+            self.model.__dict__.setdefault(_METHOD, _LogsMethod(self.model)).callbacks.append(self)
 
     def _end(self) -> None:
         """Undo `_begin`; without callbacks the model has its original method again."""
-        method = vars(self.model).get(_METHOD)
+        method = self.model.__dict__.get(_METHOD)
         if method is not None and self in method.callbacks:
             method.callbacks.remove(self)
             if not method.callbacks:
-                del vars(self.model)[_METHOD]
+                del self.model.__dict__[_METHOD]
 
     def _logs(self, compute: Callable[[Any], Any], logs: Any) -> Any:
         if not self._stage:
@@ -177,7 +178,7 @@ class MetricAverageCallback(keras.callbacks.Callback):
 
     def _start_stage(self, stage: str) -> None:
         self._stage, self._batches = stage, 0
-        self._first_non_finite: int | None = None
+        self._first_non_finite = None
 
     def _samples(self) -> float:
         """Return the number of samples that the loss was averaged over since its last reset."""

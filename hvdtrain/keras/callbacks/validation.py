@@ -63,7 +63,9 @@ class DivideValidation(keras.callbacks.Callback):
         same = all(other == everyone[0] for other in everyone)
         if whole is None or not same or not whole.enough(engine.size):
             return None
-        return whole.dealt(engine.rank, engine.size)
+        part = whole.dealt(engine.rank, engine.size)
+        assert isinstance(part, Arrays)
+        return part
 
 
 def _leaves(parts: Any) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from hvdtrain.data import global_batch
-from hvdtrain.data.callback_order import preceded
+from hvdtrain.data.adapters import preceded
 from hvdtrain.keras.callbacks.rank_zero import Forwarding
 from hvdtrain.keras.checkpointing.checkpoint_files import Saved
 from hvdtrain.keras.checkpointing.training_state import TrainingState, adjustable

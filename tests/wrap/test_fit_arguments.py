@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hvdtrain.wrap import lockstep
+from hvdtrain.wrap import fit_arguments
 
 
 @pytest.mark.parametrize(
@@ -12,8 +12,8 @@ from hvdtrain.wrap import lockstep
 )
 def test_short_steps_are_named_once(monkeypatch, seconds, steps, said):
     clock, sentences = [0.0], []
-    monkeypatch.setattr(lockstep, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    last = lockstep.LastCallback(SimpleNamespace(size=2, say=sentences.append), [])
+    monkeypatch.setattr(fit_arguments, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    last = fit_arguments.LastCallback(SimpleNamespace(size=2, say=sentences.append), [])
     monkeypatch.setattr(last, "_compare", lambda: None)
     monkeypatch.setattr(last, "_agree_to_stop", lambda: None)
     for epoch in range(2):
