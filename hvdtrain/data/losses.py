@@ -22,7 +22,7 @@ from hvdtrain import runtime
 from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.host_calls import counter
 from hvdtrain.collectives.engine import Engine, Op
-from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.collectives.reduction import Reduction
 from hvdtrain.data.global_batch import GlobalBatch, bound, current
 from hvdtrain.patching import replace, replace_where_defined
 

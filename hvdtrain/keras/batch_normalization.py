@@ -9,7 +9,7 @@ import tensorflow as tf
 from hvdtrain import runtime
 from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.collectives.engine import Call, Op
-from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.collectives.reduction import Reduction
 from hvdtrain.data import global_batch
 from hvdtrain.keras.callbacks.membership import engine_of
 

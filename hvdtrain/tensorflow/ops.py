@@ -9,7 +9,7 @@ from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.argument_checks import refused
 from hvdtrain.backends.tensorflow.compression import Compression
 from hvdtrain.collectives.engine import Engine, Op
-from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.collectives.reduction import Reduction
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
 from hvdtrain.tensorflow.util import check_adasum, handle_average_backwards_compatibility
 

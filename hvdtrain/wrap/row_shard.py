@@ -12,7 +12,7 @@ import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.collectives.engine import Engine, Op
-from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.collectives.reduction import Reduction
 
 _ACTIVATIONS = {"Softmax": tf.nn.softmax, "Sigmoid": tf.nn.sigmoid}
 

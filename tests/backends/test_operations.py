@@ -7,7 +7,7 @@ import tensorflow as tf
 from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.argument_checks import ArgumentError
 from hvdtrain.collectives.engine import Op
-from hvdtrain.collectives.scaling import Reduction
+from hvdtrain.collectives.reduction import Reduction
 
 pytestmark = pytest.mark.ranks
 

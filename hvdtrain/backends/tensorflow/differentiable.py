@@ -15,7 +15,7 @@ from hvdtrain.backends.tensorflow.argument_checks import (
 )
 from hvdtrain.backends.tensorflow.host_calls import on_host
 from hvdtrain.collectives.engine import Call, Engine, Op
-from hvdtrain.collectives.scaling import Reduction, reduced
+from hvdtrain.collectives.reduction import Reduction, reduced
 
 
 def allreduce(engine: Engine, tensor: Any, reduction: Reduction) -> Any:

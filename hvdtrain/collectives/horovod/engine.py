@@ -11,8 +11,13 @@ import numpy as np
 
 from hvdtrain import heartbeat, process_activity
 from hvdtrain.collectives.engine import Engine, Op, StandIn, World
-from hvdtrain.collectives.horovod import timeline
-from hvdtrain.collectives.horovod.library import find_horovod, for_hvdtrain, load_horovod
+from hvdtrain.collectives.horovod.library import (
+    find_horovod,
+    for_hvdtrain,
+    load_horovod,
+    ready_for_timeline,
+    record_timeline,
+)
 from hvdtrain.collectives.mpi import engine as mpi
 from hvdtrain.collectives.reduction import averaged, reduce_and_take
 
@@ -52,7 +57,7 @@ class HorovodEngine(Engine):
         before = process_activity.threads()
         with (
             for_hvdtrain(),
-            timeline.ready_to_record(comm or self._mpi.COMM_WORLD) as self._records,
+            ready_for_timeline(comm or self._mpi.COMM_WORLD) as self._records,
         ):
             horovod.init(comm) if comm else horovod.init()
         # Its threads use CPU time even when the ranks are idle, so they are no sign of progress.
@@ -167,7 +172,7 @@ class HorovodEngine(Engine):
     def native_timeline(self, path: Path, mark_cycles: bool) -> Callable[[], None] | None:
         """Let Horovod's core record too, if a timeline was requested before the core started."""
         recording = self._records and self.rank == 0
-        return timeline.record(self.horovod, path, mark_cycles) if recording else None
+        return record_timeline(self.horovod, path, mark_cycles) if recording else None
 
     def native_tensors(self) -> "NativeTensors":
         """Return Horovod's graph operations."""
