@@ -6,10 +6,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import tensorflow as tf
 
+from hvdtrain import runtime
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.keras.collectives import broadcast_object, broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
-from hvdtrain.keras.world import rank
 
 
 class Variables(NamedTuple):
@@ -24,7 +24,7 @@ class VariablesState(ObjectState):
     """A state of attributes, variables that are equal on all ranks, and variables of each rank."""
 
     def __init__(self, **kwargs: Any) -> None:
-        super().__init__(broadcast_object, rank, **kwargs)
+        super().__init__(broadcast_object, lambda: runtime.engine().rank, **kwargs)
         # The epoch in progress and the number of its batches that were trained. Unlike the attribute `batch`, it
         # does not depend on the order of callbacks.
         self.progress: tuple[Any, int] | None = None
