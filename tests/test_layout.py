@@ -158,6 +158,25 @@ def test_no_module_imports_itself_through_others():
     order.prepare()  # raises CycleError with the modules
 
 
+IMPORT_EACH = """
+import importlib, sys
+import hvdtrain, keras
+
+for name in sys.argv[1:]:
+    for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "hvdtrain"]:
+        del sys.modules[loaded]
+    importlib.import_module(name)
+"""
+
+
+@pytest.mark.jobs
+def test_each_module_can_be_the_first_that_is_imported():
+    # A package's __init__ runs before its modules, which the graph of imports does not show.
+    command = [sys.executable, "-c", IMPORT_EACH, *(name for name in MODULES if "__main__" not in name)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 WITHOUT_FRAMEWORKS = """
 import importlib, pkgutil, sys
 

@@ -11,7 +11,7 @@ from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.collectives.engine import Call, Op
 from hvdtrain.collectives.reduction import Reduction
 from hvdtrain.data import global_batch
-from hvdtrain.keras.callbacks.membership import engine_of
+from hvdtrain.keras.membership import engine_of
 
 
 @keras.saving.register_keras_serializable("hvdtrain")

@@ -11,9 +11,9 @@ from hvdtrain.data import structures
 from hvdtrain.data.collective_errors import compare, together
 from hvdtrain.data.shard import Sharded
 from hvdtrain.keras.callbacks.distributed import telling
-from hvdtrain.keras.callbacks.membership import engine_of
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
 from hvdtrain.keras.dealt_batches import Arrays, DealtData, Facts, dealt_data
+from hvdtrain.keras.membership import engine_of
 
 
 def evaluate(

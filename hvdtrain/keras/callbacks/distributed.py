@@ -8,15 +8,14 @@ import keras
 import numpy as np
 
 from hvdtrain.collectives.engine import Engine, Op
-from hvdtrain.collectives.errors import report
+from hvdtrain.collectives.errors import HorovodInternalError, HostsUpdatedInterrupt, report
 from hvdtrain.keras.batch_normalization import AverageBatchNormStatistics
 from hvdtrain.keras.callbacks.checkpoint import Checkpoint
 from hvdtrain.keras.callbacks.initial_state import BroadcastGlobalVariablesCallback, RandomStatesCallback
-from hvdtrain.keras.callbacks.membership import engine_of, writes
 from hvdtrain.keras.callbacks.metric_average import MetricAverageCallback
 from hvdtrain.keras.callbacks.rank_zero import WRITERS, Forwarding, RankZeroCallback
 from hvdtrain.keras.callbacks.validation import DivideValidation
-from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt
+from hvdtrain.keras.membership import engine_of, writes
 
 # Keras, or hvdtrain, looks for these in the list of `fit` itself, so they must stay at its top level.
 _TOP_LEVEL = (keras.callbacks.History, keras.callbacks.ProgbarLogger, Checkpoint)

@@ -13,8 +13,8 @@ from hvdtrain.collectives.engine import Call
 from hvdtrain.data.global_batch import as_keras
 from hvdtrain.gradients.naming import plain_variable
 from hvdtrain.gradients.trained_variables import registry
-from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of, process_set_of
 from hvdtrain.keras.collectives import broadcast_variables
+from hvdtrain.keras.membership import engine_of, optimizers_of, process_set_of
 from hvdtrain.keras.optimizer.distributed import is_distributed
 
 

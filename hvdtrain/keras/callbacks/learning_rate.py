@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from hvdtrain import runtime
-from hvdtrain.keras.callbacks.membership import engine_of
+from hvdtrain.keras.membership import engine_of
 
 # The optimizers whose velocity holds the learning rate: v = momentum * v - rate * gradient.
 _RATE_IN_VELOCITY = (keras.optimizers.SGD, keras.optimizers.RMSprop)

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 
 from hvdtrain.collectives.engine import Engine, ranks_text
-from hvdtrain.keras.callbacks.membership import process_set_of
+from hvdtrain.keras.membership import process_set_of
 from hvdtrain.keras.metrics.combining import average, exact_logs
 from hvdtrain.keras.metrics.states import leaves, watch
 from hvdtrain.runtime import process_sets

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from hvdtrain.keras.callbacks.membership import writes
+from hvdtrain.keras.membership import writes
 
 # Callbacks of Keras that have effects outside of the training, and none on it.
 _WRITERS = (

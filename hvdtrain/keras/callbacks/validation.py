@@ -6,8 +6,8 @@ import keras
 import tensorflow as tf
 
 from hvdtrain.data import structures
-from hvdtrain.keras.callbacks.membership import engine_of
 from hvdtrain.keras.dealt_batches import Arrays, dealt_data
+from hvdtrain.keras.membership import engine_of
 
 _METHOD = "evaluate"
 

@@ -9,11 +9,11 @@ import keras
 
 from hvdtrain import heartbeat
 from hvdtrain.data.shard import Sharded
-from hvdtrain.keras.callbacks.membership import engine_of
 from hvdtrain.keras.checkpointing.checkpoint_files import Place, Saved, Store
 from hvdtrain.keras.checkpointing.restoring import RestoreState, flat, in_order, keep_history
 from hvdtrain.keras.checkpointing.stop_agreement import NOTHING, STOP, StopAgreement
 from hvdtrain.keras.checkpointing.training_state import TrainingState
+from hvdtrain.keras.membership import engine_of
 from hvdtrain.stop_request import Preempted
 
 

@@ -19,10 +19,10 @@ from hvdtrain.collectives.engine import Engine
 from hvdtrain.data.collective_errors import together
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.keras.callbacks.initial_state import folded, states_of
-from hvdtrain.keras.callbacks.membership import optimizers_of, process_set_of
 from hvdtrain.keras.checkpointing.callback_states import CallbackStates
 from hvdtrain.keras.checkpointing.checkpoint_files import VARIABLE, Place, Saved, files_of, gathered
 from hvdtrain.keras.collectives import broadcast_variables
+from hvdtrain.keras.membership import optimizers_of, process_set_of
 
 _WEIGHTS_FILE = "model.weights.h5"
 _IN_FILE = ("weights", "optimizer")  # sections in the weights file of Keras

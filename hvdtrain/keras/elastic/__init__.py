@@ -1,5 +1,6 @@
 """Provide training that resumes from its last commit: `from hvdtrain.keras import elastic`."""
 
+from hvdtrain.collectives.errors import HorovodInternalError, HostsUpdatedInterrupt
 from hvdtrain.keras.elastic.callbacks import (
     CommitStateCallback,
     UpdateBatchStateCallback,
@@ -7,7 +8,7 @@ from hvdtrain.keras.elastic.callbacks import (
 )
 from hvdtrain.keras.elastic.model_states import KerasState, TensorFlowKerasState, TensorFlowState
 from hvdtrain.keras.elastic.running import run
-from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt, ObjectState, State
+from hvdtrain.keras.elastic.state import ObjectState, State
 
 __all__ = [
     "CommitStateCallback",

@@ -13,8 +13,9 @@ from typing import Any
 from hvdtrain import runtime, settings
 from hvdtrain.checkpoints.folder import replace_file
 from hvdtrain.collectives.engine import Call, Engine, MismatchError
+from hvdtrain.collectives.errors import HorovodInternalError, HostsUpdatedInterrupt
 from hvdtrain.keras.checkpointing.checkpoint_files import gathered, scattered
-from hvdtrain.keras.elastic.state import HorovodInternalError, HostsUpdatedInterrupt, ObjectState
+from hvdtrain.keras.elastic.state import ObjectState
 
 _RESTORING = Call("restoring the last commit of hvd.elastic.run")
 _END = Call("end of the function under hvd.elastic.run")

@@ -34,8 +34,8 @@ from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy
 from hvdtrain.keras.callbacks import checkpoint
 from hvdtrain.keras.callbacks.distributed import telling
-from hvdtrain.keras.callbacks.membership import engine_of, optimizers_of
 from hvdtrain.keras.checkpointing.restoring import steps_passed_over
+from hvdtrain.keras.membership import engine_of, optimizers_of
 from hvdtrain.keras.metrics.states import compiled
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches import sharded_data

@@ -12,7 +12,7 @@ import keras
 from keras.src.utils import io_utils
 
 from hvdtrain import heartbeat
-from hvdtrain.keras.callbacks.membership import optimizers_of
+from hvdtrain.keras.membership import optimizers_of
 from hvdtrain.messages import terminal
 from hvdtrain.patching import replace
 

@@ -22,7 +22,7 @@ from hvdtrain.data import dataset_graph
 from hvdtrain.data.datasets import ShardedTFDataset
 from hvdtrain.data.shard import Sharded
 from hvdtrain.gradients.trained_variables import registry
-from hvdtrain.keras.callbacks.membership import optimizers_of
+from hvdtrain.keras.membership import optimizers_of
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches.sharded_data import is_of_all_ranks
 from hvdtrain.patching import replace_where_defined
