@@ -158,6 +158,56 @@ def test_no_module_imports_itself_through_others():
     order.prepare()  # raises CycleError with the modules
 
 
+# Modules with variables that change while a program runs. The engine in use and its sets are in `runtime`; what else
+# lives as long as the process, not as long as an engine, is here by name.
+STATE = {
+    "runtime": {"_engine", "_checks", "_checked", "engines_of_sets"},
+    "runtime.process_sets": {"global_process_set"},
+    # What other processes see of this one, or it of them.
+    "heartbeat": {"_page", "_waits"},
+    "messages": {"terminal"},
+    "stop_request": {"_asked"},
+    "checkpoints.folder": {"_locked"},
+    # Functions of Keras and Python that are replaced, and what the replacements remember.
+    "patching": {"replaced", "_translated"},
+    "keras.patches.model_fit": {"_checks_data", "_checks_validation"},
+    "keras.patches.optimizers": {"_recorded"},
+    "keras.patches.usage_warnings": {"_printed"},
+    "wrap.files": {"_copies", "_rmtree"},
+    "wrap.fit_arguments": {"_scaled"},
+    "wrap.model_calls": {"_verdicts"},
+    "wrap.same_batches": {"_receiving"},
+    "wrap.script_errors": {"_errors_in_threads"},
+    # Names that must differ within a process, variables of graphs, memory that was prepared.
+    "gradients.reducer": {"_numbers"},
+    "gradients.trained_variables": {"registry"},
+    "keras.elastic.running": {"_calls"},
+    "backends.tensorflow.host_calls": {"_turns"},
+    "backends.tensorflow.in_place": {"_libc", "_advised", "_zeros", "_numbers"},
+    "collectives.horovod.library": {"serves_hvdtrain"},
+    "collectives.mpi.ring": {"_schedule"},
+}
+
+
+def test_only_these_modules_have_state():
+    found = {}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        names = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+        for node in tree.body:
+            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
+                node.value, ast.Call | ast.List | ast.Dict
+            ):
+                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+                unchanging = ast.unparse(node.value).startswith(("ContextVar(", "logging.getLogger("))
+                # Constants are written in capitals.
+                if target.id.strip("_").islower() and target.id != "__all__" and not unchanging:
+                    names.add(target.id)
+        if names:
+            found[module.removeprefix("hvdtrain.")] = names
+    assert found == STATE
+
+
 IMPORT_EACH = """
 import importlib, sys
 import hvdtrain, keras

@@ -58,7 +58,7 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         device_sparse: Device of Horovod's operations on sparse gradients.
         compression: `hvd.Compression.none` (default), `fp16` or `bf16`, which halve the data sent for float32, or
             a class with the static methods `compress(tensor)` and `decompress(tensor, ctx)`. Beyond 65504 fp16
-            overflows; bf16 does not.
+            overflows; bf16 does not. A `hvdtrain.gradients.schemes.Scheme` reduces NumPy arrays in its own way.
         sparse_as_dense: Whether to send gradients of embeddings as dense tensors. By default their rows are
             gathered from all ranks, which is cheaper if batches use few rows.
         gradient_predivide_factor: Factor that splits the division of the mean: gradients are divided by it
