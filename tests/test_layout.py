@@ -3,6 +3,7 @@
 import ast
 import graphlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -158,8 +159,8 @@ def test_no_module_imports_itself_through_others():
     order.prepare()  # raises CycleError with the modules
 
 
-# Modules with variables that change while a program runs. The engine in use and its sets are in `runtime`; what else
-# lives as long as the process, not as long as an engine, is here by name.
+# Modules with variables that change while a program runs. The engine in use and its sets are in `runtime`; what
+# else lives as long as the process, and not as long as an engine, is listed by name.
 STATE = {
     "runtime": {"_engine", "_checks", "_checked", "engines_of_sets"},
     "runtime.process_sets": {"global_process_set"},
@@ -173,7 +174,7 @@ STATE = {
     "keras.patches.model_fit": {"_checks_data", "_checks_validation"},
     "keras.patches.optimizers": {"_recorded"},
     "keras.patches.usage_warnings": {"_printed"},
-    "wrap.files": {"_copies", "_rmtree"},
+    "wrap.files": {"_copies"},
     "wrap.fit_arguments": {"_scaled"},
     "wrap.model_calls": {"_verdicts"},
     "wrap.same_batches": {"_receiving"},
@@ -189,21 +190,23 @@ STATE = {
 }
 
 
+def variables(tree):
+    """Yield the names at the top of a module that are in small letters, and are made by a call or empty."""
+    for node in tree.body:
+        if isinstance(node, ast.Assign | ast.AnnAssign):
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            made = ast.unparse(node.value or target)
+            unchanging = re.match(r"ContextVar\(|logging\.getLogger\(|\[['\"]|[\w.'\"]+$", made)
+            if isinstance(target, ast.Name) and target.id.strip("_").islower() and not unchanging:
+                yield target.id
+
+
 def test_only_these_modules_have_state():
     found = {}
     for module, path in MODULES.items():
         tree = ast.parse(path.read_text())
-        names = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
-        for node in tree.body:
-            if isinstance(node, ast.Assign | ast.AnnAssign) and isinstance(
-                node.value, ast.Call | ast.List | ast.Dict
-            ):
-                target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-                unchanging = ast.unparse(node.value).startswith(("ContextVar(", "logging.getLogger("))
-                # Constants are written in capitals.
-                if target.id.strip("_").islower() and target.id != "__all__" and not unchanging:
-                    names.add(target.id)
-        if names:
+        changed = {name for node in ast.walk(tree) if isinstance(node, ast.Global) for name in node.names}
+        if names := changed | set(variables(tree)):
             found[module.removeprefix("hvdtrain.")] = names
     assert found == STATE
 
