@@ -143,3 +143,13 @@ def ranks_text(ranks: Sequence[int]) -> str:
             runs.append([rank])
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
+
+
+def root_index(ranks: Sequence[int], root_rank: int, function: str) -> int:
+    """Return the index of a rank among those that take part; raise ValueError if it is not one of them."""
+    if root_rank not in ranks:
+        raise ValueError(
+            f"{function}: root_rank must be a rank that takes part: {ranks_text(ranks)}. "
+            f"Received: root_rank={root_rank}."
+        )
+    return ranks.index(root_rank)

@@ -19,7 +19,7 @@ import numpy as np
 
 from hvdtrain import heartbeat
 from hvdtrain.collectives import join, reduction
-from hvdtrain.collectives.agreement import Call, StandIn, ranks_text
+from hvdtrain.collectives.agreement import Call, StandIn, ranks_text, root_index
 from hvdtrain.collectives.errors import MismatchError, report
 from hvdtrain.collectives.ops import Op, Pair, carrier, described, inner, operand, pickled, reducible
 from hvdtrain.collectives.overlap import BackgroundThread
@@ -220,7 +220,7 @@ class Engine(ABC):
         array = array.reshape(1) if array.ndim == 0 else array
         stand_in = StandIn(gathered=((array.dtype.name, array.shape[1:]),))
         self.agree(Call("allgather", (f"{array.dtype} of shape (any, {inner(array)})",), stand_in=stand_in))
-        with self.span("ALLGATHER"):
+        with self._span("ALLGATHER"):
             return self._gather(array)[0]
 
     def broadcast(self, array: Any, root_rank: int = 0) -> np.ndarray:
@@ -238,9 +238,9 @@ class Engine(ABC):
             MismatchError: If shape, dtype or root_rank differ between ranks.
         """
         array = operand(array, "broadcast")
-        root = self.check_root(root_rank, "broadcast")
+        root = root_index(self.ranks, root_rank, "broadcast")
         self.agree(Call("broadcast", (f"{described(array)}, root_rank={root_rank}",)))
-        with self.span("BROADCAST"):
+        with self._span("BROADCAST"):
             return self._broadcast(array, root)
 
     def reducescatter(self, array: Any, op: Op | int | str = Op.AVERAGE) -> np.ndarray:
@@ -272,7 +272,7 @@ class Engine(ABC):
         self.agree(Call("reducescatter", (f"{described(array)}, op={op.name.lower()}",)))
         rows = reduction.rows_of_ranks(len(array), self.size)
         wide = array.astype(carrier(array.dtype, op), copy=False)
-        with self.span("REDUCESCATTER"):
+        with self._span("REDUCESCATTER"):
             mine = self._reduce_scatter(wide, rows, Op.SUM if op is Op.AVERAGE else op)
         return reduction.averaged(mine, op, self.size).astype(array.dtype, copy=False)
 
@@ -295,7 +295,7 @@ class Engine(ABC):
         array = operand(array, "alltoall")
         splits = self._splits(array, splits)
         self.agree(Call("alltoall", (f"{array.dtype} of shape (any, {inner(array)})",)))
-        with self.span("ALLTOALL"):
+        with self._span("ALLTOALL"):
             received, counts = self._exchange(array, splits)
         return received, np.array(counts, np.int32 if max(counts) < 1 << 31 else np.int64)
 
@@ -316,7 +316,7 @@ class Engine(ABC):
         Raises:
             TypeError: If this rank's value cannot be pickled. All other ranks get a `MismatchError`.
         """
-        root = self.check_root(root_rank, "gather_object")
+        root = root_index(self.ranks, root_rank, "gather_object")
         data = self._picklable(value, "gather_object")
         self.agree(Call("gather_object", (f"root_rank={root_rank}",)))
         with self._waiting():
@@ -329,7 +329,7 @@ class Engine(ABC):
         Raises:
             TypeError: On `root_rank`, if its value cannot be pickled. All other ranks get a `MismatchError`.
         """
-        root = self.check_root(root_rank, "broadcast_object")
+        root = root_index(self.ranks, root_rank, "broadcast_object")
         data = self._picklable(value, "broadcast_object") if self.rank == root else np.empty(0, np.uint8)
         self.agree(Call("broadcast_object", (f"root_rank={root_rank}",)))
         with self._waiting():
@@ -385,15 +385,6 @@ class Engine(ABC):
             part._members_text = ranks_text(part.ranks).encode()
         return part
 
-    def check_root(self, root_rank: int, function: str) -> int:
-        """Return the index of a rank among those that take part; raise ValueError if it is not one of them."""
-        if root_rank not in self.ranks:
-            raise ValueError(
-                f"{function}: root_rank must be a rank that takes part: {ranks_text(self.ranks)}. "
-                f"Received: root_rank={root_rank}."
-            )
-        return self.ranks.index(root_rank)
-
     def say(self, message: str) -> None:
         """Log a message for the user, on rank 0 only; see `hvdtrain.messages`."""
         if self.rank == 0:
@@ -423,7 +414,7 @@ class Engine(ABC):
             )
         self._finish_background()
         self._doing, self._where = call.kind, call.where
-        with self.span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
+        with self._span(f"NEGOTIATE_{_PHASES.get(call.kind, 'ALLREDUCE')}"):
             if self.size == 1:
                 return value
             same, largest = self._compared(call.digest, value)
@@ -480,7 +471,7 @@ class Engine(ABC):
             )
         return splits
 
-    def span(self, phase: str) -> AbstractContextManager[Any]:
+    def _span(self, phase: str) -> AbstractContextManager[Any]:
         """Note a phase of the current operation: in the heartbeat, and in the timeline while one is written."""
         timeline = self.timeline  # read once, because another thread may set it to None
         if timeline is None:

@@ -41,7 +41,7 @@ def combine(
                     results[index] = fusion.aligned_like(arrays[index])
                 pairs.append((arrays[index], results[index]))
             continue
-        with engine.span("MEMCPY_IN_FUSION_BUFFER"):
+        with engine._span("MEMCPY_IN_FUSION_BUFFER"):
             buffer, slots = fusion.pack([arrays[index] for index in bucket])
         pairs.append((buffer, buffer))
         packed += zip(bucket, slots, strict=True)
@@ -56,7 +56,7 @@ def combine(
 
 def reduce_pairs(engine: "Engine", pairs: Sequence[Pair], op: Op) -> None:
     """Combine each pair's first array into its second, in a wider dtype where the sum would lose something."""
-    with engine.span("ALLREDUCE"):
+    with engine._span("ALLREDUCE"):
         same_dtype: dict[np.dtype, list[Pair]] = {}
         for send, receive in pairs:
             mean_of_integers = op is Op.AVERAGE and send.dtype.kind in "iu"

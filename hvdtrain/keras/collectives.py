@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.backends.tensorflow.compression import Compression
+from hvdtrain.collectives.agreement import root_index
 from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.gradients.trained_variables import NOTHING, registry
@@ -163,7 +164,7 @@ def broadcast_variables(
         MismatchError: On every rank, if the variables, shapes or dtypes differ between the ranks.
     """
     engine = engine_of(process_set)
-    root = engine.check_root(root_rank, "broadcast_variables")
+    root = root_index(engine.ranks, root_rank, "broadcast_variables")
     if engine.size > 1 and not variables:
         engine.warn(NOTHING)
     details = [f"{variable.dtype} {tuple(variable.shape)}" for variable in variables]

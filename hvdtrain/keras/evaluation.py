@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from hvdtrain import runtime
+from hvdtrain.collectives.agreement import root_index
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.data import structures
 from hvdtrain.data.collective_errors import compare, together
@@ -101,7 +102,7 @@ def predict(
     """
     engine = _world(model, "hvd.predict")
     if root_rank is not None:
-        engine.check_root(root_rank, "hvd.predict")
+        root_index(engine.ranks, root_rank, "hvd.predict")
     whole = _whole(engine, "hvd.predict", (data, None, None), batch_size, steps)
     silent = 0 if engine.rank else verbose
     outputs = together(engine, "hvd.predict", lambda: _predicted(model, whole, engine, silent))

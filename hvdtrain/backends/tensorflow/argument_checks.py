@@ -5,6 +5,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
+from hvdtrain.collectives.agreement import root_index
 from hvdtrain.collectives.engine import Engine
 
 
@@ -27,7 +28,7 @@ def refused(message: str) -> ArgumentError:
 def check_root(engine: Engine, root_rank: int) -> None:
     """Raise ArgumentError if `root_rank` is not one of the participating ranks."""
     try:
-        engine.check_root(root_rank, "broadcast")
+        root_index(engine.ranks, root_rank, "broadcast")
     except ValueError as error:
         raise refused(str(error)) from None
 

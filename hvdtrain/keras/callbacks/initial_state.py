@@ -9,6 +9,7 @@ import tensorflow as tf
 from keras.src.random.seed_generator import global_seed_generator
 
 from hvdtrain import runtime
+from hvdtrain.collectives.agreement import root_index
 from hvdtrain.collectives.engine import Call
 from hvdtrain.data.global_batch import as_keras
 from hvdtrain.gradients.naming import plain_variable
@@ -76,7 +77,7 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         engine = engine_of(self.model)
         if process_set_of(self.model).included() is False:
             return
-        engine.check_root(self.root_rank, type(self).__name__)
+        root_index(engine.ranks, self.root_rank, type(self).__name__)
         if engine.size == 1:
             return
         if not any(is_distributed(optimizer) for optimizer in optimizers_of(self.model)):
