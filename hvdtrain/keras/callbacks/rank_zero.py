@@ -69,7 +69,11 @@ class RankZeroCallback(Forwarding):
     def __init__(self, callback: keras.callbacks.Callback) -> None:
         super().__init__()
         self.callback = callback
-        self.inner = [callback]
+
+    @property
+    def inner(self) -> list[Any]:  # type: ignore[override]
+        """The callback, as a list."""
+        return [self.callback]
 
     def set_params(self, params: Any) -> None:
         """Pass the parameters of `fit` on."""

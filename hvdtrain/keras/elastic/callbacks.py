@@ -103,7 +103,7 @@ class UpdateBatchStateCallback(keras.callbacks.Callback):
 
     def _batches_done(self) -> int:
         progress = self.state.progress if isinstance(self.state, VariablesState) else None
-        if progress is None:
+        if not isinstance(progress, tuple):
             return self.state.batch
         epoch, batches = progress
         return batches if epoch == getattr(self.state, "epoch", None) else 0

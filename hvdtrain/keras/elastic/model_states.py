@@ -1,5 +1,6 @@
 """Define elastic states with variables: of a Keras model and its optimizer, or of a list."""
 
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -7,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain import runtime
-from hvdtrain.gradients.naming import described_call
+from hvdtrain.gradients.naming import variable_name
 from hvdtrain.keras.collectives import broadcast_object, broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
 
@@ -68,9 +69,12 @@ class VariablesState(ObjectState):
 
     def _described(self) -> tuple[str, ...]:
         shared = self._variables().shared
-        details = [f"{variable.dtype} {tuple(variable.shape)}" for variable in shared]
         # Without Keras' numbers, which depend on the layers built before.
-        return described_call("state", shared, details).details
+        names = [re.sub(r"_[0-9]+(?=[/_]|$)", "", variable_name(variable)) for variable in shared]
+        return tuple(
+            f"{name}, {variable.dtype}, shape {tuple(variable.shape)}"
+            for name, variable in zip(names, shared, strict=True)
+        )
 
     def _saved_values(self) -> tuple[list[np.ndarray], Any]:
         own = [value for _, value in self._saved_own]

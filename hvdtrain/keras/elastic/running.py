@@ -14,12 +14,13 @@ from hvdtrain import runtime, settings
 from hvdtrain.checkpoints.folder import replace_file
 from hvdtrain.collectives.engine import Call, Engine, MismatchError
 from hvdtrain.collectives.errors import HorovodInternalError, HostsUpdatedInterrupt
-from hvdtrain.keras.checkpointing.checkpoint_files import gathered, scattered
+from hvdtrain.keras.checkpointing.checkpoint_files import gathered
 from hvdtrain.keras.elastic.state import ObjectState
 
 _RESTORING = Call("restoring the last commit of hvd.elastic.run")
 _END = Call("end of the function under hvd.elastic.run")
 _HEAD = b"hvdtrain elastic 2\n"  # of the file of a commit; a checksum and the pickled content follow
+_FIRST_HEAD = b"hvdtrain elastic 1\n"
 _CHECKSUM_BYTES = hashlib.sha256().digest_size
 
 # Number of calls of each function. A restarted script makes the same calls, so each finds its own commit.
@@ -132,9 +133,9 @@ def _resume(engine: Engine, state: ObjectState, path: Path) -> None:
             if isinstance(value, int | float | str)
         ]
         engine.say(f"elastic: resuming from the last commit ({', '.join(shown) or 'no attributes'}).")
-    own = scattered(commit["ranks"] if commit is not None else [], engine)
-    if own:
-        state._load_own(pickle.loads(own))
+    parts = engine.broadcast_object(commit["ranks"] if commit is not None else [])
+    if engine.rank < len(parts):
+        state._load_own(pickle.loads(parts[engine.rank]))
 
 
 def _difference(state: ObjectState, commit: dict[str, Any]) -> str | None:
@@ -166,6 +167,11 @@ def _read(path: Path) -> dict[str, Any] | None:
         content = path.read_bytes()
     except FileNotFoundError:
         return None
+    if content.startswith(_FIRST_HEAD):
+        raise ValueError(
+            f"The last commit in {path} is of an earlier version of hvdtrain. Remove the file to start from the "
+            "beginning."
+        )
     begin = len(_HEAD) + _CHECKSUM_BYTES
     body = content[begin:]
     if content[:begin] != _HEAD + hashlib.sha256(body).digest():
@@ -187,18 +193,25 @@ def _write(engine: Engine, path: Path, state: ObjectState) -> None:
     ranks = gathered(pickle.dumps(own, protocol=5), engine)
     if engine.rank != 0:
         return
-    for name, value in values.items():
-        try:
-            pickle.dumps(value)
-        except Exception as error:
-            raise TypeError(
-                f"The state cannot be committed to disk: its attribute {name!r} cannot be pickled ({error}). "
-                "Keep plain values in the state: numbers, strings, arrays, lists and dictionaries of them."
-            ) from error
     commit = {"values": values, "described": state._described(), "shared": shared, "ranks": ranks}
-    body = pickle.dumps(commit, protocol=5)
+    try:
+        body = pickle.dumps(commit, protocol=5)
+    except Exception as error:
+        name = next((name for name, value in values.items() if not _can_pickle(value)), "?")
+        raise TypeError(
+            f"The state cannot be committed to disk: its attribute {name!r} cannot be pickled ({error}). "
+            "Keep plain values in the state: numbers, strings, arrays, lists and dictionaries of them."
+        ) from error
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_file(path, _HEAD, hashlib.sha256(body).digest(), body)
+
+
+def _can_pickle(value: Any) -> bool:
+    try:
+        pickle.dumps(value)
+    except Exception:
+        return False
+    return True
 
 
 def _remove(path: Path) -> None:

@@ -71,11 +71,15 @@ class State:
             HostsUpdatedInterrupt: On every rank, if it has.
         """
         messages, self._host_messages = self._host_messages, []
-        new = [message for message in messages if message[0] > self._last_updated_timestamp]
-        new = self._bcast_object(new)
-        if new:
-            self._last_updated_timestamp = max(timestamp for timestamp, _ in new)
-            raise HostsUpdatedInterrupt(all(change == _REMOVED for _, change in new))
+        before = latest = self._last_updated_timestamp
+        changes = 0
+        for timestamp, change in messages:
+            if timestamp > latest:
+                latest, changes = timestamp, changes | change
+        before, latest, changes = self._bcast_object((before, latest, changes))
+        self._last_updated_timestamp = latest
+        if latest > before:
+            raise HostsUpdatedInterrupt(changes == _REMOVED)
 
     def save(self) -> None:
         """Copy the present state in memory."""
