@@ -73,7 +73,7 @@ def _work(pid: int, aside: Collection[int]) -> tuple[float, float]:
         moved -= _moved_bytes(folder / "task" / str(thread) / "io")
     seconds, total = ticks / _TICKS, float(moved)
     for thread in threads(pid):
-        for child in _read(folder / "task" / str(thread) / "children").split():
+        for child in filter(str.isdigit, _read(folder / "task" / str(thread) / "children").split()):
             child_seconds, child_moved = _work(int(child), ())
             seconds += child_seconds
             total += child_moved
@@ -93,4 +93,6 @@ def _fields(stat: Path) -> list[str]:
 
 
 def _moved_bytes(io: Path) -> int:
-    return sum(int(line.split()[1]) for line in _read(io).splitlines()[:2])
+    with contextlib.suppress(ValueError, IndexError):  # another kernel or a sandbox may write another format
+        return sum(int(line.split()[1]) for line in _read(io).splitlines()[:2])
+    return 0
