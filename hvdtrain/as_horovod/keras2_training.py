@@ -1,5 +1,6 @@
 """Restore methods of models and callbacks that Keras 3 has removed, and the names of logs in Keras 2."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,13 +13,15 @@ from hvdtrain.patching import definer, replace, replace_outermost
 _SYNONYMS = (("lr", "learning_rate"), ("acc", "accuracy"), ("val_acc", "val_accuracy"))
 _OTHER_NAME = dict([*_SYNONYMS, *((new, old) for old, new in _SYNONYMS)])
 
+# For the threads that fetch batches; a method of Keras 3 does not take them.
+_FETCHING = ("max_queue_size", "workers", "use_multiprocessing")
+
 # The arguments of Keras 2 after the generator, in order.
 _OF_FIT_GENERATOR = (
     *("steps_per_epoch", "epochs", "verbose", "callbacks", "validation_data", "validation_steps"),
-    *("validation_freq", "class_weight", "max_queue_size", "workers", "use_multiprocessing", "shuffle"),
-    "initial_epoch",
+    *("validation_freq", "class_weight", *_FETCHING, "shuffle", "initial_epoch"),
 )
-_OF_OTHER_GENERATORS = ("steps", "callbacks", "max_queue_size", "workers", "use_multiprocessing", "verbose")
+_OF_OTHER_GENERATORS = ("steps", "callbacks", *_FETCHING, "verbose")
 
 
 def install() -> None:
@@ -42,7 +45,7 @@ def install() -> None:
 
 
 def _fit_generator(self: Any, generator: Any, *args: Any, **kwargs: Any) -> Any:
-    given = {"verbose": 1, "shuffle": True, **_named(_OF_FIT_GENERATOR, args), **kwargs}
+    given = {"verbose": 1, "shuffle": True, **_bound(_OF_FIT_GENERATOR, args, kwargs)}
     # For a Python generator shuffle never had an effect, and Keras 3 would warn.
     given["shuffle"] = given["shuffle"] and isinstance(generator, keras.utils.PyDataset)
     return self.fit(generator, **given)
@@ -52,14 +55,17 @@ def _taking_generator(name: str) -> Callable[..., Any]:
     """Return `evaluate_generator` or `predict_generator`, given the name of the method without "_generator"."""
 
     def run(self: Any, generator: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {"verbose": 0, **_named(_OF_OTHER_GENERATORS, args), **kwargs}
+        given = {"verbose": 0, **_bound(_OF_OTHER_GENERATORS, args, kwargs)}
         return getattr(self, name)(generator, **given)
 
     return run
 
 
-def _named(names: Sequence[str], args: Sequence[Any]) -> dict[str, Any]:
-    return dict(zip(names[: len(args)], args, strict=True))
+def _bound(names: Sequence[str], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a call by name, without those for threads."""
+    parameters = [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    given = inspect.Signature(parameters).bind_partial(*args, **kwargs).arguments
+    return {name: value for name, value in given.items() if name not in _FETCHING}
 
 
 def _predict_proba(self: Any, x: Any, batch_size: int | None = None, verbose: Any = 0) -> Any:

@@ -56,10 +56,12 @@ def follow(number: str, template: Template, environ: Mapping[str, str], stay: bo
         0 if the job succeeded, or if `stay` is false; else the exit code of the job, or 1 if that is 0 although no
         done file shows success; 130 after Ctrl-C, which leaves the job running.
     """
-    logs = sorted(str(job.log) for job in read_jobs(number, environ) or [])
+    logs = set()
+    for job in read_jobs(number, environ) or []:
+        # Quoted for a shell; for an array, a pattern that matches all its logs, which comes before any of them.
+        logs.add("*".join(shlex.quote(part) for part in str(job.log).split(NO_TASK)))
     if logs:
-        # Quoted for a shell; for an array, a pattern that matches all its logs.
-        print("  its log:   tail -F " + "*".join(shlex.quote(part) for part in logs[0].split(NO_TASK)))
+        print(f"  its log:   tail -F {min(logs)}")
     print(f"  its state: squeue -j {number}\n  its end:   scancel {number}", flush=True)
     if not stay:
         return 0

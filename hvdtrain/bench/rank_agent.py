@@ -145,7 +145,7 @@ class RankAgent:
     def _read_answer(self, stdout: IO[bytes]) -> None:
         line = stdout.readline()
         if line.endswith(b"\n"):
-            self._link.send(protocol.REPORT, line)
+            self._report(json.loads(line))  # a line that is no answer ends this agent only
         else:
             self._selector.unregister(stdout)
             self._fail()

@@ -15,11 +15,12 @@ import time
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, final
-
-import numpy as np
+from typing import TYPE_CHECKING, Any, final
 
 from hvdtrain import cores
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 def main() -> None:
@@ -38,7 +39,7 @@ class StepWorker:
     """Times training steps of any framework, and at the end describes the state of the model."""
 
     run: Callable[[int, int], float]  # trains on batches of a size, `run(batch, steps)`, and returns the loss
-    weights: Callable[[], Sequence[np.ndarray]]  # returns the trainable weights
+    weights: "Callable[[], Sequence[np.ndarray]]"  # returns the trainable weights
     rank: int
     # Runs an epoch of `fit`, `epoch(batch, steps)`, and returns its seconds and the loss. None if the framework has
     # no `fit`: then an epoch is only its steps.
@@ -71,6 +72,8 @@ class StepWorker:
         return time.perf_counter() - started, loss
 
     def _final_state(self) -> dict[str, Any]:
+        import numpy as np  # not before `main` has redirected what libraries print
+
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # before the weights are copied
         weights = self.weights()
         checksum = 0

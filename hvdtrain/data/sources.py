@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -62,8 +62,17 @@ class ArraySource:
         """Do nothing: arrays do not change after an epoch."""
 
     @functools.cached_property
-    def _order(self) -> Callable[[int], np.ndarray]:
-        return functools.lru_cache(maxsize=1)(self.plan.order)  # only the epoch that is read is kept
+    def _orders(self) -> dict[int, np.ndarray]:
+        return {}  # not an lru_cache of the plan's method, which could not be pickled
+
+    def _order(self, epoch: int) -> np.ndarray:
+        """Return the order of an epoch, from a cache that holds only the epoch being read."""
+        order = self._orders.get(epoch)
+        if order is None:
+            order = self.plan.order(epoch)
+            self._orders.clear()
+            self._orders[epoch] = order
+        return order
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,7 +76,7 @@ class Steps:
         if not self._console.is_terminal and percent >= self._printed + _STEP:
             self._printed = percent - percent % _STEP
             seconds = time.monotonic() - self._started
-            self._print(f"build-horovod: {self._phase}: {self._printed} % after {seconds:.0f} s")
+            self._print(f"build-horovod: {self._phase}: {percent} % after {seconds:.0f} s")
 
     def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)

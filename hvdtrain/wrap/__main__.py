@@ -71,7 +71,8 @@ def _change_keras_after_import(scale_batch: bool) -> None:
     """
 
     def change_keras() -> None:
-        from hvdtrain.wrap import training  # loads Keras
+        import hvdtrain.keras  # noqa: F401 - checks the version of Keras first
+        from hvdtrain.wrap import training
 
         training.install(scale_batch)
 

@@ -14,6 +14,7 @@ import contextlib
 import io
 import os
 import pathlib
+import re
 import shutil
 import stat
 import tarfile
@@ -298,7 +299,7 @@ def _path(file: Any, kwargs: Mapping[str, Any] | None = None) -> str | None:
     if not isinstance(file, str | bytes | os.PathLike):
         return None
     path = os.fsdecode(file)
-    return None if "://" in path else os.path.abspath(path)
+    return None if re.match(r"\w+://", path) else os.path.abspath(path)
 
 
 def _is_inside(path: str, folders: Iterable[str]) -> bool:

@@ -50,7 +50,7 @@ def add_callbacks(engine: Engine, model: Any, arguments: dict[str, Any]) -> None
         last = LastCallback(engine, [])
         last.set_model(model)
         last.set_params(callbacks.params)
-        callbacks.append(last)
+        callbacks.callbacks.append(last)
     else:
         callbacks = [*callbacks, LastCallback(engine, callbacks)]
     arguments["callbacks"] = callbacks
@@ -159,7 +159,10 @@ def scale(engine: Engine, model: Any, arguments: dict[str, Any]) -> None:
     rate = float(optimizer.learning_rate) * engine.size
     warm_up = max(1, min(_WARMUP_EPOCHS, arguments.get("epochs", 1) // 10))
     callback = LearningRateWarmupCallback(rate, warm_up)
-    arguments["callbacks"] = preceded(model, arguments.get("callbacks"), callback)
+    given = arguments.get("callbacks")
+    # A list that the script keeps must not warm up again in its next fit.
+    kept = isinstance(given, keras.callbacks.CallbackList)
+    arguments["callbacks"] = [callback, given] if kept else preceded(model, given, callback)
     engine.say(
         f"--scale-batch: {engine.size} times the script's batch, and {engine.size} times its learning rate "
         f"({rate:g}), reached after {warm_up} epoch{'s' if warm_up > 1 else ''} of warm-up."

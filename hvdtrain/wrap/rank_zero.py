@@ -114,6 +114,9 @@ class _Command(subprocess.Popen):
             super().__init__(*args, **kwargs)
             return
         self.args: Any = args[0] if args else kwargs.get("args")
+        self.text_mode = any(
+            kwargs.get(name) for name in ("text", "universal_newlines", "encoding", "errors")
+        )
         self._process: Any = None  # on rank 0 the process
 
         def start() -> list[str]:
