@@ -50,7 +50,9 @@ def add_callbacks(engine: Engine, model: Any, arguments: dict[str, Any]) -> None
         last = LastCallback(engine, [])
         last.set_model(model)
         last.set_params(callbacks.params)
-        callbacks.callbacks.append(last)
+        # Without that of an earlier fit with the same list.
+        others = [callback for callback in callbacks.callbacks if not isinstance(callback, LastCallback)]
+        callbacks.callbacks[:] = [*others, last]
     else:
         callbacks = [*callbacks, LastCallback(engine, callbacks)]
     arguments["callbacks"] = callbacks

@@ -1,6 +1,7 @@
 """Every sample exactly once an epoch over all ranks, whatever the data is; identities are counted, not numbers."""
 
 import contextlib
+import pickle
 
 import keras
 import numpy as np
@@ -40,6 +41,14 @@ def assert_whole(data, length, drop=False):
         assert len(set(numbers)) == len(numbers) == (steps * BATCH if drop else length)
         assert set(numbers) <= set(range(length))
         assert taken == [steps] * hvd.size()
+
+
+def test_a_data_set_that_was_read_can_be_pickled():
+    data = hvd.shard(arrays(20), batch_size=BATCH)
+    first = [np.asarray(part) for part in data[0]]
+    again = pickle.loads(pickle.dumps(data))
+    for part, other in zip(first, again[0], strict=True):
+        np.testing.assert_array_equal(part, other)
 
 
 def slices(length):

@@ -1,7 +1,8 @@
-"""Check the hint that steps are too short to gain from more ranks."""
+"""Check the callbacks that `--wrap` adds to a `fit`."""
 
 from types import SimpleNamespace
 
+import keras
 import pytest
 
 from hvdtrain.wrap import fit_arguments
@@ -22,3 +23,16 @@ def test_short_steps_are_named_once(monkeypatch, seconds, steps, said):
             last.on_train_batch_end(step)
         last.on_epoch_end(epoch)
     assert [sentence.partition(",")[0] for sentence in sentences] == said
+
+
+def test_a_callback_list_of_the_script_gets_the_first_and_the_last_callback():
+    engine, mine = SimpleNamespace(size=2), keras.callbacks.Callback()
+    model = keras.Sequential([keras.Input((1,)), keras.layers.Dense(1)])
+    given = keras.callbacks.CallbackList([mine], add_history=False, model=model)
+    for _ in range(2):  # a list that is used again has each of them once at its place
+        arguments = {"callbacks": given}
+        fit_arguments.add_callbacks(engine, model, arguments)
+        assert arguments["callbacks"] is given
+    first, *others, last = given.callbacks
+    assert isinstance(first, fit_arguments.FirstCallback) and isinstance(last, fit_arguments.LastCallback)
+    assert others == [mine]
