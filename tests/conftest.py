@@ -44,9 +44,10 @@ def pytest_collection_modifyitems(config, items):
         if JOBS & set(item.fixturenames):
             item.add_marker(pytest.mark.jobs)
     if hasattr(config, "workerinput"):
-        # Short files at the end keep both workers busy until it is reached.
+        # Short files at the end keep both workers busy until it is reached. The longest of all, of `wrap`, comes first.
         with_jobs = {item.path for item in items if item.get_closest_marker("jobs")}
-        items.sort(key=lambda item: item.path not in with_jobs)
+        files = list(dict.fromkeys(item.path for item in items))
+        items.sort(key=lambda item: (item.path not in with_jobs, -files.index(item.path)))
 
 
 class _OnlyFailures:
