@@ -44,7 +44,7 @@ def pytest_collection_modifyitems(config, items):
         if JOBS & set(item.fixturenames):
             item.add_marker(pytest.mark.jobs)
     if hasattr(config, "workerinput"):
-        # Short files at the end keep both workers busy until it is reached. The longest of all, of `wrap`, comes first.
+        # Short files at the end keep both workers busy until then. The longest of all, of `wrap`, comes first.
         with_jobs = {item.path for item in items if item.get_closest_marker("jobs")}
         files = list(dict.fromkeys(item.path for item in items))
         items.sort(key=lambda item: (item.path not in with_jobs, -files.index(item.path)))
