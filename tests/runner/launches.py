@@ -12,7 +12,7 @@ from hvdtrain.horovod_build.wheel import lenient_settings
 ROOT = Path(__file__).parents[2]
 ENGINES = ("plain", "single", "mpi", "horovod")
 # What depends on the engine and on the number of ranks.
-WIRE = ("tests/collectives", "tests/backends", "tests/runtime", "tests/timeline")
+WIRE = ("tests/collectives", "tests/backends", "tests/gradients", "tests/runtime", "tests/timeline")
 # Loops of the user's own, whose gradients reach the engine without Keras.
 LOOPS = ("tests/tensorflow/test_tf_process_sets.py", "tests/tensorflow/test_tf_tape.py")
 # What depends on the engine.
