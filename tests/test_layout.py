@@ -70,7 +70,7 @@ IMPORTS = {
         *("patching", "runtime", "settings", "stop_request", "timeline"),
     },
     # What they are made of.
-    "data": {"backends", "collectives", "patching", "runtime"},
+    "data": {"backends", "collectives", "runtime"},
     "gradients": {"collectives", "settings"},
     "timeline": {"messages", "runtime"},
     "runtime": {
@@ -157,6 +157,13 @@ def test_tests_mirror_the_package():
 def test_no_module_imports_itself_through_others():
     order = graphlib.TopologicalSorter({module: imported(module) for module in MODULES})
     order.prepare()  # raises CycleError with the modules
+
+
+def test_functions_of_keras_are_replaced_in_its_patches_only():
+    # Apart from the modes that change more than Keras, and the check for stock Horovod.
+    allowed = ("keras.patches.", "wrap.", "as_horovod", "launch.supervision.rank_main", "doctor.probes")
+    users = [module for module in MODULES if "hvdtrain.patching" in imported(module)]
+    assert [module for module in users if not module.removeprefix("hvdtrain.").startswith(allowed)] == []
 
 
 # Modules with variables that change while a program runs. The engine in use and its sets are in `runtime`; what

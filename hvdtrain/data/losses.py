@@ -24,7 +24,6 @@ from hvdtrain.backends.tensorflow.host_calls import counter
 from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.reduction import Reduction
 from hvdtrain.data.global_batch import GlobalBatch, bound, current
-from hvdtrain.patching import replace, replace_where_defined
 
 Tensor = Any
 
@@ -88,22 +87,9 @@ class Losses:
             engine.warn(_not_decomposable(sorted(others), engine.size))
 
 
-def install() -> None:
-    """Change the computation of losses in Keras, for steps on sharded data only.
+def of_all_samples(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of `Loss.__call__` that scales losses that are sums over samples."""
 
-    - `Loss.__call__` and `Model._aggregate_additional_loss` scale losses that are sums over samples.
-    - `apply_mask` and `reduce_values` divide by the numbers of valid steps and by the weights of all ranks.
-    - `reduce_weighted_values` rejects weights that would be multiplied along another axis than the samples.
-    """
-    replace(keras.Loss, "__call__", _of_all_samples)
-    if hasattr(keras.Model, "_aggregate_additional_loss"):  # from Keras 3.6 on
-        replace_where_defined(keras.Model, "_aggregate_additional_loss", _added_of_all_samples)
-    replace(keras_loss, "apply_mask", _over_all_valid_steps)
-    replace(keras_loss, "reduce_values", _over_all_weights)
-    replace(keras_loss, "reduce_weighted_values", _with_weights_of_samples)
-
-
-def _of_all_samples(call: Callable[..., Any]) -> Callable[..., Any]:
     def __call__(self: Any, y_true: Any, y_pred: Any, sample_weight: Any = None) -> Any:  # noqa: N807
         step = current()
         if step is None or _inside.get() or _comparing.get() or isinstance(self, CompileLoss):
@@ -119,7 +105,9 @@ def _of_all_samples(call: Callable[..., Any]) -> Callable[..., Any]:
     return __call__
 
 
-def _added_of_all_samples(aggregate: Callable[..., Any]) -> Callable[..., Any]:
+def added_of_all_samples(aggregate: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of `Model._aggregate_additional_loss`, which takes losses of layers, likewise."""
+
     def _aggregate_additional_loss(self: Any, loss: Any) -> Any:
         step = current()
         if step is None or step.model is not self or _comparing.get():
@@ -144,8 +132,10 @@ def _added_of_all_samples(aggregate: Callable[..., Any]) -> Callable[..., Any]:
     return _aggregate_additional_loss
 
 
-def _over_all_valid_steps(apply_mask: Callable[..., Any]) -> Callable[..., Any]:
-    def over_all_valid_steps(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
+def over_all_valid_steps(apply_mask: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of `apply_mask` that divides by the number of valid steps on all ranks."""
+
+    def masked(sample_weight: Any, mask: Any, dtype: Any, reduction: Any) -> Any:
         if mask is not None and reduction in _MEANS and _comparing.get():
             return apply_mask(sample_weight, mask, dtype, "sum")  # 0 and 1, independent of the other rows
         result = apply_mask(sample_weight, mask, dtype, reduction)
@@ -159,13 +149,13 @@ def _over_all_valid_steps(apply_mask: Callable[..., Any]) -> Callable[..., Any]:
         factor = tf.math.divide_no_nan(all_sizes * valid, all_valid * size)
         return result * tf.cast(factor, result.dtype)
 
-    return over_all_valid_steps
+    return masked
 
 
-def _over_all_weights(reduce_values: Callable[..., Any]) -> Callable[..., Any]:
-    def over_all_weights(
-        values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size"
-    ) -> Any:
+def over_all_weights(reduce_values: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of `reduce_values` that divides by the sum of the weights on all ranks."""
+
+    def reduced(values: Any, sample_weight: Any = None, reduction: Any = "sum_over_batch_size") -> Any:
         weighted = reduction == "mean_with_sample_weight" and sample_weight is not None
         if weighted and _comparing.get():
             # Not divided by the sum of weights, which depends on other rows.
@@ -179,16 +169,18 @@ def _over_all_weights(reduce_values: Callable[..., Any]) -> Callable[..., Any]:
         factor = tf.math.divide_no_nan(weight, all_weight) * step.times_own
         return result * tf.cast(factor, result.dtype)
 
-    return over_all_weights
+    return reduced
 
 
-def _with_weights_of_samples(reduce: Callable[..., Any]) -> Callable[..., Any]:
-    def with_weights_of_samples(values: Any, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
+def with_weights_of_samples(reduce: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a replacement of `reduce_weighted_values` that rejects weights along other axes than samples."""
+
+    def weighted(values: Any, sample_weight: Any = None, *args: Any, **kwargs: Any) -> Any:
         if sample_weight is not None and runtime.is_initialized() and runtime.engine().size > 1:
             _check_axes(values, sample_weight)
         return reduce(values, sample_weight, *args, **kwargs)
 
-    return with_weights_of_samples
+    return weighted
 
 
 def _check_axes(values: Any, sample_weight: Any) -> None:

@@ -9,7 +9,10 @@
   number of samples of this rank and of the global batch.
 - `Mean.update_state` and `CompileMetrics.update_state`. Keras counts a batch also if this rank has no sample
   of the global batch. Replacement: only samples are counted, see `data/global_batch.py`.
-- Losses. Keras divides by numbers of one process. Replacement: see `data/losses.py`.
+- `Loss.__call__` and `Model._aggregate_additional_loss` (from Keras 3.6 on). Keras knows the samples of one
+  process. Replacement: losses that are sums over samples are scaled, see `data/losses.py`.
+- `apply_mask`, `reduce_values` and `reduce_weighted_values` of losses. Keras divides by the valid steps and the
+  weights of one process. Replacement: they are counted on all ranks; weights along other axes are refused.
 - `TFEpochIterator._get_iterator`. Keras lets `tf.data` tune itself, which delays the start of an epoch on one
   rank, and the other ranks wait. Replacement: tuning is off, for data of all kinds; see `untuned` in
   `data/adapters.py`.
@@ -27,6 +30,7 @@ from typing import Any, NamedTuple
 import keras
 import tensorflow as tf
 from keras.src.backend.tensorflow.trainer import TFEpochIterator
+from keras.src.losses import loss as keras_loss
 from keras.src.trainers import compile_utils, data_adapters
 
 from hvdtrain import runtime
@@ -57,7 +61,12 @@ def install() -> None:
     replace(TFEpochIterator, "_get_iterator", untuned)
     replace(keras.metrics.Mean, "update_state", mean_update)
     replace(compile_utils.CompileMetrics, "update_state", metrics_update)
-    losses.install()
+    replace(keras.Loss, "__call__", losses.of_all_samples)
+    if hasattr(keras.Model, "_aggregate_additional_loss"):
+        replace_where_defined(keras.Model, "_aggregate_additional_loss", losses.added_of_all_samples)
+    replace(keras_loss, "apply_mask", losses.over_all_valid_steps)
+    replace(keras_loss, "reduce_values", losses.over_all_weights)
+    replace(keras_loss, "reduce_weighted_values", losses.with_weights_of_samples)
 
 
 def _adapting_sharded_data(get_data_adapter: Callable[..., Any]) -> Callable[..., Any]:
