@@ -71,8 +71,7 @@ def _change_keras_after_import(scale_batch: bool) -> None:
     """
 
     def change_keras() -> None:
-        import hvdtrain.keras  # noqa: F401 - checks the version of Keras first
-        from hvdtrain.wrap import training
+        from hvdtrain.wrap import training  # loads Keras
 
         training.install(scale_batch)
 

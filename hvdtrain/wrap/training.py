@@ -7,6 +7,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+import hvdtrain.keras  # noqa: F401 - checks the version of Keras before other modules use it
 from hvdtrain import runtime
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.data import structures
