@@ -5,7 +5,7 @@ Only the environment is read here. `runtime.init()` checks that MPI agrees.
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 
@@ -104,3 +104,14 @@ def _number(environ: Mapping[str, str], name: str | None) -> int | None:
     text = environ.get(name, "") if name else ""
     uniform = re.fullmatch(r"(\d+)(\(x\d+\))?", text)
     return int(uniform.group(1)) if uniform else None
+
+
+def consecutive(numbers: Sequence[int]) -> list[list[int]]:
+    """Divide ranks in ascending order into runs of consecutive ones."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return runs

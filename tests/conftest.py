@@ -93,6 +93,19 @@ def engine():
     return runtime.engine()
 
 
+@pytest.fixture
+def way(request, engine, monkeypatch):
+    """The way given as parameter; "during backprop" sends each part while the next is computed."""
+    monkeypatch.setattr(engine, "background", None)
+    if request.param == "during backprop":
+        from hvdtrain.collectives.overlap import BackgroundThread
+
+        if engine.name != "mpi":
+            pytest.skip("Horovod's core has its own thread")
+        monkeypatch.setattr(engine, "background", BackgroundThread())
+    return request.param
+
+
 @pytest.fixture(scope="module", autouse=True)
 def default_floats():
     """Leave the next file Keras' defaults: a policy that was first asked for while floats were float64 stays so."""

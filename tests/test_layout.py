@@ -83,7 +83,7 @@ IMPORTS = {
     },
     "backends": {"collectives", "gradients"},
     # The launcher reads in the heartbeat where each rank waits; Horovod's threads are not counted as work.
-    "collectives": {"heartbeat", "messages", "process_activity", "settings"},
+    "collectives": {"heartbeat", "messages", "process_activity", "settings", "topology"},
     "checkpoints": set(),
     "cores": set(),
     "heartbeat": {"settings"},

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hvdtrain.collectives.ops import Op
+from hvdtrain.topology import consecutive
 
 # Kinds of calls that name the operation itself; any other kind names a place in the script, or a reducer.
 _OPERATIONS = {
@@ -135,12 +136,7 @@ def _first_difference(call: Call, other: Call) -> tuple[str, str]:
 
 def ranks_text(ranks: Sequence[int]) -> str:
     """Write a list of ranks for a message: 'rank 3', 'ranks 0-2, 5'."""
-    runs: list[list[int]] = []
-    for rank in ranks:
-        if runs and rank == runs[-1][-1] + 1:
-            runs[-1].append(rank)
-        else:
-            runs.append([rank])
+    runs = consecutive(ranks)
     text = ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
     return f"rank{'s' if len(ranks) > 1 else ''} {text}"
 

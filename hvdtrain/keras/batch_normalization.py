@@ -1,5 +1,6 @@
 """Normalise by the statistics of all ranks: in each batch, with a layer; or before validation, with a callback."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -45,11 +46,11 @@ class SyncBatchNormalization(keras.layers.BatchNormalization):
         engine = runtime.engine()
         if engine.size == 1:
             return mean, variance
-        mine = _sums(mean, variance, _samples(inputs, mask, self._reduction_axes))
-        total = differentiable.allreduce(engine, mine, Reduction(Op.SUM))
-        mean_of_all, square = tf.split(total[:-1] / total[-1], 2)
-        of_all = tf.stack([mean_of_all, tf.maximum(square - mean_of_all**2, 0)])
-        return tuple(tf.unstack(tf.cast(of_all, mean.dtype)))
+        samples = _samples(inputs, mask, self._reduction_axes)
+        reduction = Reduction(Op.SUM)
+        return moments_of_all(
+            mean, variance, samples, lambda sums: differentiable.allreduce(engine, sums, reduction)
+        )
 
 
 def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
@@ -65,15 +66,25 @@ def _samples(inputs: Any, mask: Any, axes: list[int]) -> Any:
     return samples * tf.cast(tf.minimum(step.own, 1), samples.dtype)
 
 
-def _sums(mean: Any, variance: Any, samples: Any) -> Any:
-    """Convert moments to values that can be summed over ranks: sums, sums of squares, and their number.
+def moments_of_all(
+    mean: Any, variance: Any, samples: Any, sum_over_ranks: Callable[[Any], Any]
+) -> tuple[Any, Any]:
+    """Return mean and variance of the samples of all ranks.
 
-    The mean of squares minus the square of the mean loses digits, so float64 is used.
+    Args:
+        mean: Mean of this rank's samples, of shape (channels,).
+        variance: Their variance, likewise.
+        samples: Their number, a float64 scalar.
+        sum_over_ranks: Sums a float64 vector of sums, sums of squares and the number over the ranks.
     """
-    mean, variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
+    # In float64, because the mean of squares minus the square of the mean loses digits.
+    own_mean, own_variance = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
     # The mean of a rank without samples is NaN.
-    sums = tf.math.multiply_no_nan(tf.concat([mean, variance + mean**2], axis=0), samples)
-    return tf.concat([sums, samples[None]], axis=0)
+    sums = tf.math.multiply_no_nan(tf.concat([own_mean, own_variance + own_mean**2], axis=0), samples)
+    total = sum_over_ranks(tf.concat([sums, samples[None]], axis=0))
+    mean_of_all, square = tf.split(total[:-1] / total[-1], 2)
+    variance_of_all = tf.maximum(square - mean_of_all**2, 0)
+    return tf.cast(mean_of_all, mean.dtype), tf.cast(variance_of_all, mean.dtype)
 
 
 class AverageBatchNormStatistics(keras.callbacks.Callback):

@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import numpy as keras_numpy
 
+from hvdtrain.keras.batch_normalization import moments_of_all
 from hvdtrain.patching import replace
 from hvdtrain.wrap.row_shard import Combine, Share, current
 
@@ -175,14 +176,9 @@ def _of_all_rows(original: Callable[..., Any]) -> Callable[..., Any]:
         mean, variance = original(self, inputs, mask)
         if share is None:
             return mean, variance
-        wide, spread = tf.cast(mean, tf.float64), tf.cast(variance, tf.float64)
         count = _value_count(inputs, mask, self._reduction_axes)
         count *= tf.cast(tf.minimum(share.real, 1), tf.float64)  # an unused row does not count
-        # In float64, because the mean of squares minus the square of the mean loses digits.
-        sums = tf.math.multiply_no_nan(tf.concat([wide, spread + wide**2], 0), count)
-        total = share.sum_over_ranks(tf.concat([sums, count[None]], 0))
-        wide, square = tf.split(total[:-1] / total[-1], 2)
-        return tf.cast(wide, mean.dtype), tf.cast(tf.maximum(square - wide**2, 0), mean.dtype)
+        return moments_of_all(mean, variance, count, share.sum_over_ranks)
 
     return moments
 

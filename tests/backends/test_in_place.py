@@ -9,22 +9,16 @@ import tensorflow as tf
 from hvdtrain.backends.tensorflow import bridge
 from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.collectives.engine import Call, Op
-from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.gradients.exchange import Exchange
 
-pytestmark = pytest.mark.ranks
+# Each test with all gradients in one call, and with each part on its way while the next is computed.
+pytestmark = [
+    pytest.mark.ranks,
+    pytest.mark.usefixtures("way"),
+    pytest.mark.parametrize("way", ["at once", "during backprop"], indirect=True),
+]
 
 SHAPE = (300, 400)  # large enough to travel alone
-
-
-@pytest.fixture(params=["at once", "during backprop"], autouse=True)
-def way(request, engine, monkeypatch):
-    """Each test with all gradients in one call, and with each part on its way while the next is computed."""
-    monkeypatch.setattr(engine, "background", None)
-    if request.param == "during backprop":
-        if engine.name != "mpi":
-            pytest.skip("Horovod's core has its own thread")
-        monkeypatch.setattr(engine, "background", BackgroundThread())
 
 
 def reduced(engine, gradients):

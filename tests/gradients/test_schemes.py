@@ -9,7 +9,6 @@ import tensorflow as tf
 
 import hvdtrain.keras as hvd
 from hvdtrain.collectives.engine import MismatchError, Op
-from hvdtrain.collectives.overlap import BackgroundThread
 from hvdtrain.gradients.schemes import Plain, Scheme
 
 pytestmark = pytest.mark.ranks
@@ -80,14 +79,7 @@ def expected(shape, steps, ratio):
 SMALL, LARGE = (3, 4), (300, 500)  # the large one is reduced in TensorFlow's memory
 
 
-@pytest.fixture(params=["eager", "graph", "during backprop"])
-def way(request, engine, monkeypatch):
-    monkeypatch.setattr(engine, "background", None)
-    if request.param == "during backprop":
-        if engine.name != "mpi":
-            pytest.skip("Horovod's core has its own thread")
-        monkeypatch.setattr(engine, "background", BackgroundThread())
-    return request.param
+each_way = pytest.mark.parametrize("way", ["eager", "graph", "during backprop"], indirect=True)
 
 
 def updates(way, compression, shapes, steps):
@@ -108,6 +100,7 @@ def updates(way, compression, shapes, steps):
         before = after
 
 
+@each_way
 def test_top_k_with_error_feedback(way):
     if hvd.size() == 1:
         pytest.skip("one rank has nothing to send")
@@ -121,6 +114,7 @@ def test_top_k_with_error_feedback(way):
     assert keys == sorted(4 * ["0/w2", "1/w2"])
 
 
+@each_way
 def test_a_plain_scheme_is_what_no_compression_is(way):
     plain = list(updates(way, Plain(), [SMALL, LARGE], 2))
     none = list(updates(way, hvd.Compression.none, [SMALL, LARGE], 2))
@@ -129,6 +123,7 @@ def test_a_plain_scheme_is_what_no_compression_is(way):
         np.testing.assert_array_equal(one[1], other[1])
 
 
+@each_way
 def test_ranks_with_different_schemes_are_told(way):
     if hvd.size() == 1:
         pytest.skip("one rank agrees with itself")

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hvdtrain.heartbeat import Beat
 from hvdtrain.launch.supervision.verdict import RankState
+from hvdtrain.topology import consecutive
 
 _SHOWN = 3  # groups of late ranks for which a stack is shown
 _ENDS = 8  # lines kept at the inner and at the outer end of a long stack
@@ -103,12 +104,7 @@ def _group(numbers: Iterable[int], describe: Callable[[int], str]) -> dict[str, 
 
 def _named(numbers: Sequence[int]) -> str:
     """Return "rank 3", or "ranks 0,1,3-6": only runs of four or more ranks are written with a hyphen."""
-    runs: list[list[int]] = []
-    for number in numbers:
-        if runs and number == runs[-1][-1] + 1:
-            runs[-1].append(number)
-        else:
-            runs.append([number])
+    runs = consecutive(numbers)
     texts = [f"{run[0]}-{run[-1]}" if len(run) > 3 else ",".join(map(str, run)) for run in runs]
     return f"rank{'s' if len(numbers) > 1 else ''} {','.join(texts)}"
 
