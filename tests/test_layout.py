@@ -225,7 +225,11 @@ import hvdtrain, keras
 for name in sys.argv[1:]:
     for loaded in [loaded for loaded in sys.modules if loaded.partition(".")[0] == "hvdtrain"]:
         del sys.modules[loaded]
-    importlib.import_module(name)
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name not in ("torch", "tf_keras"):  # what a plain install does not bring
+            raise
 """
 
 
