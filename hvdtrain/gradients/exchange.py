@@ -32,7 +32,7 @@ class Exchange:
     factor: float = 1.0
     scheme: Scheme = field(default_factory=Plain)
     keys: Sequence[str] = ()
-    state: State = field(default_factory=dict)
+    state: State = field(default_factory=State)
 
     @property
     def takes_tensors(self) -> bool:
@@ -72,14 +72,24 @@ class Exchange:
         Returns:
             The reduced gradients, in the same order.
         """
-        keys = [self.keys[place] for place in places] if self.keys else []
+        keys = [self.keys[place] for place in places]
         group = Group(arrays, self.op, keys, in_place, call)
+        self._record_errors(places, keys, before=True)
         results = list(self.scheme.reduce(group, self.engine, self.state).arrays)
+        self._record_errors(places, keys, before=False)
         for index, reuse in enumerate(in_place):
             if reuse and results[index] is not arrays[index]:
                 arrays[index][...] = results[index]
                 results[index] = arrays[index]
         return results
+
+    def _record_errors(self, places: Sequence[int], keys: Sequence[str], before: bool) -> None:
+        """Record what the scheme has left out so far, before or after it reduces gradients."""
+        if self.verification is not None:
+            for place, key in zip(places, keys, strict=True):
+                if key in self.state.errors:
+                    factor = self.factor if before else -self.factor
+                    self.verification.record(place, self.state.errors[key], factor)
 
     def join(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Join the rows of sparse gradients: values and indices in turn."""

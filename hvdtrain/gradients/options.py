@@ -56,8 +56,9 @@ class ReduceOptions:
                 )
         elif not all(hasattr(self.compression, method) for method in ("compress", "decompress")):
             raise TypeError(
-                "compression is hvd.Compression.none, fp16 or bf16, or a class with the methods compress and "
-                f"decompress. Received: {self.compression!r}."
+                "compression is hvd.Compression.none, fp16 or bf16, what a function such as "
+                "hvd.Compression.topk(0.01) returns, or a class with the methods compress and decompress. "
+                f"Received: {self.compression!r}."
             )
         _check_groups(self.groups)
 

@@ -106,11 +106,12 @@ class Proof:
         """Return the indices of wrong gradients."""
         return np.flatnonzero(~(self.distance <= self.allowed) & self.finite)
 
-    def sentence(self, combined: str) -> str:
+    def sentence(self, combined: str, with_errors: bool = False) -> str:
         """Return the result of the comparison as the end of a sentence.
 
         Args:
             combined: How gradients are combined, such as "average".
+            with_errors: Whether the expected gradients are those without what the ranks leave to later steps.
         """
         if not self.compared.any():
             return (
@@ -126,11 +127,12 @@ class Proof:
             if narrow
             else ""
         )
+        left_to_later = ", with what is left to later steps," if with_errors else ""
         rest = int((~self.compared).sum())
         left_out = f" The gradients of {rest} more {self._exclusion(rest)}." if rest else ""
         return (
-            f", and what is applied is the {combined} of all ranks' gradients{sent_as} (relative deviation "
-            f"{self._largest(self.distance):.1g}{rounding}).{left_out}"
+            f", and what is applied{left_to_later} is the {combined} of all ranks' gradients{sent_as} (relative "
+            f"deviation {self._largest(self.distance):.1g}{rounding}).{left_out}"
         )
 
     def _largest(self, part: np.ndarray) -> float:

@@ -7,7 +7,7 @@ from typing import Any
 from hvdtrain.collectives.engine import Call, Engine, Op
 from hvdtrain.gradients.bridge import Bridge, Exchanged, Gradient, Tensor, Variable
 from hvdtrain.gradients.exchange import Exchange
-from hvdtrain.gradients.naming import described_call, variable_name
+from hvdtrain.gradients.naming import compared_name, described_call, variable_name
 from hvdtrain.gradients.options import ReduceOptions, groups_of
 from hvdtrain.gradients.schemes import Plain, State
 from hvdtrain.gradients.trained_variables import registry
@@ -28,6 +28,7 @@ class GradientReducer:
 
     Attributes:
         verification: May be replaced between steps.
+        scheme_state: What the scheme of `options` remembers between the steps.
         name: Name of the operations, the same on all ranks; chosen at first use, or before by `choose_name`.
     """
 
@@ -40,7 +41,7 @@ class GradientReducer:
         self.name = ""
         self.verification = verification
         self._local: list[Any] = []
-        self._scheme_state: State = {}
+        self.scheme_state = State()
 
     def choose_name(self) -> str:
         """Return the name, and choose it now if there is none; all ranks must do this in the same order."""
@@ -124,6 +125,7 @@ class GradientReducer:
         before, after, op = self._factors()
         sparse = [gradient for gradient in gradients if bridge.is_sparse(gradient)]
         dense = [index for index, gradient in enumerate(gradients) if not bridge.is_sparse(gradient)]
+        self._options.scheme.check([tuple(variables[index].shape) for index in dense])
         exchange = Exchange(
             self._engine,
             op,
@@ -131,8 +133,8 @@ class GradientReducer:
             verification,
             before,
             self._options.scheme,
-            [f"{index}/{variable_name(variables[index])}" for index in dense],
-            self._scheme_state,
+            [f"{index}/{compared_name(variable_name(variables[index]))}" for index in dense],
+            self.scheme_state,
         )
         exchanged = bridge.exchange(
             exchange,

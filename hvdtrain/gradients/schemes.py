@@ -1,16 +1,50 @@
 """Define how gradients are reduced over the ranks, and how they are compressed before they are sent."""
 
 from abc import ABC, abstractmethod
-from collections.abc import MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from hvdtrain.collectives.engine import Call, Engine, Op
 
-# What a scheme remembers between the steps of one optimizer, such as the error of the last step by `Group.keys`.
-State = MutableMapping[Any, Any]
+# Prefixes of `State.named`.
+ERRORS, _SHARED = "errors/", "shared/"
+
+
+@dataclass
+class State:
+    """What a scheme remembers between the steps of one optimizer; checkpoints contain it.
+
+    Args:
+        errors: By `Group.keys`, the part of this rank's gradients that has not been applied yet.
+        shared: Other arrays by names that the scheme chooses, the same on all ranks.
+    """
+
+    errors: dict[str, np.ndarray] = field(default_factory=dict)
+    shared: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def named(self) -> dict[str, np.ndarray]:
+        """Return all arrays, by names that start with the name of their dict."""
+        errors = {f"{ERRORS}{key}": error for key, error in self.errors.items()}
+        return errors | {f"{_SHARED}{name}": array for name, array in self.shared.items()}
+
+    def replace(self, named: Mapping[str, np.ndarray]) -> None:
+        """Replace all arrays by copies of others, named as by `named`."""
+        for prefix, arrays in ((ERRORS, self.errors), (_SHARED, self.shared)):
+            arrays.clear()
+            arrays.update(
+                (name.removeprefix(prefix), np.array(array))
+                for name, array in named.items()
+                if name.startswith(prefix)
+            )
+
+    def count(self, name: str) -> int:
+        """Return how often this has been called with a name."""
+        count = self.shared.setdefault(f"count/{name}", np.array(-1))
+        count += 1
+        return int(count)
 
 
 @dataclass(frozen=True)
@@ -24,6 +58,10 @@ class Group:
         in_place: For each array whether it may be overwritten.
         call: The call that the ranks compare before they start: the first operation of a scheme takes it, or the
             scheme passes it to `engine.agree`. None for all groups of a step but the first.
+        wants_errors: Whether the result must contain `errors`.
+        errors: Of a result, for each array the part of this rank's array that is not in it, None if nothing was
+            left out. The sum over the ranks of arrays and errors does not change: what is left out here is
+            missing there.
     """
 
     arrays: Sequence[np.ndarray]
@@ -31,10 +69,28 @@ class Group:
     keys: Sequence[str] = ()
     in_place: Sequence[bool] = ()
     call: Call | None = None
+    wants_errors: bool = False
+    errors: Sequence[np.ndarray | None] = ()
 
-    def with_arrays(self, arrays: Sequence[np.ndarray]) -> "Group":
-        """Return the group with new arrays, which may be overwritten."""
-        return replace(self, arrays=arrays, in_place=[True] * len(arrays))
+    def with_arrays(self, arrays: Sequence[np.ndarray], errors: Sequence[np.ndarray | None] = ()) -> "Group":
+        """Return the group with new arrays, which may be overwritten, and what they lack."""
+        return replace(self, arrays=arrays, in_place=[True] * len(arrays), errors=errors)
+
+    def part(self, indices: Sequence[int], call: Call | None) -> "Group":
+        """Return some of the arrays as a group."""
+        return replace(
+            self,
+            arrays=[self.arrays[index] for index in indices],
+            keys=[self.keys[index] for index in indices],
+            in_place=[self.in_place[index] for index in indices],
+            call=call,
+        )
+
+    def writable(self) -> list[np.ndarray]:
+        """Return the arrays; those that may not be overwritten are copied."""
+        return [
+            array if reuse else array.copy() for array, reuse in zip(self.arrays, self.in_place, strict=True)
+        ]
 
 
 class Scheme(ABC):
@@ -44,11 +100,15 @@ class Scheme(ABC):
     `repr(scheme)` is compared over the ranks, so it should contain the scheme's parameters, as a dataclass does.
 
     Attributes:
-        is_exact: Whether the result is that of `Group.op` up to rounding. Only then can the verification of a step
-            compare the applied gradients with an independent result.
+        is_exact: Whether the result is that of `Group.op` up to rounding, for gradients from which the change of
+            `State.errors` has been subtracted. Only then can the verification of a step compare the applied
+            gradients with an independent result.
     """
 
     is_exact = False
+
+    def check(self, shapes: Sequence[tuple[int | None, ...]]) -> None:  # noqa: B027 - most schemes take all
+        """Raise ValueError if the scheme is of no use for gradients of these shapes."""
 
     @abstractmethod
     def reduce(self, group: Group, engine: Engine, state: State) -> Group:
@@ -57,7 +117,7 @@ class Scheme(ABC):
         Args:
             group: The gradients of this rank.
             engine: Runs collective operations on NumPy arrays; all ranks call the same ones in the same order.
-            state: Kept between the steps, on each rank its own; empty at first.
+            state: Kept between the steps; empty at first.
 
         Returns:
             The group with the reduced arrays, of the same shapes and dtypes, the same on all ranks.
@@ -72,7 +132,8 @@ class Plain(Scheme):
 
     def reduce(self, group: Group, engine: Engine, state: State) -> Group:
         """Reduce gradients by `Engine.grouped_allreduce`."""
-        return group.with_arrays(engine.grouped_allreduce(group.arrays, group.op, group.call, group.in_place))
+        results = engine.grouped_allreduce(group.arrays, group.op, group.call, group.in_place)
+        return group.with_arrays(results, [None] * len(results))
 
 
 class Compressor:

@@ -12,6 +12,7 @@ from hvdtrain.collectives.engine import Engine, MismatchError, ranks_text
 from hvdtrain.gradients.naming import variable_name
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.projections import Proof, checksum, precision, projected, smallest
+from hvdtrain.gradients.schemes import Plain
 from hvdtrain.gradients.trained_variables import registry
 
 
@@ -88,12 +89,12 @@ class Verification:
 
     def __init__(self, engine: Engine, options: ReduceOptions, policy: Policy) -> None:
         self._engine = engine
-        self._op = options.op
+        self._op, self._scheme = options.op, options.scheme
         self._is_exact = options.is_exact
         self._policy = policy
         self._step = 0
         self._due = False
-        self._recorded: dict[int, tuple[float, ...]] = {}
+        self._recorded: dict[int, tuple[float, float]] = {}
         self._announced = ""
         self._unproved = False  # True while no gradient could be compared
 
@@ -109,15 +110,18 @@ class Verification:
         return self._due
 
     def record(self, place: int, gradient: np.ndarray, factor: float) -> None:
-        """Record the projection of a gradient, which is then reduced in place.
+        """Record the projection of a gradient, which is then reduced in place, or add that of a part of it.
 
         Args:
             place: Its index among the dense gradients.
-            gradient: The gradient about to be sent.
+            gradient: The gradient about to be sent; or what earlier steps have left out and this one sends; or,
+                with a negative factor, what this step leaves out.
             factor: The gradient has been multiplied by this.
         """
         if self._due and self._is_exact:
-            self._recorded[place] = tuple(part / factor for part in projected(gradient))
+            projection, magnitude = projected(gradient)
+            before, magnitude_before = self._recorded.get(place, (0.0, 0.0))
+            self._recorded[place] = before + projection / factor, magnitude_before + magnitude / abs(factor)
 
     @property
     def never(self) -> bool:
@@ -152,6 +156,8 @@ class Verification:
             ends = len(stored) + np.cumsum(parts)
             gradients = [arrays[end - count : end] for end, count in zip(ends, parts, strict=True)]
             proof = None
+            if not isinstance(self._scheme, Plain):
+                self._compare_applied(trained, gradients[unrecorded:])
             if self._is_exact:
                 own = self._projections(dense, gradients[:unrecorded])
                 proof = self._compare_gradients(trained, own, gradients[unrecorded:])
@@ -177,23 +183,35 @@ class Verification:
         return True
 
     def _compare_weights(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> None:
-        own = np.array([[checksum(array) for array in arrays]], np.int64)
-        checksums = self._engine.allgather(own)
-        wrong = np.argwhere((checksums != checksums[0]).any(axis=0)).reshape(-1)
-        if len(wrong):
-            first = wrong[0]
-            ranks = self._engine.ranks
-            others = ranks_text(
-                [ranks[row] for row in np.flatnonzero(checksums[:, first] != checksums[0, first])]
-            )
+        if different := self._different(names, arrays):
             raise MismatchError(
-                f"The ranks do not hold the same weights: {names[first]} differs from rank {ranks[0]} on {others}"
-                f"{f', and so do {len(wrong) - 1} further variables' if len(wrong) > 1 else ''}. "
+                f"The ranks do not hold the same weights: {different}. "
                 "Expected: the same values on all ranks before an update. Give model.fit the callback "
                 "hvd.callbacks.BroadcastGlobalVariablesCallback(0); in a loop of your own call "
                 "hvd.broadcast_variables(model.weights, root_rank=0) before the first step. If they were "
                 "equal and have drifted, something changes weights on some ranks only."
             )
+
+    def _compare_applied(self, names: Sequence[str], applied: Sequence[Sequence[np.ndarray]]) -> None:
+        if different := self._different(names, [parts[0] for parts in applied]):
+            raise MismatchError(
+                f"The ranks are about to apply different gradients: that of {different}. Nothing was applied. "
+                f"Expected: {self._scheme!r} returns the same arrays on all ranks."
+            )
+
+    def _different(self, names: Sequence[str], arrays: Sequence[np.ndarray]) -> str:
+        """Compare arrays over the ranks; return the first name and the ranks that differ, or an empty text."""
+        own = np.array([[checksum(array) for array in arrays]], np.int64)
+        checksums = self._engine.allgather(own)
+        wrong = np.argwhere((checksums != checksums[0]).any(axis=0)).reshape(-1)
+        if not len(wrong):
+            return ""
+        first, ranks = wrong[0], self._engine.ranks
+        others = ranks_text(
+            [ranks[row] for row in np.flatnonzero(checksums[:, first] != checksums[0, first])]
+        )
+        more = f", and so do {len(wrong) - 1} further variables" if len(wrong) > 1 else ""
+        return f"{names[first]} differs from rank {ranks[0]} on {others}{more}"
 
     def _compare_gradients(
         self, names: Sequence[str], own: np.ndarray, applied: Sequence[Sequence[np.ndarray]]
@@ -235,7 +253,16 @@ class Verification:
         if self._announced in ("all", announced):
             return
         self._announced = announced
-        applied = proof.sentence(self._op.name.lower()) if proof else "."
+        combined = self._op.name.lower()
+        if proof:
+            applied = proof.sentence(combined, not isinstance(self._scheme, Plain))
+        elif isinstance(self._scheme, Plain):
+            applied = "."
+        else:
+            applied = (
+                f", and so are the applied gradients. {self._scheme!r} leaves out parts of them for good, so they "
+                f"are not proved to be the {combined} of all ranks' gradients."
+            )
         self._engine.say(
             f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks{applied}"
         )

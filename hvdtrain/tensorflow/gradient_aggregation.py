@@ -10,6 +10,7 @@ from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
 from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
+from hvdtrain.gradients.schemes import State
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy, Verification
 from hvdtrain.runtime.process_sets import ProcessSet, engine_or_alone, global_process_set
@@ -50,7 +51,9 @@ class Reduction:
         indices = [index for index, gradient in enumerate(result) if gradient is not None]
         if indices:
             self._reducer.name = f"{self._options.name}.{_number_in_graph()}"
-            self._reducer.verification = self._verification([sources[index] for index in indices])
+            trained = [sources[index] for index in indices]
+            self._reducer.verification = self._verification(trained)
+            self._reducer.scheme_state = self._kept(trained, self._options.scheme, State())
             named = [_named(sources[index], index) for index in indices]
             reduced = self._reducer([result[index] for index in indices], named, [])
             for index, gradient in zip(indices, reduced, strict=True):
@@ -58,16 +61,21 @@ class Reduction:
         return result
 
     def _verification(self, sources: Sequence[Any]) -> Verification:
-        """Return the verification of these variables. It outlives a tape, because each step may use a new tape."""
+        """Return the verification of these variables."""
         in_session = not (tf.executing_eagerly() or tf.inside_function())
         if in_session or not all(hasattr(source, "assign") for source in sources):
             return Verification(self._engine, self._options, Policy(0))
         policy = replace(Policy.from_environment(), first=1, strict=False, again=True)
-        new = Verification(self._engine, self._options, policy)
-        # Stored in the first variable, so that it lives as long as the variables that it verifies.
-        verifications = sources[0].__dict__.setdefault("_hvdtrain_verifications", {})
-        key = (id(self._engine), self._options.op, *(id(source) for source in sources))
-        return verifications.setdefault(key, new)
+        return self._kept(sources, Verification, Verification(self._engine, self._options, policy))
+
+    def _kept(self, sources: Sequence[Any], kind: Any, new: Any) -> Any:
+        """Return what was kept for a reduction of these sources, or keep `new`: each step may use a new tape."""
+        if not hasattr(sources[0], "assign"):
+            return new
+        # Stored in the first variable, so that it lives as long as the variables that it is about.
+        kept = sources[0].__dict__.setdefault("_hvdtrain_kept", {})
+        key = (id(self._engine), self._options.op, kind, *(id(source) for source in sources))
+        return kept.setdefault(key, new)
 
 
 @dataclass(frozen=True)

@@ -230,6 +230,9 @@ OTHERS = {
     "several steps at once": (None, {"steps_per_execution": 2}, {}, {}),
     "gradients of two steps": (None, {}, {"steps_per_epoch": 5}, {"backward_passes_per_step": 2}),
 }
+for name in ("topk", "randomk", "powersgd"):
+    compression = getattr(hvd.Compression, name)(1 if name == "powersgd" else 0.2, min_size=2)
+    OTHERS[name] = (None, {}, {}, {"compression": compression})
 if os.environ.get("HVDTRAIN_TESTS") == "full":
     OTHERS |= {
         "tf.data": (lambda: tf_samples(), {}, {}, {}),

@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from hvdtrain.checkpoints import plain
@@ -10,9 +11,9 @@ from hvdtrain.collectives.single import SingleEngine
 from hvdtrain.keras.checkpointing.checkpoint_files import Place, Store, files_of
 
 
-def files(step):
-    packed = plain.packed({"seen": step})
-    return {"model.weights.h5": bytes(1 << 20), **files_of(Place(total=step), {"data": None}, [packed])}
+def files(step, *values):
+    packed = [plain.packed(each) for each in values or [{"seen": step}]]
+    return {"model.weights.h5": bytes(1 << 20), **files_of(Place(total=step), {"data": None}, packed)}
 
 
 def test_a_full_disk_is_a_warning_and_the_next_one_is_tried(small_disk, capfd):
@@ -42,3 +43,17 @@ def test_a_full_disk_is_a_warning_and_the_next_one_is_tried(small_disk, capfd):
     store.close()
     assert saved.entry.name == "step-000000005" and saved.place.total == 5 and saved.values == {"seen": 5}
     assert json.loads((saved.entry / "state.json").read_text())["ranks"] == 1
+
+
+def test_on_another_number_of_ranks_each_gets_the_mean_of_all_errors(tmp_path):
+    name = "scheme/0/errors/3/dense/kernel"
+    values = [{name: np.full((2, 3), rank), "scheme/0/shared/count": np.array(7)} for rank in (1.0, 2.0, 6.0)]
+    store = Store(tmp_path / "checkpoints", 3, SingleEngine())
+    store.open()
+    store.submit(1, lambda: files(1, *values))
+    store.close()
+    store = Store(tmp_path / "checkpoints", 3, SingleEngine())
+    saved = store.open()
+    store.close()
+    np.testing.assert_array_equal(saved.values[name], np.full((2, 3), 3.0))
+    assert saved.values["scheme/0/shared/count"] == 7

@@ -4,7 +4,8 @@ from typing import Any
 
 import tensorflow as tf
 
-from hvdtrain.gradients.schemes import Compressor, NoneCompressor
+from hvdtrain.gradients.compression import ErrorFeedback, PowerSGD, Quantized, RandomK, Selective, TopK
+from hvdtrain.gradients.schemes import Compressor, NoneCompressor, Scheme
 
 
 class _CastCompressor(Compressor):
@@ -51,8 +52,49 @@ def _cast_down(tensor: Any, dtype: Any) -> tuple[Any, Any]:
 
 
 class Compression:
-    """The choices for `compression=`: `none`, `fp16` and `bf16`."""
+    """The choices for `compression=`.
+
+    `none`, `fp16` and `bf16` are Horovod's. The others are functions that return a scheme. Each adds what a step
+    leaves out to later gradients (error feedback), if `error_feedback` is not False; sends gradients of fewer
+    than `min_size` elements as they are; and in the first `start_after` steps all of them.
+    """
 
     none = NoneCompressor
     fp16 = FP16Compressor
     bf16 = BF16Compressor
+
+    @staticmethod
+    def int8(block: int = 1024, **options: Any) -> Scheme:
+        """Send 8 bits per element; each `block` elements have a scale of their own. See `Quantized`."""
+        return _scheme(Quantized(8, block), **options)
+
+    @staticmethod
+    def int4(block: int = 128, **options: Any) -> Scheme:
+        """Send 4 bits per element; each `block` elements have a scale of their own. See `Quantized`."""
+        return _scheme(Quantized(4, block), **options)
+
+    @staticmethod
+    def signsgd(block: int = 1024, **options: Any) -> Scheme:
+        """Send the sign of each element, and a mean magnitude for each `block` elements. See `Quantized`."""
+        return _scheme(Quantized(1, block), **options)
+
+    @staticmethod
+    def topk(ratio: float = 0.01, **options: Any) -> Scheme:
+        """Send the part `ratio` of the elements that is largest. See `TopK`."""
+        return _scheme(TopK(ratio), **options)
+
+    @staticmethod
+    def randomk(ratio: float = 0.05, *, error_feedback: bool = True, **options: Any) -> Scheme:
+        """Send a random part `ratio` of the elements. See `RandomK`."""
+        return _scheme(RandomK(ratio, rescale=not error_feedback), error_feedback, **options)
+
+    @staticmethod
+    def powersgd(rank: int = 4, warm_start: bool = True, **options: Any) -> Scheme:
+        """Send matrices as products of two thin ones with `rank` columns. See `PowerSGD`."""
+        return _scheme(PowerSGD(rank, warm_start), **options)
+
+
+def _scheme(
+    scheme: Scheme, error_feedback: bool = True, min_size: int = 1024, start_after: int = 0
+) -> Scheme:
+    return Selective(ErrorFeedback(scheme) if error_feedback else scheme, min_size, start_after)

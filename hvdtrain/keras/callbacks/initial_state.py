@@ -16,7 +16,7 @@ from hvdtrain.gradients.naming import plain_variable
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.keras.collectives import broadcast_variables
 from hvdtrain.keras.membership import engine_of, optimizers_of, process_set_of
-from hvdtrain.keras.optimizer.distributed import is_distributed
+from hvdtrain.keras.optimizer.distributed import is_distributed, scheme_states
 
 
 class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
@@ -111,6 +111,9 @@ class BroadcastGlobalVariablesCallback(keras.callbacks.Callback):
         local = {id(variable) for variable in self._local}
         shared = [var for var in (*self.model.weights, *state) if id(plain_variable(var)) not in local]
         broadcast_variables(shared, self.root_rank, process_set_of(self.model))
+        engine = engine_of(self.model)
+        for remembered in scheme_states(optimizers_of(self.model)):
+            remembered.shared.update(engine.broadcast_object(remembered.shared, self.root_rank))
 
     def _broadcast_at_first_batch(self) -> None:
         """Broadcast before the first step, when the shapes of a batch are known and nothing is computed yet."""

@@ -15,9 +15,11 @@ from hvdtrain.checkpoints import plain
 from hvdtrain.checkpoints.folder import Files, Folder, Lock
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.data.collective_errors import together
+from hvdtrain.gradients.schemes import ERRORS
 
 FACTS, RANKS = "state.json", "ranks.zip"
 VARIABLE = "variable/"  # prefix of the names of variables, which are not broadcast with other values
+SCHEME = "scheme/"  # prefix of what the schemes of optimizers remember: their number, and a name in `State`
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,14 @@ def _read(entry: Path | None, engine: Engine) -> Saved | None:
         with zipfile.ZipFile(entry / RANKS) as file:
             parts = [file.read(name) for name in sorted(file.namelist())]
         values = plain.unpacked(parts[0])
-        others = {name: value for name, value in values.items() if not name.startswith(VARIABLE)}
+        if len(parts) != engine.size and any(map(is_error, values)):
+            parts = _with_mean_errors(parts, engine.size)
+            values = plain.unpacked(parts[0])
+        others = {
+            name: value
+            for name, value in values.items()
+            if not name.startswith(VARIABLE) and not is_error(name)
+        }
         head = entry, json.loads((entry / FACTS).read_text()), others
     head = engine.broadcast_object(head, engine.ranks[0])
     if head is None:
@@ -160,6 +169,20 @@ def _read(entry: Path | None, engine: Engine) -> Saved | None:
     own = scattered([b"", *parts[1:]], engine)
     values = (values or others) | (plain.unpacked(own) if own else {})
     return Saved(path, Place(**facts["place"]), facts, values)
+
+
+def is_error(name: str) -> bool:
+    """Return whether a value is the error of one rank's compression, which each rank has for itself."""
+    return name.startswith(SCHEME) and name.split("/")[2] + "/" == ERRORS
+
+
+def _with_mean_errors(parts: list[bytes], size: int) -> list[bytes]:
+    """Return the parts for another number of ranks, each with the mean of all errors, so that none is lost."""
+    each = [plain.unpacked(part) for part in parts]
+    names = [name for name in each[0] if is_error(name)]
+    means = {name: sum(values[name] for values in each) / len(each) for name in names}
+    each += [{}] * (size - len(each))
+    return [plain.packed(values | means) for values in each[:size]]
 
 
 def gathered(content: bytes, engine: Engine) -> list[bytes]:

@@ -20,9 +20,18 @@ from hvdtrain.data.collective_errors import together
 from hvdtrain.gradients.naming import described_call
 from hvdtrain.keras.callbacks.initial_state import folded, states_of
 from hvdtrain.keras.checkpointing.callback_states import CallbackStates
-from hvdtrain.keras.checkpointing.checkpoint_files import VARIABLE, Place, Saved, files_of, gathered
+from hvdtrain.keras.checkpointing.checkpoint_files import (
+    SCHEME,
+    VARIABLE,
+    Place,
+    Saved,
+    files_of,
+    gathered,
+    is_error,
+)
 from hvdtrain.keras.collectives import broadcast_variables
 from hvdtrain.keras.membership import optimizers_of, process_set_of
+from hvdtrain.keras.optimizer.distributed import scheme_states
 
 _WEIGHTS_FILE = "model.weights.h5"
 _IN_FILE = ("weights", "optimizer")  # sections in the weights file of Keras
@@ -62,7 +71,8 @@ class TrainingState:
         root = self._engine.ranks[0]
         first = self._engine.rank == root
         sections = self._sections()
-        variables, others = _named(sections), _random_numbers() | self.callbacks.capture()
+        variables = _named(sections)
+        others = _random_numbers() | self.callbacks.capture() | self._of_schemes()
         digests = {name: plain.digest(_value(variable)) for name, variable in variables.items()}
         digests |= {name: plain.digest(value) for name, value in others.items()}
         common = self._engine.broadcast_object(digests, root)
@@ -71,6 +81,7 @@ class TrainingState:
             kept = {name for name, mine in digests.items() if common.get(name) != mine}
         else:
             kept = digests.keys() - self._names_in_file(content, digests)
+        kept |= {name for name in others if is_error(name)}
         own = {name: _value(variable) for name, variable in variables.items() if name in kept}
         own |= {name: value for name, value in others.items() if name in kept}
         parts = gathered(plain.packed(own), self._engine)
@@ -94,11 +105,28 @@ class TrainingState:
         if self.built:
             self._restore_variables(saved, newcomer)
         _restore_random_numbers(saved.values, newcomer)
+        for number, state in enumerate(scheme_states(optimizers_of(self._model))):
+            prefix = f"{SCHEME}{number}/"
+            state.replace(
+                {
+                    name.removeprefix(prefix): value
+                    for name, value in saved.values.items()
+                    if name.startswith(prefix)
+                }
+            )
         missing = self.callbacks.restore(saved.values)
         if missing:
             self._engine.say(
                 f"the checkpoint contains the state of {', '.join(missing)}, which this fit does not have."
             )
+
+    def _of_schemes(self) -> dict[str, np.ndarray]:
+        """Return what the optimizers' schemes remember, such as the errors of compression."""
+        return {
+            f"{SCHEME}{number}/{name}": array
+            for number, state in enumerate(scheme_states(optimizers_of(self._model)))
+            for name, array in state.named().items()
+        }
 
     def _names_in_file(self, content: bytes, digests: dict[str, bytes]) -> set[str]:
         """Return the variables in Keras' file, which has neither metrics nor what a layer does not save."""

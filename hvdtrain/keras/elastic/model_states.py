@@ -1,5 +1,6 @@
 """Define elastic states with variables: of a Keras model and its optimizer, or of a list."""
 
+import copy
 import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -9,8 +10,10 @@ import tensorflow as tf
 
 from hvdtrain import runtime
 from hvdtrain.gradients.naming import variable_name
+from hvdtrain.gradients.schemes import State
 from hvdtrain.keras.collectives import broadcast_object, broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
+from hvdtrain.keras.optimizer.distributed import scheme_states
 
 
 class Variables(NamedTuple):
@@ -43,12 +46,15 @@ class VariablesState(ObjectState):
         """Set variables and attributes to the last saved values."""
         super().restore()
         self.progress = self._saved_progress
+        self._set_schemes(self._saved_schemes)
         for variable, value in (*self._saved_shared, *self._saved_own):
             variable.assign(value)
 
     def sync(self) -> None:
         """Set variables and attributes of all ranks to those of rank 0, and save them."""
         broadcast_variables(self._variables().shared, 0)
+        for state in self._schemes():
+            state.shared.update(self._bcast_object(state.shared))
         super().sync()
         self.progress = self._bcast_object(self.progress)
         self._copy_variables()
@@ -62,9 +68,18 @@ class VariablesState(ObjectState):
     def _variables(self) -> Variables:
         raise NotImplementedError
 
+    def _schemes(self) -> list[State]:
+        """Return what the schemes of the optimizers remember."""
+        return []
+
+    def _set_schemes(self, saved: Sequence[dict[str, np.ndarray]]) -> None:
+        for state, named in zip(self._schemes(), saved, strict=True):
+            state.replace(named)
+
     def _copy_variables(self) -> None:
         variables = self._variables()
         self._saved_shared, self._saved_own = _copied(variables.shared), _copied(variables.own)
+        self._saved_schemes = copy.deepcopy([state.named() for state in self._schemes()])
         self._saved_progress = self.progress
 
     def _described(self) -> tuple[str, ...]:
@@ -78,15 +93,21 @@ class VariablesState(ObjectState):
 
     def _saved_values(self) -> tuple[list[np.ndarray], Any]:
         own = [value for _, value in self._saved_own]
-        return [value for _, value in self._saved_shared], (own, self._saved_metrics, self._saved_progress)
+        return [value for _, value in self._saved_shared], (
+            own,
+            self._saved_metrics,
+            self._saved_progress,
+            self._saved_schemes,
+        )
 
     def _load(self, values: dict[str, Any], shared: list[np.ndarray]) -> None:
         super()._load(values, shared)
         _assign(self._variables().shared, shared)
 
     def _load_own(self, own: Any) -> None:
-        values, self._saved_metrics, self.progress = own
+        values, self._saved_metrics, self.progress, schemes = own
         _assign(self._variables().own, values)
+        self._set_schemes(schemes)
 
 
 class TensorFlowState(VariablesState):
@@ -165,6 +186,9 @@ class TensorFlowKerasState(VariablesState):
             _distinct([*self.model.variables, *accumulators], without=self.model.weights),
             [variable for metric in getattr(self.model, "metrics", ()) for variable in metric.variables],
         )
+
+    def _schemes(self) -> list[State]:
+        return scheme_states(self._optimizers())
 
 
 class KerasState(TensorFlowKerasState):

@@ -15,6 +15,7 @@ from hvdtrain.collectives.engine import Op
 from hvdtrain.data.global_batch import weighted
 from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
+from hvdtrain.gradients.schemes import State
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy, Verification
 from hvdtrain.keras.optimizer.copying import copy_optimizer, save_as
@@ -58,7 +59,8 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         device_sparse: Device of Horovod's operations on sparse gradients.
         compression: `hvd.Compression.none` (default), `fp16` or `bf16`, which halve the data sent for float32, or
             a class with the static methods `compress(tensor)` and `decompress(tensor, ctx)`. Beyond 65504 fp16
-            overflows; bf16 does not. A `hvdtrain.gradients.schemes.Scheme` reduces NumPy arrays in its own way.
+            overflows; bf16 does not. For slow networks: `hvd.Compression.int8()`, `int4()`, `signsgd()`,
+            `topk(0.01)`, `randomk(0.05)` or `powersgd(4)`; or a `hvdtrain.gradients.schemes.Scheme` of your own.
         sparse_as_dense: Whether to send gradients of embeddings as dense tensors. By default their rows are
             gathered from all ranks, which is cheaper if batches use few rows.
         gradient_predivide_factor: Factor that splits the division of the mean: gradients are divided by it
@@ -213,6 +215,14 @@ def is_distributed(optimizer: Any) -> bool:
 def trains_on_several_ranks(optimizer: Any) -> bool:
     """Return whether an optimizer is distributed and `hvd.init()` has joined several ranks."""
     return is_distributed(optimizer) and runtime.is_initialized() and runtime.engine().size > 1
+
+
+def scheme_states(optimizers: Sequence[Any]) -> list[State]:
+    """Return what the schemes of distributed optimizers remember; see `hvdtrain.gradients.schemes.State`."""
+    inner = [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in optimizers]
+    return [
+        optimizer._hvdtrain_reducer.scheme_state for optimizer in inner if isinstance(optimizer, _Distributed)
+    ]
 
 
 class _Distributed:
