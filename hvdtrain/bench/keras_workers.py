@@ -30,7 +30,8 @@ def keras_step(settings: Settings) -> StepWorker:
     Args:
         settings: `model`, one of `WORKLOADS`; `mode`: "plain" for Keras alone, "wrapped" for hvdtrain in one
             process, "averaged" for hvdtrain, "compute_only" for hvdtrain without exchange between ranks; `xla`:
-            whether XLA compiles the step.
+            whether XLA compiles the step; `compression`, as in `step_contenders.Options`; `kind`, "LocalSGD" or
+            "DiLoCo", and `every`, for averages of weights.
     """
     import keras
 
@@ -43,11 +44,25 @@ def keras_step(settings: Settings) -> StepWorker:
         import hvdtrain.keras as hvd
 
         hvd.init()
-        wrap = _without_exchange if mode == "compute_only" else hvd.DistributedOptimizer
+        if "every" in settings:
+            averaged = partial(getattr(hvd, settings["kind"]), every=settings["every"])
+        else:
+            compression = _compression(hvd, settings.get("compression", ""))
+            averaged = partial(hvd.DistributedOptimizer, compression=compression)
+        wrap = _without_exchange if mode == "compute_only" else averaged
         fit_arguments = partial(_sharded, name)
     keras.utils.set_random_seed(0)
     model = compiled(keras, name, wrap, settings.get("xla", False))
     return KerasSteps(keras, model, settings, fit_arguments=fit_arguments).worker()
+
+
+def _compression(hvd: Any, text: str) -> Any:
+    """Return what a text such as "fp16" or "topk:0.01" stands for."""
+    name, _, argument = text.partition(":")
+    found = getattr(hvd.Compression, name or "none")
+    if name in ("", "fp16", "bf16"):
+        return found
+    return found(*([json.loads(argument)] if argument else []))
 
 
 def tf_keras_step(settings: Settings) -> StepWorker:
@@ -113,7 +128,8 @@ class KerasSteps:
         return ends[1] - ends[0], history.history["loss"][-1]
 
     def weights(self) -> list[np.ndarray]:
-        """Return the trainable weights."""
+        """Return the trainable weights; all ranks call this, as they may have to be averaged first."""
+        getattr(self.model.optimizer, "average_weights", lambda: None)()
         return [var.numpy() for var in self.model.trainable_variables]
 
     def _arrays(self, batch: int, steps: int) -> dict[str, Any]:

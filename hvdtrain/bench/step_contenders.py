@@ -13,6 +13,9 @@ ALONE, WRAPPED, COMPUTE_ONLY = "alone", "wrapped, one rank", "compute only"
 XLA = "alone, XLA"
 TORCH, TF_KERAS = "torch alone", "tf_keras alone"
 
+# What `--compression` takes: names in `hvd.Compression`, and after a colon the first argument, as in topk:0.01.
+COMPRESSIONS = ("fp16", "bf16", "int8", "int4", "signsgd", "topk", "randomk", "powersgd")
+
 # Scalings: each rank has its own batch; one batch is divided among all ranks.
 WEAK, STRONG = "weak", "strong"
 
@@ -27,6 +30,8 @@ class Options(RankOptions):
     steps: int | None = None  # in a turn; as many as take about a second if not given
     engines: tuple[str, ...] = ENGINES  # of hvdtrain
     peers: bool = True  # torch and tf_keras take part
+    compression: tuple[str, ...] = ()  # with which hvdtrain takes part too, and torch with its own
+    every: tuple[int, ...] = ()  # steps after which `LocalSGD` and `DiLoCo`, which take part too, average
     xla: bool = False  # hvdtrain and Keras alone take part with `jit_compile=True` too
     fit: int | None = None  # steps of an epoch, if a turn is a whole epoch of `fit`
 
@@ -50,6 +55,13 @@ def check(options: Options) -> None:
     """Raise a LaunchError if an option cannot be measured."""
     check_model(options.model)
     check_engines(options.engines)
+    for compression in options.compression:
+        name, colon, argument = compression.partition(":")
+        if name not in COMPRESSIONS or (colon and not argument.replace(".", "", 1).isdigit()):
+            raise LaunchError(
+                f"--compression {compression} is not known; expected {', '.join(COMPRESSIONS)}, with an argument "
+                "as in topk:0.01, several with commas between them."
+            )
     for name, number in (
         ("-np", options.ranks),
         ("--batch", options.weak_batch),
@@ -59,6 +71,12 @@ def check(options: Options) -> None:
     ):
         if number is not None and number < 1:
             raise LaunchError(f"{name} {number} measures nothing; it must be 1 or more.")
+    steps = options.steps_per_turn
+    for every in options.every:
+        if every < 1 or steps is None or steps % every:
+            raise LaunchError(
+                f"--every {every} needs --steps with a multiple of it, so that each round has the same averages."
+            )
     if options.fit is not None and options.steps is not None:
         raise LaunchError(
             "--fit sets how many steps an epoch has, and a turn is one epoch: leave out --steps."
@@ -92,6 +110,14 @@ def step_contenders(options: Options) -> Iterator[StepContender]:
     yield keras_contender(model, WRAPPED, "wrapped", "single")
     for engine in engines:
         yield keras_contender(model, f"hvdtrain {engine}", "averaged", engine)
+        for compression in options.compression:
+            yield keras_contender(
+                model, f"hvdtrain {engine}, {compression}", "averaged", engine, compression=compression
+            )
+        for every in options.every:
+            for kind in ("LocalSGD", "DiLoCo"):
+                name = f"hvdtrain {engine}, {kind}({every})"
+                yield keras_contender(model, name, "averaged", engine, every=every, kind=kind)
     yield keras_contender(model, COMPUTE_ONLY, "compute_only", engines[0])
     if options.xla:
         yield keras_contender(model, XLA, "plain", xla=True)
@@ -100,12 +126,17 @@ def step_contenders(options: Options) -> Iterator[StepContender]:
     if options.peers:
         yield _torch(model, TORCH, "plain")
         yield _torch(model, "torch DDP", "ddp")
+        if options.compression:
+            yield _torch(model, "torch DDP, fp16", "ddp", "fp16")
+            yield _torch(model, "torch DDP, powersgd:4", "ddp", "powersgd")
         yield _tf_keras(model, TF_KERAS, "plain")
         yield _tf_keras(model, "tf_keras Horovod", "horovod", "horovod")
         yield _tf_keras(model, "tf_keras MultiWorker", "strategy")
 
 
-def keras_contender(model: str, name: str, mode: str, engine: str = "", xla: bool = False) -> StepContender:
+def keras_contender(
+    model: str, name: str, mode: str, engine: str = "", xla: bool = False, **reduction: Any
+) -> StepContender:
     """Return a contender that trains with Keras 3.
 
     Args:
@@ -114,11 +145,12 @@ def keras_contender(model: str, name: str, mode: str, engine: str = "", xla: boo
         mode: What takes part in a step, as in `keras_workers.keras_step`.
         engine: The engine of hvdtrain; empty without hvdtrain.
         xla: Whether XLA compiles the step.
+        reduction: `compression` of gradients, as in `Options`; or `kind` and `every` of averages of weights.
     """
     return StepContender(
         name,
         "hvdtrain.bench.keras_workers:keras_step",
-        {"model": model, "mode": mode, "xla": xla},
+        {"model": model, "mode": mode, "xla": xla, **reduction},
         {"KERAS_BACKEND": "tensorflow", "HVDTRAIN_ENGINE": engine or None},
         ("tensorflow", "keras", *(["horovod"] if engine == "horovod" else [])),
         independent=mode in ("plain", "wrapped"),
@@ -127,8 +159,8 @@ def keras_contender(model: str, name: str, mode: str, engine: str = "", xla: boo
     )
 
 
-def _torch(model: str, name: str, mode: str) -> StepContender:
-    work, settings = "hvdtrain.bench.torch_worker:torch_step", {"model": model, "mode": mode}
+def _torch(model: str, name: str, mode: str, hook: str = "") -> StepContender:
+    work, settings = "hvdtrain.bench.torch_worker:torch_step", {"model": model, "mode": mode, "hook": hook}
     return StepContender(name, work, settings, needs=("torch",), baseline=TORCH, **_peer(mode))
 
 

@@ -7,6 +7,7 @@ from typing import Any, final
 import numpy as np
 import torch
 from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
 
 from hvdtrain.bench.models import BLOCKS, HEADS, WIDTH, WORKLOADS
 from hvdtrain.bench.worker import StepWorker, threads
@@ -16,7 +17,8 @@ def torch_step(settings: Mapping[str, Any]) -> StepWorker:
     """Build the model, the same on all ranks.
 
     Args:
-        settings: `model`, one of `WORKLOADS`; `mode`: "plain" or "ddp".
+        settings: `model`, one of `WORKLOADS`; `mode`: "plain" or "ddp"; `hook`: how DDP compresses gradients,
+            "fp16" or "powersgd", or empty.
     """
     torch.set_num_threads(threads(settings))
     torch.manual_seed(0)
@@ -49,6 +51,7 @@ class _TorchSteps:
         if settings["mode"] == "ddp":
             torch.distributed.init_process_group("gloo")
             self._model = nn.parallel.DistributedDataParallel(self._model)
+            _compress(self._model, settings.get("hook", ""))
         self._optimizer = optimizer(self._name, self._model)
         self._batches: dict[int, Iterator[tuple[torch.Tensor, torch.Tensor]]] = {}
 
@@ -69,6 +72,14 @@ class _TorchSteps:
     def _make_batches(self, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         batches = WORKLOADS[self._name].batches(size, self._rank)
         return [(_channels_first(torch.from_numpy(x)), torch.from_numpy(y).long()) for x, y in batches]
+
+
+def _compress(model: Any, hook: str) -> None:
+    if hook == "fp16":
+        model.register_comm_hook(None, default_hooks.fp16_compress_hook)
+    elif hook == "powersgd":
+        state = powerSGD_hook.PowerSGDState(None, matrix_approximation_rank=4, start_powerSGD_iter=2)
+        model.register_comm_hook(state, powerSGD_hook.powerSGD_hook)
 
 
 def _channels_first(inputs: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,15 @@ from hvdtrain.cli.options import HOSTS, NUM_PROC
 
 def _names(context: click.Context, parameter: click.Parameter, text: str) -> tuple[str, ...]:
     """Split a list of names separated by commas, without duplicates."""
-    return tuple(dict.fromkeys(name.strip() for name in text.split(",")))
+    return tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+
+
+def _counts(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, ...]:
+    """Split a list of numbers separated by commas."""
+    try:
+        return tuple(int(name) for name in _names(context, parameter, text))
+    except ValueError:
+        raise click.BadParameter(f"expected numbers of steps, such as 8,64. Received: {text}.") from None
 
 
 def _engines(help: str = "Engines to measure.") -> Any:
@@ -80,6 +88,19 @@ def bench_allreduce(as_json: bool, save: str | None, **options) -> None:
 @click.option("--steps", type=int, help="Steps per round [as many as take about one second].")
 @_engines()
 @click.option("--peers/--no-peers", default=True, help="Also measure torch and tf_keras [yes].")
+@click.option(
+    "--compression",
+    default="",
+    callback=_names,
+    help="Also measure hvdtrain with these, such as int8,topk:0.01,powersgd:4, and torch with its own.",
+)
+@click.option(
+    "--every",
+    default="",
+    metavar="STEPS",
+    callback=_counts,
+    help="Also measure LocalSGD and DiLoCo with averages after so many steps, such as 8,64.",
+)
 @click.option(
     "--xla", is_flag=True, help="Also measure hvdtrain and single-process Keras with jit_compile=True."
 )

@@ -117,6 +117,11 @@ def during(step: GlobalBatch) -> contextlib.AbstractContextManager[None]:
     return bound(_current, step)
 
 
+def outside_of_batches() -> contextlib.AbstractContextManager[None]:
+    """Let `current` return None inside the block."""
+    return bound(_current, None)
+
+
 def weighted(grads: Sequence[Any]) -> list[Any]:
     """Weight one rank's gradients by its number of samples; to be called before they are averaged over ranks.
 

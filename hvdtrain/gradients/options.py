@@ -26,6 +26,7 @@ class ReduceOptions:
         scale_local: Divides gradients of local variables by the number of ranks, like those of the others.
         device_dense: Device for the engine's own graph operations on dense gradients.
         device_sparse: Device for those on sparse gradients.
+        subject: What is combined, for messages.
     """
 
     name: str
@@ -37,6 +38,7 @@ class ReduceOptions:
     scale_local: bool = True
     device_dense: str = ""
     device_sparse: str = ""
+    subject: str = "gradients"
 
     def __post_init__(self) -> None:
         if self.op not in (Op.AVERAGE, Op.SUM, Op.ADASUM):

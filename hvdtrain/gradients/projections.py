@@ -106,16 +106,17 @@ class Proof:
         """Return the indices of wrong gradients."""
         return np.flatnonzero(~(self.distance <= self.allowed) & self.finite)
 
-    def sentence(self, combined: str, with_errors: bool = False) -> str:
+    def sentence(self, combined: str, with_errors: bool = False, subject: str = "gradients") -> str:
         """Return the result of the comparison as the end of a sentence.
 
         Args:
             combined: How gradients are combined, such as "average".
             with_errors: Whether the expected gradients are those without what the ranks leave to later steps.
+            subject: What was combined.
         """
         if not self.compared.any():
             return (
-                f". The gradients {self._exclusion(len(self.compared))}, so nothing is proved of their {combined} "
+                f". The {subject} {self._exclusion(len(self.compared))}, so nothing is proved of their {combined} "
                 "yet; the next steps are verified as well."
             )
         narrow = sorted(
@@ -129,9 +130,9 @@ class Proof:
         )
         left_to_later = ", with what is left to later steps," if with_errors else ""
         rest = int((~self.compared).sum())
-        left_out = f" The gradients of {rest} more {self._exclusion(rest)}." if rest else ""
+        left_out = f" The {subject} of {rest} more {self._exclusion(rest)}." if rest else ""
         return (
-            f", and what is applied{left_to_later} is the {combined} of all ranks' gradients{sent_as} (relative "
+            f", and what is applied{left_to_later} is the {combined} of all ranks' {subject}{sent_as} (relative "
             f"deviation {self._largest(self.distance):.1g}{rounding}).{left_out}"
         )
 

@@ -89,7 +89,7 @@ class Verification:
 
     def __init__(self, engine: Engine, options: ReduceOptions, policy: Policy) -> None:
         self._engine = engine
-        self._op, self._scheme = options.op, options.scheme
+        self._op, self._scheme, self._subject = options.op, options.scheme, options.subject
         self._is_exact = options.is_exact
         self._policy = policy
         self._step = 0
@@ -255,14 +255,16 @@ class Verification:
         self._announced = announced
         combined = self._op.name.lower()
         if proof:
-            applied = proof.sentence(combined, not isinstance(self._scheme, Plain))
+            applied = proof.sentence(combined, not isinstance(self._scheme, Plain), self._subject)
         elif isinstance(self._scheme, Plain):
             applied = "."
         else:
             applied = (
-                f", and so are the applied gradients. {self._scheme!r} leaves out parts of them for good, so they "
-                f"are not proved to be the {combined} of all ranks' gradients."
+                f", and so are the applied {self._subject}. {self._scheme!r} leaves out parts of them for good, so "
+                f"they are not proved to be the {combined} of all ranks' {self._subject}."
             )
+        moment = "step" if self._subject == "gradients" else "average"
         self._engine.say(
-            f"verified at step {step}: {variables} variables are the same on all {self._engine.size} ranks{applied}"
+            f"verified at {moment} {step}: {variables} variables are the same on all {self._engine.size} ranks"
+            f"{applied}"
         )

@@ -39,6 +39,7 @@ from hvdtrain.keras.collectives import (
     reducescatter,
 )
 from hvdtrain.keras.evaluation import evaluate, predict
+from hvdtrain.keras.optimizer.averaging import DiLoCo, LocalSGD
 from hvdtrain.keras.optimizer.distributed import DistributedOptimizer, PartialDistributedOptimizer
 from hvdtrain.keras.world import (
     cross_rank,
@@ -73,7 +74,9 @@ __all__ = [
     "Adasum",
     "Average",
     "Compression",
+    "DiLoCo",
     "DistributedOptimizer",
+    "LocalSGD",
     "Max",
     "Min",
     "MismatchError",

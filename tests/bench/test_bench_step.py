@@ -33,7 +33,8 @@ def run_short(folder, command, *words):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, command):
     """A short run of a real model, its files and what it printed."""
-    return run_short(tmp_path_factory.mktemp("saved"), command, "--steps", "1")
+    others = ["--compression", "topk:0.01,fp16", "--every", "1"]
+    return run_short(tmp_path_factory.mktemp("saved"), command, "--steps", "1", *others)
 
 
 @pytest.fixture
@@ -49,10 +50,11 @@ def of(row, value):
 
 def test_all_train_and_ranks_that_train_together_end_alike(saved, rows):
     assert saved[1].returncode == 0, saved[1].stderr
-    everyone = {"alone", "wrapped, one rank", "hvdtrain mpi", "compute only"}
+    ways = ("topk:0.01", "fp16", "LocalSGD(1)", "DiLoCo(1)")
+    together = {"hvdtrain mpi", *(f"hvdtrain mpi, {way}" for way in ways)}
+    everyone = {"alone", "wrapped, one rank", "compute only"} | together
     assert set(rows) == {("weak", name) for name in everyone} | {
-        ("strong", "alone"),
-        ("strong", "hvdtrain mpi"),
+        ("strong", name) for name in together | {"alone"}
     }
     assert all(row["right"] for row in rows.values())
     assert all(row["key"] == {"model": "mlp", "batch": 4, "scaling": s} for (s, _), row in rows.items())
@@ -222,6 +224,10 @@ def test_who_trains_together_is_also_set_beside_the_slowest_of_those_who_do_not(
         (["--fit", "0"], "--fit 0 measures nothing"),
         (["--fit", "12", "--steps", "3"], "leave out --steps"),
         (["--engines", "nccl"], "--engines nccl"),
+        (["--compression", "int8,zip"], "--compression zip is not known; expected fp16,"),
+        (["--compression", "topk:much"], "--compression topk:much is not known"),
+        (["--every", "4"], "--every 4 needs --steps"),
+        (["--every", "4", "--steps", "6"], "--every 4 needs --steps with a multiple"),
         (["-H", "localhost:1"], "fewer than the 2 ranks"),
         (["--save", "nowhere/to/be/found.json"], "an existing folder"),
     ],
@@ -236,6 +242,8 @@ def test_what_cannot_be_measured_is_said_before_anything_starts(bench, marked, w
 def test_peers_and_engines_can_be_left_out():
     names = [each.name for each in step_contenders(Options(engines=("horovod",), peers=False))]
     assert names == ["alone", "wrapped, one rank", "hvdtrain horovod", "compute only"]
+    names = [each.name for each in step_contenders(Options(engines=("mpi",), compression=("int8",)))]
+    assert {"hvdtrain mpi, int8", "torch DDP, fp16", "torch DDP, powersgd:4"} < set(names)
     assert {each.baseline for each in step_contenders(Options(engines=("mpi",)))} == {
         "alone",
         "torch alone",

@@ -215,7 +215,7 @@ def test_the_largest_elements(kind, count):
     np.testing.assert_array_equal(np.sort(np.abs(values[chosen])), np.sort(np.abs(values))[-count:])
 
 
-def least_squares(compression, steps=400, way="graph", variables=None):
+def least_squares(compression, steps=250, way="graph", variables=None):
     """Fits a matrix and a bias to data that differ between the ranks; returns the squared distance to the best."""
     random = np.random.default_rng(1)
     x, best = random.standard_normal((4 * 24, 20)), random.standard_normal((20, 30))
@@ -249,10 +249,8 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("name", CHOICES)
-@pytest.mark.parametrize("way", ["graph", "during backprop"], indirect=True)
-def test_with_error_feedback_the_optimum_is_found(engine, way, name):
-    start = float((np.random.default_rng(1).standard_normal((4 * 24 + 20, 30)) ** 2).sum())
-    assert least_squares(CHOICES[name], way=way) < 1e-3 * start
+def test_with_error_feedback_the_optimum_is_found(engine, name):
+    assert least_squares(CHOICES[name]) < 1e-3 * least_squares(hvd.Compression.none, 0)
 
 
 def test_without_error_feedback_little_of_a_small_part_arrives(engine):

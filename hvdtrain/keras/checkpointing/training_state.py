@@ -31,6 +31,7 @@ from hvdtrain.keras.checkpointing.checkpoint_files import (
 )
 from hvdtrain.keras.collectives import broadcast_variables
 from hvdtrain.keras.membership import optimizers_of, process_set_of
+from hvdtrain.keras.optimizer.averaging import common_weights_of
 from hvdtrain.keras.optimizer.distributed import scheme_states
 
 _WEIGHTS_FILE = "model.weights.h5"
@@ -210,6 +211,9 @@ class TrainingState:
             "optimizer": [var for optimizer in optimizers_of(self._model) for var in optimizer.variables],
             "generators": states_of(self._model),
             "metrics": [var for metric in self._model.metrics for var in metric.variables],
+            "averages": [
+                var for average in common_weights_of(optimizers_of(self._model)) for var in average.variables
+            ],
         }
         seen: set[int] = set()
         found: dict[str, list[Any]] = {section: [] for section in sections}

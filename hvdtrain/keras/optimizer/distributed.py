@@ -96,9 +96,9 @@ def DistributedOptimizer(  # noqa: N802 - the name is Horovod's
         device_sparse,
     )
     runtime.engine()
-    _check_optimizer(optimizer)
+    check_optimizer(optimizer, "DistributedOptimizer")
     _check_steps(optimizer, backward_passes_per_step)
-    return _make_distributed(
+    return make_distributed(
         optimizer, options, process_set, backward_passes_per_step, average_aggregated_gradients
     )
 
@@ -184,12 +184,12 @@ def local_variables(local_layers: Any) -> list[Any]:
     return variables
 
 
-def _make_distributed(
+def make_distributed(
     optimizer: Any, options: ReduceOptions, process_set: ProcessSet, steps: int, average: bool
 ) -> Any:
     """Return a distributed copy; for a `LossScaleOptimizer`, a copy with a distributed inner optimizer."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
-        inner = _make_distributed(optimizer.inner_optimizer, options, process_set, steps, average)
+        inner = make_distributed(optimizer.inner_optimizer, options, process_set, steps, average)
         copy = copy_optimizer(optimizer, type(optimizer), inner_optimizer=inner)
         for name in ("register_local_var", "process_set"):
             object.__setattr__(copy, name, getattr(inner, name))
@@ -201,7 +201,7 @@ def _make_distributed(
         "_hvdtrain_steps_summed": 1 if average else steps,
         "process_set": process_set,
     }
-    distributed = type(base.__name__, (_Distributed, base), attributes)
+    distributed = type(base.__name__, (DistributedMixin, base), attributes)
     save_as(distributed, base)
     changes = {"gradient_accumulation_steps": steps} if steps > 1 else {}
     return copy_optimizer(optimizer, distributed, **changes)
@@ -209,7 +209,7 @@ def _make_distributed(
 
 def is_distributed(optimizer: Any) -> bool:
     """Return whether an optimizer, or the one inside a `LossScaleOptimizer`, averages over the ranks."""
-    return isinstance(getattr(optimizer, "inner_optimizer", optimizer), _Distributed)
+    return isinstance(getattr(optimizer, "inner_optimizer", optimizer), DistributedMixin)
 
 
 def trains_on_several_ranks(optimizer: Any) -> bool:
@@ -221,11 +221,14 @@ def scheme_states(optimizers: Sequence[Any]) -> list[State]:
     """Return what the schemes of distributed optimizers remember; see `hvdtrain.gradients.schemes.State`."""
     inner = [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in optimizers]
     return [
-        optimizer._hvdtrain_reducer.scheme_state for optimizer in inner if isinstance(optimizer, _Distributed)
+        reducer.scheme_state
+        for optimizer in inner
+        if isinstance(optimizer, DistributedMixin)
+        for reducer in optimizer._hvdtrain_reducers
     ]
 
 
-class _Distributed:
+class DistributedMixin:
     """A mixin for the user's optimizer class that reduces the gradients immediately before they are applied."""
 
     process_set: ProcessSet
@@ -247,6 +250,10 @@ class _Distributed:
         engine, options = engine_or_alone(self.process_set), self._hvdtrain_options
         verification = Verification(engine, options, self._hvdtrain_policy)
         return GradientReducer(engine, TensorFlowBridge(), options, verification)
+
+    @property
+    def _hvdtrain_reducers(self) -> list[GradientReducer]:
+        return [self._hvdtrain_reducer]
 
     def apply_gradients(self, grads_and_vars: Any, **options: Any) -> Any:
         """Update the variables with the mean of all ranks' gradients; see `keras.optimizers.Optimizer`."""
@@ -295,14 +302,23 @@ class _Distributed:
         state = [variable for variable in variables if id(variable) not in accumulators]
         if self._hvdtrain_steps_summed > 1:  # Keras has averaged over the steps
             grads = [_times(grad, self._hvdtrain_steps_summed) for grad in grads]
-        reduced = self._hvdtrain_reducer(grads, self._hvdtrain_variables or (), state)
+        reduced = self._hvdtrain_reduced(grads, self._hvdtrain_variables or (), state)
         return super()._clip_gradients(reduced)  # type: ignore[misc]
 
+    def _hvdtrain_reduced(self, grads: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> Any:
+        return self._hvdtrain_reducer(grads, variables, state)
 
-def _check_optimizer(optimizer: Any) -> None:
+
+def check_optimizer(optimizer: Any, taker: str) -> None:
+    """Raise TypeError unless an optimizer is one of Keras, or ValueError if it is distributed already.
+
+    Args:
+        optimizer: The optimizer.
+        taker: What takes it, for the message.
+    """
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
-            "DistributedOptimizer takes an instance of keras.optimizers.Optimizer, such as "
+            f"{taker} takes an instance of keras.optimizers.Optimizer, such as "
             f"keras.optimizers.Adam(1e-3). Received: {optimizer!r} of type {type(optimizer).__name__}."
         )
     if is_distributed(optimizer):

@@ -37,6 +37,7 @@ from hvdtrain.keras.callbacks.distributed import telling
 from hvdtrain.keras.checkpointing.restoring import steps_passed_over
 from hvdtrain.keras.membership import engine_of, optimizers_of
 from hvdtrain.keras.metrics.states import compiled
+from hvdtrain.keras.optimizer.averaging import AverageWeights, common_weights_of
 from hvdtrain.keras.optimizer.distributed import is_distributed
 from hvdtrain.keras.patches import sharded_data
 from hvdtrain.keras.patches.progress import Progress
@@ -108,6 +109,9 @@ def _comparing_ranks(fit: Callable[..., Any]) -> Callable[..., Any]:
         fingerprint = Fingerprint.of(given) if _checks_data else None
         callback = _Comparison(engine, fingerprint, given)
         given["callbacks"] = preceded(self, given.get("callbacks"), callback)
+        given["callbacks"] = preceded(
+            self, given["callbacks"], AverageWeights(common_weights_of(optimizers_of(self)))
+        )
         given["callbacks"] = preceded(self, given["callbacks"], progress)
         try:
             with (
