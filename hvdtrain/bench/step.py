@@ -54,7 +54,7 @@ def measure(options: Options, progress: Progress) -> Report:
     times = {}
     with Scheduler(contenders, options.ranks, options.hosts, progress, limit) as scheduler:
         times[WEAK] = _train(scheduler, options, WEAK, progress)
-        if options.ranks > 1 and options.strong_batch and not options.fit:
+        if options.scales_strongly:
             times[STRONG] = _train(scheduler, options, STRONG, progress)
         machine = describe_machine(scheduler.hosts, scheduler.pinned)
     rows = [

@@ -1,5 +1,6 @@
 """Define the options and the contenders of `hvdtrain bench step`."""
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,16 @@ XLA = "alone, XLA"
 TORCH, TF_KERAS = "torch alone", "tf_keras alone"
 
 # What `--compression` takes: names in `hvd.Compression`, and after a colon the first argument, as in topk:0.01.
-COMPRESSIONS = ("fp16", "bf16", "int8", "int4", "signsgd", "topk", "randomk", "powersgd")
+COMPRESSIONS = {
+    "fp16": "",
+    "bf16": "",
+    "int8": r"\d+",
+    "int4": r"\d+",
+    "signsgd": r"\d+",
+    "topk": r"\d+(\.\d+)?",
+    "randomk": r"\d+(\.\d+)?",
+    "powersgd": r"\d+",
+}
 
 # Scalings: each rank has its own batch; one batch is divided among all ranks.
 WEAK, STRONG = "weak", "strong"
@@ -50,6 +60,12 @@ class Options(RankOptions):
         """Samples for each rank and step in strong scaling, where ranks share one batch; 0 if there are too few."""
         return self.weak_batch // self.ranks
 
+    @property
+    def scales_strongly(self) -> bool:
+        """Whether strong scaling is measured too; not where the network is what is looked at."""
+        others = self.fit or self.compression or self.every
+        return self.ranks > 1 and self.strong_batch > 0 and not others
+
 
 def check(options: Options) -> None:
     """Raise a LaunchError if an option cannot be measured."""
@@ -57,7 +73,7 @@ def check(options: Options) -> None:
     check_engines(options.engines)
     for compression in options.compression:
         name, colon, argument = compression.partition(":")
-        if name not in COMPRESSIONS or (colon and not argument.replace(".", "", 1).isdigit()):
+        if name not in COMPRESSIONS or (colon and not re.fullmatch(COMPRESSIONS[name] or "none", argument)):
             raise LaunchError(
                 f"--compression {compression} is not known; expected {', '.join(COMPRESSIONS)}, with an argument "
                 "as in topk:0.01, several with commas between them."

@@ -72,8 +72,13 @@ class Exchange:
         Returns:
             The reduced gradients, in the same order.
         """
+        if not arrays:
+            if call:
+                self.engine.agree(call)
+            return []
         keys = [self.keys[place] for place in places]
-        group = Group(arrays, self.op, keys, in_place, call)
+        out = [array if reuse else None for array, reuse in zip(arrays, in_place, strict=True)]
+        group = Group(arrays, self.op, keys, in_place, call, out)
         self._record_errors(places, keys, before=True)
         results = list(self.scheme.reduce(group, self.engine, self.state).arrays)
         self._record_errors(places, keys, before=False)

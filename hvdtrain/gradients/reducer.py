@@ -41,6 +41,7 @@ class GradientReducer:
         self.name = ""
         self.verification = verification
         self._local: list[Any] = []
+        self._numbered: list[Any] = []
         self.scheme_state = State()
 
     def choose_name(self) -> str:
@@ -48,6 +49,20 @@ class GradientReducer:
         if not self.name:
             self.name = f"{self._options.name}.{next(_numbers)}"
         return self.name
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """Describe how gradients are reduced: a state of one scheme means nothing to another."""
+        return {"scheme": repr(self._options.scheme), "op": self._options.op.name.lower()}
+
+    def number(self, variables: Sequence[Any]) -> None:
+        """Number variables whose gradients will be reduced, in an order that is the same on all ranks.
+
+        What a scheme remembers of a variable is stored under its number. Others are numbered at first use.
+        """
+        for variable in variables:
+            if not any(variable is known for known in self._numbered):
+                self._numbered.append(variable)
 
     def keep_local(self, variable: Any) -> None:
         """Keep the gradients of a variable on their rank, so that each rank trains it separately."""
@@ -125,7 +140,8 @@ class GradientReducer:
         before, after, op = self._factors()
         sparse = [gradient for gradient in gradients if bridge.is_sparse(gradient)]
         dense = [index for index, gradient in enumerate(gradients) if not bridge.is_sparse(gradient)]
-        self._options.scheme.check([tuple(variables[index].shape) for index in dense])
+        if dense:
+            self._options.scheme.check([tuple(variables[index].shape) for index in dense])
         exchange = Exchange(
             self._engine,
             op,
@@ -133,7 +149,7 @@ class GradientReducer:
             verification,
             before,
             self._options.scheme,
-            [f"{index}/{compared_name(variable_name(variables[index]))}" for index in dense],
+            [self._key(variables[index]) for index in dense],
             self.scheme_state,
         )
         exchanged = bridge.exchange(
@@ -174,6 +190,15 @@ class GradientReducer:
         if factor == 1.0:
             return 1.0, 1.0, self._options.op
         return 1.0 / factor, factor / self._engine.size, Op.SUM
+
+    def _key(self, variable: Any) -> str:
+        """Return the name under which a scheme stores what it remembers of a variable."""
+        name = compared_name(variable_name(variable))
+        if not hasattr(variable, "assign"):  # a tensor, which is another object in each step
+            return name
+        self.number([variable])
+        number = next(index for index, known in enumerate(self._numbered) if known is variable)
+        return f"{number}/{name}"
 
     def _rows(self, gradient: Gradient) -> tuple[Tensor, Tensor]:
         """Return values and indices of a sparse gradient; joining sums rows, so for a mean they are divided."""

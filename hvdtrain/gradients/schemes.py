@@ -24,6 +24,7 @@ class State:
 
     errors: dict[str, np.ndarray] = field(default_factory=dict)
     shared: dict[str, np.ndarray] = field(default_factory=dict)
+    _scratch: dict[str, np.ndarray] = field(default_factory=dict)
 
     def named(self) -> dict[str, np.ndarray]:
         """Return all arrays, by names that start with the name of their dict."""
@@ -39,6 +40,14 @@ class State:
                 for name, array in named.items()
                 if name.startswith(prefix)
             )
+
+    def scratch(self, name: str, size: int, dtype: Any) -> np.ndarray:
+        """Return a flat array of any content, the same memory in each step: new memory costs more than one pass."""
+        bytes_needed = size * np.dtype(dtype).itemsize
+        memory = self._scratch.get(name, np.empty(0, np.uint8))
+        if len(memory) < bytes_needed:
+            memory = self._scratch[name] = np.empty(bytes_needed, np.uint8)
+        return memory[:bytes_needed].view(dtype)
 
     def count(self, name: str) -> int:
         """Return how often this has been called with a name."""
@@ -58,6 +67,8 @@ class Group:
         in_place: For each array whether it may be overwritten.
         call: The call that the ranks compare before they start: the first operation of a scheme takes it, or the
             scheme passes it to `engine.agree`. None for all groups of a step but the first.
+        out: For each array where its result may be written, or None. The memory may be that of the array, but not
+            if errors are wanted.
         wants_errors: Whether the result must contain `errors`.
         errors: Of a result, for each array the part of this rank's array that is not in it, None if nothing was
             left out. The sum over the ranks of arrays and errors does not change: what is left out here is
@@ -69,6 +80,7 @@ class Group:
     keys: Sequence[str] = ()
     in_place: Sequence[bool] = ()
     call: Call | None = None
+    out: Sequence[np.ndarray | None] = ()
     wants_errors: bool = False
     errors: Sequence[np.ndarray | None] = ()
 
@@ -83,8 +95,16 @@ class Group:
             arrays=[self.arrays[index] for index in indices],
             keys=[self.keys[index] for index in indices],
             in_place=[self.in_place[index] for index in indices],
+            out=[self.out[index] for index in indices] if self.out else (),
             call=call,
         )
+
+    def result(self, index: int, dtype: Any = None) -> np.ndarray:
+        """Return an array of any content for the result of an array, of its shape."""
+        array = self.arrays[index]
+        dtype = np.dtype(dtype or array.dtype)
+        given = self.out[index] if self.out else None
+        return given if given is not None and given.dtype == dtype else np.empty(array.shape, dtype)
 
     def writable(self) -> list[np.ndarray]:
         """Return the arrays; those that may not be overwritten are copied."""

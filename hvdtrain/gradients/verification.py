@@ -241,9 +241,19 @@ class Verification:
         return (
             f"Rank {self._engine.ranks[self._engine.rank]}: the gradient about to be applied to {name} is not the "
             f"{self._op.name.lower()} of the {self._engine.size} ranks' gradients: its projection on fixed "
-            f"signs is {have:.9g}, expected {expected:.9g}. Nothing was applied. The error is in the "
-            f"{self._engine.name} engine or in the MPI beneath it ({self._engine.library}): try another "
-            "HVDTRAIN_ENGINE, run `hvdtrain doctor`, and report it."
+            f"signs is {have:.9g}, expected {expected:.9g}. Nothing was applied. {self._suspect}"
+        )
+
+    @property
+    def _suspect(self) -> str:
+        if not isinstance(self._scheme, Plain):
+            return (
+                f"{self._scheme!r} must return, as the errors of its result, all that is not in its arrays, and "
+                "nothing else."
+            )
+        return (
+            f"The error is in the {self._engine.name} engine or in the MPI beneath it ({self._engine.library}): "
+            "try another HVDTRAIN_ENGINE, run `hvdtrain doctor`, and report it."
         )
 
     def _announce(self, step: int, variables: int, proof: Proof | None) -> None:
@@ -260,7 +270,7 @@ class Verification:
             applied = "."
         else:
             applied = (
-                f", and so are the applied {self._subject}. {self._scheme!r} leaves out parts of them for good, so "
+                f", and so are the applied {self._subject}. {self._scheme!r} drops parts of them, so "
                 f"they are not proved to be the {combined} of all ranks' {self._subject}."
             )
         moment = "step" if self._subject == "gradients" else "average"

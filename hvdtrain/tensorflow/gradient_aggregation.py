@@ -53,7 +53,7 @@ class Reduction:
             self._reducer.name = f"{self._options.name}.{_number_in_graph()}"
             trained = [sources[index] for index in indices]
             self._reducer.verification = self._verification(trained)
-            self._reducer.scheme_state = self._kept(trained, self._options.scheme, State())
+            self._reducer.scheme_state = self._kept(trained, repr(self._options.scheme), State())
             named = [_named(sources[index], index) for index in indices]
             reduced = self._reducer([result[index] for index in indices], named, [])
             for index, gradient in zip(indices, reduced, strict=True):

@@ -125,6 +125,69 @@ def test_signs_are_a_vote(engine):
     np.testing.assert_array_equal(np.sign(result[decided]), np.sign(total[decided]))
 
 
+def test_signs_of_a_block_that_is_not_full(engine):
+    rows = np.array([*np.ones(64), 1.0 if hvd.rank() % 2 else -0.9])
+    (result,) = reduced(Quantized(1, 64), [rows])
+    np.testing.assert_allclose(result[:64], 1)
+    np.testing.assert_allclose(result[64], of_all_ranks(rows).mean(axis=0)[64], atol=1e-6)
+
+
+def test_power_sgd_of_another_rank_starts_anew(engine):
+    array, state = gradients(shapes=[(40, 30)])[0], State()
+    reduced(PowerSGD(1), [array], state)
+    (result,) = reduced(PowerSGD(3), [array], state)
+    assert np.linalg.matrix_rank(result) == 3
+
+
+def test_rescaled_elements_need_no_error_feedback(engine):
+    with pytest.raises(ValueError, match="sent must not be rescaled"):
+        reduced(ErrorFeedback(RandomK(0.1, rescale=True)), gradients(shapes=[(40, 30)]))
+
+
+def test_ranks_at_different_draws_are_told(engine):
+    if engine.size == 1:
+        pytest.skip("one rank agrees with itself")
+    state = State()
+    state.shared["count/draws/0/w"] = np.array(hvd.rank())
+    with pytest.raises(hvd.MismatchError, match="random elements"):
+        reduced(RandomK(0.1), gradients(shapes=[(40, 30)]), state)
+
+
+@pytest.mark.parametrize("scheme", [*SCHEMES, Selective(TopK(0.1), min_size=0)], ids=repr)
+def test_empty_gradients(engine, scheme):
+    results = reduced(scheme, [np.zeros((0, 3)), np.zeros((3, 0)), *gradients(shapes=[(5, 4)])])
+    assert [result.shape for result in results] == [(0, 3), (3, 0), (5, 4)]
+
+
+def test_errors_stay_with_their_variables(engine):
+    if engine.size == 1:
+        pytest.skip("one rank has nothing to send")
+    variables = [keras.Variable(np.zeros((8, 8)), dtype="float64", name="kernel") for _ in range(2)]
+    scheme = ErrorFeedback(TopK(0.05))
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=scheme)
+    optimizer.build(variables)
+    optimizer.apply([tf.constant(array) for array in gradients(shapes=[(8, 8)] * 2)], variables)
+    before = variables[1].numpy()
+    optimizer.apply([tf.zeros((8, 8), tf.float64)], variables[1:])  # the other one is frozen now
+    moved = before - variables[1].numpy()
+    own = gradients(shapes=[(8, 8)] * 2)[1]
+    left = of_all_ranks(np.where(np.isin(np.arange(64).reshape(8, 8), largest(own.reshape(-1), 3)), 0, own))
+    of_second = (moved != 0) & np.isclose(moved, left.mean(axis=0))
+    partly = np.isclose(moved[moved != 0][:, None], left[:, moved != 0].T / hvd.size()).any(axis=1)
+    assert moved.any() and (of_second[moved != 0] | partly).all()
+
+
+def test_only_sparse_gradients(engine):
+    table = keras.Variable(np.ones((10, 4)), dtype="float64", name="table")
+    optimizer = hvd.DistributedOptimizer(keras.optimizers.SGD(1.0), compression=CHOICES["powersgd"])
+    optimizer.build([table])
+    rows = tf.IndexedSlices(tf.ones((1, 4), tf.float64), tf.constant([3]), tf.constant([10, 4]))
+    apply = lambda: optimizer.apply([rows], [table])  # noqa: E731
+    apply()
+    tf.function(apply)()
+    np.testing.assert_allclose(table.numpy()[3], -1)
+
+
 def test_top_k_is_the_largest_of_each_rank(engine):
     arrays = gradients()
     for array, result in zip(arrays, reduced(TopK(0.1), arrays), strict=True):
@@ -179,8 +242,12 @@ def test_what_is_not_finite_stays_so(engine, scheme):
             array[3, 4] = bad
         # Random elements of a gradient are finite unless the bad one is among them.
         scheme = RandomK(1.0) if isinstance(scheme, RandomK) else scheme
-        (result,) = reduced(ErrorFeedback(scheme), [array])
+        state = State()
+        (result,) = reduced(ErrorFeedback(scheme), [array], state)
         assert not np.isfinite(result).all()
+        # A loop may drop that step, and the next ones are not spoiled by it.
+        (result,) = reduced(ErrorFeedback(scheme), gradients(1, shapes=[(40, 30)]), state)
+        assert np.isfinite(result).all() and np.isfinite(state.errors["0/w"]).all()
 
 
 def test_small_gradients_and_the_first_steps_are_sent_as_they_are(engine):
@@ -304,7 +371,7 @@ class Loses(Scheme):
 @pytest.mark.parametrize(
     ("scheme", "error", "words"),
     [
-        (Loses(), hvd.MismatchError, "is not the average of the"),
+        (Loses(), hvd.MismatchError, "Loses() must return, as the errors of its result, all that is not"),
         (
             Loses(lambda: hvd.rank()),
             hvd.MismatchError,

@@ -13,7 +13,8 @@ from hvdtrain.keras.checkpointing.checkpoint_files import Place, Store, files_of
 
 def files(step, *values):
     packed = [plain.packed(each) for each in values or [{"seen": step}]]
-    return {"model.weights.h5": bytes(1 << 20), **files_of(Place(total=step), {"data": None}, packed)}
+    facts = {"data": None, "schemes": [{"op": "average"}, {"op": "sum"}]}
+    return {"model.weights.h5": bytes(1 << 20), **files_of(Place(total=step), facts, packed)}
 
 
 def test_a_full_disk_is_a_warning_and_the_next_one_is_tried(small_disk, capfd):
@@ -45,9 +46,10 @@ def test_a_full_disk_is_a_warning_and_the_next_one_is_tried(small_disk, capfd):
     assert json.loads((saved.entry / "state.json").read_text())["ranks"] == 1
 
 
-def test_on_another_number_of_ranks_each_gets_the_mean_of_all_errors(tmp_path):
-    name = "scheme/0/errors/3/dense/kernel"
-    values = [{name: np.full((2, 3), rank), "scheme/0/shared/count": np.array(7)} for rank in (1.0, 2.0, 6.0)]
+def test_errors_of_compression_are_divided_among_another_number_of_ranks(tmp_path):
+    mean, total = "scheme/0/errors/3/dense/kernel", "scheme/1/errors/0/dense/kernel"
+    shared = {"scheme/0/shared/count": np.array(7)}
+    values = [shared | {mean: np.full((2, 3), rank), total: np.array(rank)} for rank in (1.0, 2.0, 6.0)]
     store = Store(tmp_path / "checkpoints", 3, SingleEngine())
     store.open()
     store.submit(1, lambda: files(1, *values))
@@ -55,5 +57,5 @@ def test_on_another_number_of_ranks_each_gets_the_mean_of_all_errors(tmp_path):
     store = Store(tmp_path / "checkpoints", 3, SingleEngine())
     saved = store.open()
     store.close()
-    np.testing.assert_array_equal(saved.values[name], np.full((2, 3), 3.0))
-    assert saved.values["scheme/0/shared/count"] == 7
+    np.testing.assert_array_equal(saved.values[mean], np.full((2, 3), 3.0))
+    assert saved.values[total] == 9 and saved.values["scheme/0/shared/count"] == 7

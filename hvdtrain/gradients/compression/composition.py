@@ -13,7 +13,7 @@ from hvdtrain.gradients.schemes import Group, Plain, Scheme, State
 
 @dataclass(frozen=True)
 class ErrorFeedback(Scheme):
-    """Adds to each gradient what the other scheme has left out of those before, so that nothing is lost for good.
+    """Adds to each gradient what the other scheme has left out in earlier steps, so that it is applied later.
 
     With e the error of a rank, 0 at first, and g its gradient, g + e is given to the scheme, and what the scheme
     does not apply becomes the new e. The sum of all that is applied then differs from that of all gradients by
@@ -36,11 +36,14 @@ class ErrorFeedback(Scheme):
         corrected = [
             _added(state.errors.get(key), array) for key, array in zip(group.keys, group.arrays, strict=True)
         ]
-        result = self.scheme.reduce(
-            replace(group, arrays=corrected, in_place=[True] * len(corrected), wants_errors=True),
-            engine,
-            state,
+        given = replace(
+            group,
+            arrays=corrected,
+            in_place=[True] * len(corrected),
+            out=[array if reuse else None for array, reuse in zip(group.arrays, group.in_place, strict=True)],
+            wants_errors=True,
         )
+        result = self.scheme.reduce(given, engine, state)
         if len(result.errors) != len(corrected):
             raise TypeError(
                 f"{self.scheme!r} does not return what it leaves out, which ErrorFeedback needs: pass it as "
@@ -51,7 +54,7 @@ class ErrorFeedback(Scheme):
             if error is None:
                 state.errors.pop(key, None)
             else:
-                state.errors[key] = error
+                state.errors[key] = _finite(error)
         return group.with_arrays(
             [
                 total.astype(array.dtype, copy=False)
@@ -85,14 +88,21 @@ class Selective(Scheme):
 
     def check(self, shapes: Sequence[tuple[int | None, ...]]) -> None:
         """Pass the shapes of large gradients to the other scheme."""
-        self.scheme.check(
-            [shape for shape in shapes if None in shape or int(np.prod(shape)) >= self.min_size]  # type: ignore[arg-type]
-        )
+        if shapes:
+            self.scheme.check(
+                [shape for shape in shapes if None in shape or int(np.prod(shape)) >= self.min_size]  # type: ignore[arg-type]
+            )
 
     def reduce(self, group: Group, engine: Engine, state: State) -> Group:
         """Reduce each gradient by the other scheme or by `Plain`."""
-        started = self.start_after == 0 or state.count(f"steps/{group.keys[0]}") >= self.start_after
-        chosen = [started and array.size >= self.min_size and _is_float(array) for array in group.arrays]
+        # Counted for each gradient, because the groups may change.
+        started = [
+            self.start_after == 0 or state.count(f"steps/{key}") >= self.start_after for key in group.keys
+        ]
+        chosen = [
+            begun and 0 < array.size >= self.min_size and _is_float(array)
+            for begun, array in zip(started, group.arrays, strict=True)
+        ]
         return reduce_some(self.scheme, chosen, group, engine, state)
 
 
@@ -101,10 +111,10 @@ def reduce_some(scheme: Scheme, chosen: Sequence[bool], group: Group, engine: En
     arrays: dict[int, np.ndarray] = {}
     errors: dict[int, np.ndarray | None] = {}
     call = group.call
-    for one, wanted in ((Plain(), False), (scheme, True)):
+    for reducing, wanted in ((Plain(), False), (scheme, True)):
         indices = [index for index, is_chosen in enumerate(chosen) if bool(is_chosen) is wanted]
         if indices:
-            result = one.reduce(group.part(indices, call), engine, state)
+            result = reducing.reduce(group.part(indices, call), engine, state)
             arrays.update(zip(indices, result.arrays, strict=True))
             errors.update(zip(indices, result.errors, strict=False))
             call = None
@@ -120,6 +130,13 @@ def _added(error: np.ndarray | None, array: np.ndarray) -> np.ndarray:
         return array.astype(carrier(array.dtype, Op.SUM))  # 16-bit floats would lose small errors
     error += array
     return error
+
+
+def _finite(error: np.ndarray) -> np.ndarray:
+    """Return an error with zeros for what is not finite, which would spoil all steps after an overflow."""
+    with np.errstate(all="ignore"):
+        spoiled = not np.isfinite(error.sum())
+    return np.nan_to_num(error, copy=False, nan=0.0, posinf=0.0, neginf=0.0) if spoiled else error
 
 
 def _is_float(array: np.ndarray) -> bool:

@@ -9,11 +9,10 @@ from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.ops import carrier
 from hvdtrain.collectives.reduction import rows_of_ranks
 from hvdtrain.gradients.compression.checks import check_integer
+from hvdtrain.gradients.compression.pieces import PIECE, as_given
 from hvdtrain.gradients.schemes import Group, Scheme, State
 
 _SCALE = 4  # bytes of the float32 before the codes of a block
-# Blocks are encoded in pieces of about this many elements, which stay in the cache between the passes over them.
-_PIECE = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -53,46 +52,65 @@ class Quantized(Scheme):
         arrays = group.writable() if group.wants_errors else list(group.arrays)
         flat = [array.reshape(-1) for array in arrays]
         starts = np.cumsum([0, *(-(-array.size // self.block) for array in flat)])
-        codes = np.empty((starts[-1], self._row_bytes), np.uint8)
+        blocks, width = int(starts[-1]), self._row_bytes
+        filled = np.full(blocks, self.block)  # elements of each block
+        codes = state.scratch("codes", blocks * width, np.uint8).reshape(blocks, width)
         with np.errstate(invalid="ignore"):  # a NaN makes the scale, and so the whole block, NaN
             for array, start, end in zip(flat, starts, starts[1:], strict=False):
-                self._encode(array, codes[start:end], array if group.wants_errors else None)
-            rows = rows_of_ranks(len(codes), engine.size)
+                filled[start:end][-1:] = array.size - (end - start - 1) * self.block
+                errors = array if group.wants_errors else None
+                self._encode(array, codes[start:end], filled[start:end], errors)
+            rows = rows_of_ranks(blocks, engine.size)
+            first, count = sum(rows[: engine.rank]), rows[engine.rank]
             received, _ = engine.alltoall(codes, rows)
-            total = self._decoded(received, dtype).reshape(engine.size, -1).sum(axis=0, dtype=dtype)
-            mine = np.empty((rows[engine.rank], self._row_bytes), np.uint8)
-            self._encode(total, mine, total)  # what is left of the total is its error
-            if group.wants_errors:
-                _add(total, sum(rows[: engine.rank]) * self.block, flat, starts * self.block)
+            total = state.scratch("total", count * self.block, dtype)
+            total[:] = 0
+            for of_rank in received.reshape(engine.size, count, width):
+                self._decode(of_rank, total, add=True)
+            _clear_padding(total, filled[first:], self.block)
+            mine = codes[:count]
+            self._encode(total, mine, filled[first:], total)
+            if group.wants_errors:  # what is left of the total is the error of this rank
+                _add(total, first * self.block, flat, starts * self.block)
             codes = engine.allgather(mine)
-            factor = dtype.type(1 / engine.size if group.op is Op.AVERAGE else 1)
-            results = []
-            for array, start, end in zip(group.arrays, starts, starts[1:], strict=False):
-                decoded = self._decoded(codes[start:end], dtype, factor)[: array.size]
-                results.append(decoded.reshape(array.shape).astype(array.dtype, copy=False))
-        return group.with_arrays(results, arrays if group.wants_errors else ())
+            factor = 1 / engine.size if group.op is Op.AVERAGE else 1
+            results = [
+                group.result(index, carrier(array.dtype, Op.SUM)) for index, array in enumerate(group.arrays)
+            ]
+            for result, start, end in zip(results, starts, starts[1:], strict=False):
+                self._decode(codes[start:end], result.reshape(-1), factor)
+        return group.with_arrays(as_given(results, group), arrays if group.wants_errors else ())
 
     @property
     def _row_bytes(self) -> int:
         """Bytes of an encoded block: its scale and its codes."""
         return _SCALE + self.block * self.bits // 8
 
-    def _encode(self, flat: np.ndarray, rows: np.ndarray, errors: np.ndarray | None) -> None:
-        """Encode an array into `rows`; write what the codes lack into `errors`, which may be the array."""
-        step = max(_PIECE // self.block, 1)
+    def _encode(
+        self, flat: np.ndarray, rows: np.ndarray, filled: np.ndarray, errors: np.ndarray | None
+    ) -> None:
+        """Encode an array.
+
+        Args:
+            flat: The array, which may end within its last block.
+            rows: The result, one row for each block.
+            filled: Number of elements in each block that are not padding.
+            errors: Where to write what the codes lack; may be `flat`.
+        """
+        step = max(PIECE // self.block, 1)
         for row in range(0, len(rows), step):
             out = rows[row : row + step]
             values = flat[row * self.block : (row + step) * self.block]
             blocks = _padded(values, len(out) * self.block).reshape(len(out), self.block)
             if self.bits == 1:
-                filled = np.clip(len(values) - self.block * np.arange(len(out)), 1, self.block)
-                scale = (np.abs(blocks).sum(axis=1, dtype=np.float64) / filled).astype(np.float32)
+                sums = np.abs(blocks).sum(axis=1, dtype=np.float64)
+                scale = (sums / filled[row : row + len(out)]).astype(np.float32)
                 out[:, _SCALE:] = np.packbits(blocks >= 0, axis=1)
             else:
                 scale = self._rounded(blocks, out[:, _SCALE:])
             out[:, :_SCALE] = scale.view(np.uint8).reshape(-1, _SCALE)
             if errors is not None:
-                sent = self._decoded(out, flat.dtype)[: len(values)]
+                sent = self._values(out, flat.dtype, 1)[: len(values)]
                 np.subtract(values, sent, out=errors[row * self.block : (row + step) * self.block])
 
     def _rounded(self, blocks: np.ndarray, codes: np.ndarray) -> np.ndarray:
@@ -111,7 +129,18 @@ class Quantized(Scheme):
             codes[...] = halves[:, ::2] << 4 | halves[:, 1::2]
         return scale
 
-    def _decoded(self, rows: np.ndarray, dtype: np.dtype, factor: float | np.floating = 1) -> np.ndarray:
+    def _decode(self, rows: np.ndarray, out: np.ndarray, factor: float = 1, add: bool = False) -> None:
+        """Write the values of encoded blocks, times a factor, to a flat array, or add them to it."""
+        step = max(PIECE // self.block, 1)
+        for row in range(0, len(rows), step):
+            part = out[row * self.block : (row + step) * self.block]
+            values = self._values(rows[row : row + step], out.dtype, factor)[: len(part)]
+            if add:
+                part += values
+            else:
+                part[:] = values
+
+    def _values(self, rows: np.ndarray, dtype: np.dtype, factor: float) -> np.ndarray:
         """Return the values of encoded blocks, times a factor, as one flat array."""
         scale = rows[:, :_SCALE].copy().view(np.float32).astype(dtype) * dtype.type(factor)
         codes = rows[:, _SCALE:]
@@ -135,6 +164,12 @@ def _padded(values: np.ndarray, size: int) -> np.ndarray:
         if len(values) == size
         else np.concatenate([values, np.zeros(size - len(values), values.dtype)])
     )
+
+
+def _clear_padding(total: np.ndarray, filled: np.ndarray, block: int) -> None:
+    """Set the padding of blocks to zero; `filled` is the number of elements of each block."""
+    for row in np.flatnonzero(filled[: len(total) // block] < block):
+        total[row * block + filled[row] : (row + 1) * block] = 0
 
 
 def _add(total: np.ndarray, offset: int, arrays: Sequence[np.ndarray], starts: np.ndarray) -> None:

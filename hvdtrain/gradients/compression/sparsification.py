@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hvdtrain.collectives.engine import Engine, Op
+from hvdtrain.collectives.engine import Call, Engine, Op
 from hvdtrain.collectives.ops import carrier
 from hvdtrain.gradients.compression.checks import check_ratio
+from hvdtrain.gradients.compression.pieces import as_given, pieces
 from hvdtrain.gradients.schemes import Group, Scheme, State
 
 # The threshold of the largest elements is estimated from this many of them, and set low enough that it very rarely
@@ -46,7 +47,8 @@ class TopK(Scheme):
         )
         indices = np.concatenate(chosen)
         packed = np.concatenate([values.view(np.uint8), indices.view(np.uint8)])
-        totals = [np.zeros(array.shape, carrier(array.dtype, Op.SUM)) for array in arrays]
+        _clear(flat, chosen, group)
+        totals = [_zeros(group, index) for index in range(len(arrays))]
         ends = np.cumsum([len(part) for part in chosen])
         factor = 1 / engine.size if group.op is Op.AVERAGE else 1.0
         # One rank after another: the sum has the same bits everywhere, and the indices of one rank are all
@@ -56,11 +58,7 @@ class TopK(Scheme):
             places = part[values.nbytes :].view(indices.dtype)
             for total, start, end in zip(totals, [0, *ends], ends, strict=False):
                 total.reshape(-1)[places[start:end]] += theirs[start:end]
-        if not group.wants_errors:
-            return group.with_arrays(_as_given(totals, group))
-        for array, part in zip(flat, chosen, strict=True):
-            array[part] = 0
-        return group.with_arrays(_as_given(totals, group), arrays)
+        return group.with_arrays(as_given(totals, group), arrays if group.wants_errors else ())
 
 
 @dataclass(frozen=True)
@@ -84,62 +82,77 @@ class RandomK(Scheme):
 
     def reduce(self, group: Group, engine: Engine, state: State) -> Group:
         """Reduce the chosen elements."""
+        if group.wants_errors and self.rescale:
+            raise ValueError(
+                f"{self!r}: with error feedback what is sent must not be rescaled. Pass rescale=False, or leave "
+                "out ErrorFeedback."
+            )
         arrays = group.writable() if group.wants_errors else group.arrays
         flat = [array.reshape(-1) for array in arrays]
         chosen = [
             _random(array.size, _count(self.ratio, array.size), key, state.count(f"draws/{key}"))
             for key, array in zip(group.keys, flat, strict=True)
         ]
+        # Ranks that are at different draws would add up different elements.
+        if group.call:
+            engine.agree(group.call)
+        draws = Call("random elements", tuple(str(state.shared[f"count/draws/{key}"]) for key in group.keys))
         sent = [array[indices] for array, indices in zip(flat, chosen, strict=True)]
-        reduced = engine.grouped_allreduce(sent, group.op, group.call, [True] * len(sent))
-        totals = [np.zeros_like(array) for array in arrays]
+        reduced = engine.grouped_allreduce(sent, group.op, draws, [True] * len(sent))
+        _clear(flat, chosen, group)
+        totals = [_zeros(group, index) for index in range(len(arrays))]
         for total, indices, values in zip(totals, chosen, reduced, strict=True):
             total.reshape(-1)[indices] = values * values.dtype.type(
-                total.size / len(indices) if self.rescale else 1
+                total.size / len(indices) if self.rescale and len(indices) else 1
             )
-        if not group.wants_errors:
-            return group.with_arrays(totals)
-        for array, indices in zip(flat, chosen, strict=True):
-            array[indices] = 0
-        return group.with_arrays(totals, arrays)
+        return group.with_arrays(as_given(totals, group), arrays if group.wants_errors else ())
 
 
 def largest(flat: np.ndarray, count: int) -> np.ndarray:
     """Return the indices of the `count` elements of largest magnitude, in order; NaN is larger than any number."""
-    magnitudes = np.abs(flat)
     candidates = None
     if len(flat) > 4 * _SAMPLE and count < len(flat) // 4:
-        candidates = _candidates(magnitudes, count)
-    if candidates is None:
-        chosen = np.argpartition(magnitudes, len(flat) - count)[len(flat) - count :]
-    else:
-        within = np.argpartition(magnitudes[candidates], len(candidates) - count)[len(candidates) - count :]
-        chosen = candidates[within]
-    dtype = np.int32 if len(flat) < 1 << 31 else np.int64
-    return np.sort(chosen).astype(dtype)
+        candidates = _candidates(flat, count)
+    magnitudes = np.abs(flat if candidates is None else flat[candidates])
+    chosen = np.argpartition(magnitudes, len(magnitudes) - count)[len(magnitudes) - count :]
+    if candidates is not None:
+        chosen = candidates[chosen]
+    return np.sort(chosen).astype(np.int32 if len(flat) < 1 << 31 else np.int64)
 
 
-def _candidates(magnitudes: np.ndarray, count: int) -> np.ndarray | None:
+def _candidates(flat: np.ndarray, count: int) -> np.ndarray | None:
     """Return indices among which are the `count` largest, or None: a threshold is estimated from some elements.
 
     Sorting them all takes ten times as long as this, of which the idea is from Lin et al. 2018 (arXiv:1712.01887).
     """
-    sample = magnitudes[:: len(magnitudes) // _SAMPLE]
-    expected = len(sample) * count / len(magnitudes)
+    sample = np.abs(flat[:: len(flat) // _SAMPLE])
+    expected = len(sample) * count / len(flat)
     position = math.ceil(expected + 4 * math.sqrt(expected) + 4)
     threshold = np.partition(sample, len(sample) - position)[len(sample) - position]
-    candidates = np.flatnonzero(~(magnitudes < threshold))  # also NaN
-    return candidates if count <= len(candidates) < len(magnitudes) // 2 else None
+    found = [np.flatnonzero(~(np.abs(flat[piece]) < threshold)) + piece.start for piece in pieces(len(flat))]
+    candidates = np.concatenate(found)  # also NaN
+    return candidates if count <= len(candidates) < len(flat) // 2 else None
+
+
+def _clear(flat: Sequence[np.ndarray], chosen: Sequence[np.ndarray], group: Group) -> None:
+    """Leave in arrays what is not sent, if that is wanted."""
+    if group.wants_errors:
+        for array, indices in zip(flat, chosen, strict=True):
+            array[indices] = 0
+
+
+def _zeros(group: Group, index: int) -> np.ndarray:
+    result = group.result(index, carrier(group.arrays[index].dtype, Op.SUM))
+    result[...] = 0
+    return result
 
 
 def _random(size: int, count: int, key: str, draw: int) -> np.ndarray:
+    if not size:
+        return np.empty(0, np.int64)
     generator = np.random.default_rng([zlib.crc32(key.encode()), draw])
     return np.sort(generator.choice(size, count, replace=False, shuffle=False))
 
 
 def _count(ratio: float, size: int) -> int:
-    return max(1, round(ratio * size))
-
-
-def _as_given(totals: Sequence[np.ndarray], group: Group) -> list[np.ndarray]:
-    return [total.astype(array.dtype, copy=False) for total, array in zip(totals, group.arrays, strict=True)]
+    return min(max(1, round(ratio * size)), size)

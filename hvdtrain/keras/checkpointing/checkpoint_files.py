@@ -154,7 +154,8 @@ def _read(entry: Path | None, engine: Engine) -> Saved | None:
             parts = [file.read(name) for name in sorted(file.namelist())]
         values = plain.unpacked(parts[0])
         if len(parts) != engine.size and any(map(is_error, values)):
-            parts = _with_mean_errors(parts, engine.size)
+            schemes = json.loads((entry / FACTS).read_text()).get("schemes", [])
+            parts = _with_divided_errors(parts, engine.size, schemes)
             values = plain.unpacked(parts[0])
         others = {
             name: value
@@ -176,13 +177,22 @@ def is_error(name: str) -> bool:
     return name.startswith(SCHEME) and name.split("/")[2] + "/" == ERRORS
 
 
-def _with_mean_errors(parts: list[bytes], size: int) -> list[bytes]:
-    """Return the parts for another number of ranks, each with the mean of all errors, so that none is lost."""
-    each = [plain.unpacked(part) for part in parts]
-    names = [name for name in each[0] if is_error(name)]
-    means = {name: sum(values[name] for values in each) / len(each) for name in names}
-    each += [{}] * (size - len(each))
-    return [plain.packed(values | means) for values in each[:size]]
+def _with_divided_errors(parts: list[bytes], size: int, schemes: list[dict[str, str]]) -> list[bytes]:
+    """Return the parts for another number of ranks, each with the same errors, so that none is lost.
+
+    Args:
+        parts: The packed values of each rank.
+        size: The new number of ranks.
+        schemes: `GradientReducer.facts` of each optimizer. A sum of errors is divided among the new ranks; for a
+            mean of gradients the mean of errors does not change.
+    """
+    values = [plain.unpacked(part) for part in parts]
+    errors = {}
+    for name in filter(is_error, values[0]):
+        op = schemes[int(name.split("/")[1])]["op"]
+        errors[name] = sum(of_rank[name] for of_rank in values) / (size if op == "sum" else len(values))
+    values += [{}] * (size - len(values))
+    return [plain.packed(of_rank | errors) for of_rank in values[:size]]
 
 
 def gathered(content: bytes, engine: Engine) -> list[bytes]:

@@ -32,7 +32,7 @@ from hvdtrain.keras.checkpointing.checkpoint_files import (
 from hvdtrain.keras.collectives import broadcast_variables
 from hvdtrain.keras.membership import optimizers_of, process_set_of
 from hvdtrain.keras.optimizer.averaging import common_weights_of
-from hvdtrain.keras.optimizer.distributed import scheme_states
+from hvdtrain.keras.optimizer.distributed import reducers_of, scheme_states
 
 _WEIGHTS_FILE = "model.weights.h5"
 _IN_FILE = ("weights", "optimizer")  # sections in the weights file of Keras
@@ -40,6 +40,7 @@ _COMPARED = {
     "weights": "weights",
     "optimizer": "variables in its optimizer",
     "generators": "random generators",
+    "averages": "variables of LocalSGD or DiLoCo",
 }
 _PYTHON, _NUMPY, _TENSORFLOW = "random/python", "random/numpy", "random/tensorflow"
 
@@ -106,20 +107,31 @@ class TrainingState:
         if self.built:
             self._restore_variables(saved, newcomer)
         _restore_random_numbers(saved.values, newcomer)
-        for number, state in enumerate(scheme_states(optimizers_of(self._model))):
-            prefix = f"{SCHEME}{number}/"
-            state.replace(
-                {
-                    name.removeprefix(prefix): value
-                    for name, value in saved.values.items()
-                    if name.startswith(prefix)
-                }
-            )
+        self._restore_schemes(saved)
         missing = self.callbacks.restore(saved.values)
         if missing:
             self._engine.say(
                 f"the checkpoint contains the state of {', '.join(missing)}, which this fit does not have."
             )
+
+    def _restore_schemes(self, saved: Saved) -> None:
+        """Restore what schemes remember, if the gradients are still reduced in the same way."""
+        schemes = saved.facts.get("schemes", [])
+        for number, reducer in enumerate(reducers_of(optimizers_of(self._model))):
+            prefix = f"{SCHEME}{number}/"
+            named = {
+                name.removeprefix(prefix): value
+                for name, value in saved.values.items()
+                if name.startswith(prefix)
+            }
+            before = schemes[number] if number < len(schemes) else None
+            if named and (self._engine.size == 1 or before != reducer.facts):
+                self._engine.say(
+                    f"{saved.entry} contains what {before['scheme'] if before else 'compression'} had not applied "
+                    "yet. It is left out, because gradients are now reduced in another way."
+                )
+                named = {}
+            reducer.scheme_state.replace(named)
 
     def _of_schemes(self) -> dict[str, np.ndarray]:
         """Return what the optimizers' schemes remember, such as the errors of compression."""
@@ -194,6 +206,7 @@ class TrainingState:
             "shown": [line for call in calls for line in call.shown],
             "trained": [self._trained_by(optimizer) for optimizer in optimizers],
             "rates": [float(optimizer.learning_rate) for optimizer in adjustable(self._model)],
+            "schemes": [reducer.facts for reducer in reducers_of(optimizers)],
             "sections": {section: len(found) for section, found in sections.items() if found},
         }
 

@@ -13,6 +13,7 @@ from hvdtrain.gradients.naming import variable_name
 from hvdtrain.gradients.schemes import State
 from hvdtrain.keras.collectives import broadcast_object, broadcast_variables
 from hvdtrain.keras.elastic.state import ObjectState
+from hvdtrain.keras.optimizer.averaging import common_weights_of
 from hvdtrain.keras.optimizer.distributed import scheme_states
 
 
@@ -163,6 +164,11 @@ class TensorFlowKerasState(VariablesState):
         if self.optimizer is None:
             raise ValueError(
                 f"{type(self).__name__}: the model has no optimizer. Compile it first, or pass optimizer=."
+            )
+        if common_weights_of([self.optimizer, getattr(model, "optimizer", None)]):
+            raise ValueError(
+                f"{type(self).__name__} does not keep what LocalSGD and DiLoCo need to continue. Use "
+                "hvd.callbacks.Checkpoint, which does, and `hvdtrain run --max-restarts`."
             )
         super().__init__(**kwargs)
 

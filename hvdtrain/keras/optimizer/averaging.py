@@ -1,4 +1,4 @@
-"""Train on each rank by itself and average the weights now and then: `LocalSGD` and `DiLoCo`."""
+"""Train on each rank by itself and average the weights after some steps: `LocalSGD` and `DiLoCo`."""
 
 import functools
 import platform
@@ -115,9 +115,16 @@ def _averaged(
         for attribute in ("register_local_var", "process_set", "average_weights"):
             object.__setattr__(copy, attribute, getattr(inner, attribute))
         return copy
+    if optimizer.use_ema:
+        raise ValueError(
+            f"{name}: use_ema=True replaces the weights by moving averages of one rank's weights. Leave it out: "
+            "the average over the ranks serves the same purpose."
+        )
     base = type(optimizer)
-    options = ReduceOptions(f"{name}{base.__name__}")
-    sent = ReduceOptions(f"{name}Average", compression=compression, subject="changes of the weights")
+    # The ranks compare these names.
+    arguments = f"(every={every}, start_after={start_after}, between={between})"
+    options = ReduceOptions(f"{name}{base.__name__}{arguments}", scale_local=False)
+    sent = ReduceOptions(f"{name}{arguments}", compression=compression, subject="changes of the weights")
     attributes = {
         "_hvdtrain_options": options,
         "_hvdtrain_policy": Policy.from_environment(),
@@ -162,8 +169,9 @@ class _Averaged(DistributedMixin):
 
     def build(self, variables: Any) -> None:
         """Create the optimizer's variables, and those of the average."""
+        if not self.built:
+            self._hvdtrain_common.build(variables)
         super().build(variables)  # type: ignore[misc]
-        self._hvdtrain_common.build(variables)
 
     def apply(self, grads: Any, trainable_variables: Any = None) -> Any:
         """Update the variables of this rank, and average them if it is time; see `keras.optimizers.Optimizer`."""
@@ -252,7 +260,7 @@ class CommonWeights:
 
     def build(self, variables: Sequence[Any]) -> None:
         """Create the common weights of the variables that are trained."""
-        self._trained = [variable for variable in variables if not self._is_excluded(variable)]
+        self._trained = list(variables)
         for variable in self._trained:
             common = keras.Variable("zeros", variable.shape, variable.dtype, name="common")
             common._path = variable.path  # the name of the weight in messages
@@ -263,7 +271,7 @@ class CommonWeights:
         """Record the common weights before the first step that is local."""
 
         def record() -> Any:
-            for common, variable in zip(self._common, self._trained, strict=True):
+            for common, variable in self._pairs():
                 common.assign(variable)
             self._is_current.assign(True)
             return tf.constant(True)
@@ -286,14 +294,17 @@ class CommonWeights:
         self._is_current.assign(False)
         self._since.assign(0)
 
+    def _pairs(self) -> list[tuple[Any, Any]]:
+        """Return common weights and variables, without those that each rank keeps for itself."""
+        both = zip(self._common, self._trained, strict=True)
+        return [(common, variable) for common, variable in both if not self._is_excluded(variable)]
+
     def _average(self) -> Any:
-        changes = [
-            common.value - tf.cast(variable.value, common.dtype)
-            for common, variable in zip(self._common, self._trained, strict=True)
-        ]
+        pairs = self._pairs()
+        changes = [common.value - tf.cast(variable.value, common.dtype) for common, variable in pairs]
         with outside_of_batches():  # the number of this rank's samples is in its gradients already
-            self.outer.apply(changes, self._common)
-        for common, variable in zip(self._common, self._trained, strict=True):
+            self.outer.apply(changes, [common for common, _ in pairs])
+        for common, variable in pairs:
             variable.assign(common)
         self._since.assign(0)
         return tf.constant(True)

@@ -219,9 +219,14 @@ def trains_on_several_ranks(optimizer: Any) -> bool:
 
 def scheme_states(optimizers: Sequence[Any]) -> list[State]:
     """Return what the schemes of distributed optimizers remember; see `hvdtrain.gradients.schemes.State`."""
+    return [reducer.scheme_state for reducer in reducers_of(optimizers)]
+
+
+def reducers_of(optimizers: Sequence[Any]) -> list[GradientReducer]:
+    """List the reducers of distributed optimizers."""
     inner = [getattr(optimizer, "inner_optimizer", optimizer) for optimizer in optimizers]
     return [
-        reducer.scheme_state
+        reducer
         for optimizer in inner
         if isinstance(optimizer, DistributedMixin)
         for reducer in optimizer._hvdtrain_reducers
@@ -306,6 +311,7 @@ class DistributedMixin:
         return super()._clip_gradients(reduced)  # type: ignore[misc]
 
     def _hvdtrain_reduced(self, grads: Sequence[Any], variables: Sequence[Any], state: Sequence[Any]) -> Any:
+        self._hvdtrain_reducer.number(self._trainable_variables)  # type: ignore[attr-defined]
         return self._hvdtrain_reducer(grads, variables, state)
 
 
