@@ -37,3 +37,21 @@ def test_a_batch_that_does_not_divide_is_refused():
     launch = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run", "-np", "2", script]
     done = subprocess.run([*launch, "--global-batch", "63"], capture_output=True, text=True)
     assert done.returncode == 2 and "--global-batch 63 must divide by the 2 ranks" in done.stderr
+
+
+def test_each_way_to_send_less_learns_the_digits():
+    script = str(ROOT / "keras_examples" / "slow_network.py")
+    launch = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run", "-np", "2", script]
+    environ = clean_environ(os.environ) | {"HVDTRAIN_ENGINE": "mpi"}
+    done = subprocess.run([*launch, "--epochs", "4"], env=environ, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    accuracies = dict(re.findall(r"^(\w+) +\| accuracy ([\d.]+)%", done.stdout, re.MULTILINE))
+    assert len(accuracies) == 9 and min(map(float, accuracies.values())) > 85, accuracies
+
+
+def test_an_unknown_way_is_refused():
+    script = str(ROOT / "keras_examples" / "slow_network.py")
+    done = subprocess.run([sys.executable, script, "--ways", "zip"], capture_output=True, text=True)
+    assert (
+        done.returncode == 2 and "--ways takes none, int8" in done.stderr and "Received: zip" in done.stderr
+    )

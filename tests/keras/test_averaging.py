@@ -204,6 +204,7 @@ class Seen(keras.callbacks.Callback):
         return b"".join(weight.tobytes() for weight in weights(self.model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("loss_scale", [False, True], ids=["", "with a loss scale"])
 def test_callbacks_and_validation_see_the_average(engine, loss_scale):
     if engine.size == 1:
@@ -265,6 +266,7 @@ def test_a_training_that_was_stopped_between_two_averages_ends_as_one_that_was_n
     assert again.history == undisturbed.history
 
 
+@pytest.mark.slow
 def test_the_file_is_keras_own(engine, tmp_path):
     model = compiled(hvd.DiLoCo(keras.optimizers.Adam(0.01), every=3))
     fit(model, epochs=1)
@@ -275,6 +277,7 @@ def test_the_file_is_keras_own(engine, tmp_path):
         assert_the_same(weights(loaded), weights(model))
 
 
+@pytest.mark.slow
 def test_weights_set_between_two_trainings_are_taken(engine):
     model = compiled(hvd.DiLoCo(SGD(0.0), SGD(1.0), every=4))
     fit(model, epochs=1)
@@ -336,6 +339,7 @@ def test_arguments_that_mean_nothing(engine, make, kind, words):
         make()
 
 
+@pytest.mark.slow
 def test_an_optimizer_with_a_state_and_a_loss_scale(engine):
     model = compiled(keras.optimizers.LossScaleOptimizer(keras.optimizers.Adam(0.01)))
     model.optimizer.build(model.trainable_variables)

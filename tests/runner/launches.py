@@ -19,7 +19,10 @@ LOOPS = ("tests/tensorflow/test_tf_process_sets.py", "tests/tensorflow/test_tf_t
 CORE = (
     *WIRE,
     *LOOPS,
-    *(f"tests/keras/test_{name}.py" for name in ("contract", "options", "join_training", "verification")),
+    *(
+        f"tests/keras/test_{name}.py"
+        for name in ("averaging", "contract", "options", "join_training", "verification")
+    ),
 )
 # What reaches Horovod's native core without hvdtrain's own engine interface.
 NATIVE = (
@@ -141,7 +144,8 @@ def without_horovod(engines: tuple[str, ...]) -> tuple[str, ...]:
 
 def _paths(engine: str, size: int, engines: tuple[str, ...]) -> tuple[str, ...]:
     if size != 2:
-        return (*WIRE, "tests/keras/test_contract.py")
+        on_four = ["tests/keras/test_averaging.py"] if size == 4 else []
+        return (*WIRE, "tests/keras/test_contract.py", *on_four)
     if engine == "horovod":
         return _native()
     return (*_without_tensorflow(), *LOOPS) if "horovod" in engines else ("tests",)
