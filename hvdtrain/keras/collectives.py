@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow as tf
 
 from hvdtrain.backends.tensorflow.bridge import TensorFlowBridge
-from hvdtrain.backends.tensorflow.compression import Compression
+from hvdtrain.backends.tensorflow.compression import Compression, check_compressor
 from hvdtrain.collectives.agreement import root_index
 from hvdtrain.collectives.engine import Op
 from hvdtrain.gradients.naming import described_call
@@ -46,6 +46,7 @@ def allreduce(
         MismatchError: On every rank, if the ranks call this with different arguments.
     """
     engine, array = engine_of(process_set), _to_array(value, "allreduce")
+    check_compressor(compression)
     compressed, context = array, None
     if compression is not Compression.none:
         compressed, context = compression.compress(tf.convert_to_tensor(array))

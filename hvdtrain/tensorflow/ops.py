@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from hvdtrain.backends.tensorflow import differentiable
 from hvdtrain.backends.tensorflow.argument_checks import refused
-from hvdtrain.backends.tensorflow.compression import Compression
+from hvdtrain.backends.tensorflow.compression import Compression, check_compressor
 from hvdtrain.collectives.engine import Engine, Op
 from hvdtrain.collectives.reduction import Reduction
 from hvdtrain.runtime.process_sets import ProcessSet, engine_of, global_process_set
@@ -60,6 +60,7 @@ def allreduce(
     op = handle_average_backwards_compatibility(op, average)
     reduction = Reduction(op, float(prescale_factor), float(postscale_factor))
     engine = _engine(process_set, op)
+    check_compressor(compression)
     if isinstance(tensor, tf.IndexedSlices):
         with tf.device(device_sparse):
             return _sparse(engine, [tensor], reduction)[0]
@@ -275,6 +276,7 @@ def _engine(process_set: ProcessSet, op: Op = Op.SUM) -> Engine:
 def _compressed(
     compression: Any, tensors: Sequence[Any], engine: Engine, reduction: Reduction, operation: Any
 ) -> list[Any]:
+    check_compressor(compression)
     if not tensors:
         return []
     pairs = [compression.compress(tf.convert_to_tensor(tensor)) for tensor in tensors]

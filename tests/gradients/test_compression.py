@@ -422,6 +422,18 @@ def test_a_choice_that_was_not_called():
         hvd.DistributedOptimizer(keras.optimizers.SGD(), compression=hvd.Compression.topk)
 
 
+def test_other_collectives_take_no_scheme(engine):
+    import hvdtrain.tensorflow as hvd_tf
+
+    for module in (hvd, hvd_tf):
+        with pytest.raises(
+            TypeError, match="schemes such as topk are for the gradients of optimizers and tapes"
+        ):
+            module.allreduce(tf.ones(3), compression=hvd.Compression.int8())
+    with pytest.raises(TypeError, match="schemes such as topk"):
+        hvd_tf.grouped_allreduce([tf.ones(3)], compression=hvd.Compression.int8())
+
+
 def test_a_tape_of_each_step_continues_with_the_errors_of_the_last_one(engine):
     import hvdtrain.tensorflow as hvd_tf
 

@@ -94,6 +94,16 @@ class Compression:
         return _scheme(PowerSGD(rank, warm_start), **options)
 
 
+def check_compressor(compression: Any) -> None:
+    """Raise TypeError if `compression` has not the two methods that a collective on any tensor can use."""
+    if not all(hasattr(compression, method) for method in ("compress", "decompress")):
+        raise TypeError(
+            "Here compression is hvd.Compression.none, fp16 or bf16, or a class with the methods compress and "
+            "decompress; schemes such as topk are for the gradients of optimizers and tapes. Received: "
+            f"{compression!r}."
+        )
+
+
 def _scheme(
     scheme: Scheme, error_feedback: bool = True, min_size: int = 1024, start_after: int = 0
 ) -> Scheme:
