@@ -8,6 +8,7 @@ import numpy as np
 from hvdtrain.collectives.engine import Engine
 from hvdtrain.collectives.ops import Op, carrier
 from hvdtrain.gradients.compression.checks import check_integer
+from hvdtrain.gradients.compression.pieces import as_given
 from hvdtrain.gradients.schemes import Group, Plain, Scheme, State
 
 
@@ -55,12 +56,7 @@ class ErrorFeedback(Scheme):
                 state.errors.pop(key, None)
             else:
                 state.errors[key] = _finite(error)
-        return group.with_arrays(
-            [
-                total.astype(array.dtype, copy=False)
-                for total, array in zip(result.arrays, group.arrays, strict=True)
-            ]
-        )
+        return group.with_arrays(as_given(result.arrays, group))
 
 
 @dataclass(frozen=True)

@@ -159,11 +159,9 @@ class Quantized(Scheme):
 def _padded(values: np.ndarray, size: int) -> np.ndarray:
     """Return an array of floats of at least 32 bits, with zeros at its end if it is shorter than `size`."""
     values = values.astype(carrier(values.dtype, Op.SUM), copy=False)
-    return (
-        values
-        if len(values) == size
-        else np.concatenate([values, np.zeros(size - len(values), values.dtype)])
-    )
+    if len(values) == size:
+        return values
+    return np.concatenate([values, np.zeros(size - len(values), values.dtype)])
 
 
 def _clear_padding(total: np.ndarray, filled: np.ndarray, block: int) -> None:

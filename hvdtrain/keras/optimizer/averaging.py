@@ -121,10 +121,10 @@ def _averaged(
             "the average over the ranks serves the same purpose."
         )
     base = type(optimizer)
-    # The ranks compare these names.
-    arguments = f"(every={every}, start_after={start_after}, between={between})"
-    options = ReduceOptions(f"{name}{base.__name__}{arguments}", scale_local=False)
-    sent = ReduceOptions(f"{name}{arguments}", compression=compression, subject="changes of the weights")
+    # The ranks compare these names, and Horovod's core allows letters, digits and few signs in them.
+    arguments = f"every-{every}.start_after-{start_after}.between-{between}"
+    options = ReduceOptions(f"{name}{base.__name__}.{arguments}", scale_local=False)
+    sent = ReduceOptions(f"{name}.{arguments}", compression=compression, subject="changes of the weights")
     attributes = {
         "_hvdtrain_options": options,
         "_hvdtrain_policy": Policy.from_environment(),
