@@ -74,7 +74,7 @@ class Compression:
         return _scheme(Quantized(4, block), **options)
 
     @staticmethod
-    def signsgd(block: int = 1024, **options: Any) -> Scheme:
+    def signsgd(block: int = 128, **options: Any) -> Scheme:
         """Send the sign of each element, and a mean magnitude for each `block` elements. See `Quantized`."""
         return _scheme(Quantized(1, block), **options)
 
