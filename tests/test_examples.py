@@ -39,17 +39,15 @@ def test_a_batch_that_does_not_divide_is_refused():
     assert done.returncode == 2 and "--global-batch 63 must divide by the 2 ranks" in done.stderr
 
 
-def test_each_way_to_send_less_learns_the_digits():
+def test_ways_to_send_less_learn_the_digits():
     script = str(ROOT / "keras_examples" / "slow_network.py")
     launch = [sys.executable, "-c", "from hvdtrain.cli import main; main()", "run", "-np", "2", script]
     environ = clean_environ(os.environ) | {"HVDTRAIN_ENGINE": "mpi"}
-    done = subprocess.run([*launch, "--epochs", "4"], env=environ, capture_output=True, text=True)
+    words = ["--epochs", "4", "--ways", "int8,topk,powersgd,LocalSGD,DiLoCo"]
+    done = subprocess.run([*launch, *words], env=environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     accuracies = dict(re.findall(r"^(\w+) +\| accuracy ([\d.]+)%", done.stdout, re.MULTILINE))
-    # With error feedback at this learning rate, these two need more steps.
-    slower = {"signsgd", "randomk"}
-    assert len(accuracies) == 9 and slower < set(accuracies)
-    assert min(float(accuracies[way]) for way in set(accuracies) - slower) > 85, accuracies
+    assert len(accuracies) == 5 and min(map(float, accuracies.values())) > 85, accuracies
 
 
 def test_an_unknown_way_is_refused():

@@ -94,11 +94,11 @@ def test_tables_and_plot_are_there(saved):
 
 
 def test_epochs_of_fit_are_timed_beside_plain_keras(tmp_path, command):
-    others = ["--compression", "topk:0.01,fp16", "--every", "2"]
+    others = ["--compression", "topk:0.01", "--every", "2"]
     folder, done = run_short(tmp_path, command, "--fit", "2", *others)
     assert done.returncode == 0, done.stderr
     rows = json.loads((folder / "short.json").read_text())["rows"]
-    ways = [f"hvdtrain mpi, {way}" for way in ("topk:0.01", "fp16", "LocalSGD(2)", "DiLoCo(2)")]
+    ways = [f"hvdtrain mpi, {way}" for way in ("topk:0.01", "LocalSGD(2)", "DiLoCo(2)")]
     names = ["alone", "wrapped, one rank", "hvdtrain mpi", *ways, "compute only"]
     assert [(row["contender"], row["key"]["scaling"], row["right"]) for row in rows] == [
         (name, "weak", True) for name in names
