@@ -76,7 +76,7 @@ class Exchange:
             if call:
                 self.engine.agree(call)
             return []
-        keys = [self.keys[place] for place in places]
+        keys = [self.keys[place] for place in places] if self.keys else []
         out = [array if reuse else None for array, reuse in zip(arrays, in_place, strict=True)]
         group = Group(arrays, self.op, keys, in_place, call, out)
         self._record_errors(places, keys, before=True)
@@ -90,7 +90,7 @@ class Exchange:
 
     def _record_errors(self, places: Sequence[int], keys: Sequence[str], before: bool) -> None:
         """Record what the scheme has left out so far, before or after it reduces gradients."""
-        if self.verification is not None:
+        if self.verification is not None and self.state.errors:
             for place, key in zip(places, keys, strict=True):
                 if key in self.state.errors:
                     factor = self.factor if before else -self.factor
