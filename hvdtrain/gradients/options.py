@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hvdtrain.collectives.engine import Op
-from hvdtrain.gradients.schemes import NoneCompressor, Plain, Scheme
+from hvdtrain.gradients.schemes import NoneCompressor, Plain, Scheme, is_compressor
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class ReduceOptions:
                 raise ValueError(
                     f"hvd.Adasum combines whole gradients, so it takes no scheme. Received: {self.compression!r}."
                 )
-        elif not all(hasattr(self.compression, method) for method in ("compress", "decompress")):
+        elif not is_compressor(self.compression):
             raise TypeError(
                 "compression is hvd.Compression.none, fp16 or bf16, what a function such as "
                 "hvd.Compression.topk(0.01) returns, or a class with the methods compress and decompress. "

@@ -41,7 +41,9 @@ class GradientReducer:
         self.name = ""
         self.verification = verification
         self._local: list[Any] = []
-        self._numbered: list[Any] = []
+        self._numbered: dict[
+            int, tuple[int, Any]
+        ] = {}  # by id, with the variable, so that no id is used again
         self.scheme_state = State()
 
     def choose_name(self) -> str:
@@ -61,8 +63,7 @@ class GradientReducer:
         What a scheme remembers of a variable is stored under its number. Others are numbered at first use.
         """
         for variable in variables:
-            if not any(variable is known for known in self._numbered):
-                self._numbered.append(variable)
+            self._numbered.setdefault(id(variable), (len(self._numbered), variable))
 
     def keep_local(self, variable: Any) -> None:
         """Keep the gradients of a variable on their rank, so that each rank trains it separately."""
@@ -197,7 +198,7 @@ class GradientReducer:
         if not hasattr(variable, "assign"):  # a tensor, which is another object in each step
             return name
         self.number([variable])
-        number = next(index for index, known in enumerate(self._numbered) if known is variable)
+        number, _ = self._numbered[id(variable)]
         return f"{number}/{name}"
 
     def _rows(self, gradient: Gradient) -> tuple[Tensor, Tensor]:

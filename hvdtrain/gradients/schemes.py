@@ -180,6 +180,11 @@ class Compressor:
         raise NotImplementedError
 
 
+def is_compressor(value: Any) -> bool:
+    """Return whether a value has the two methods of a `Compressor`."""
+    return all(hasattr(value, method) for method in ("compress", "decompress"))
+
+
 class NoneCompressor(Compressor):
     """Sends gradients unchanged."""
 

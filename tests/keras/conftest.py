@@ -1,5 +1,9 @@
 """Tests of the Keras layer run in the world that launched them."""
 
+import pathlib
+import shutil
+import tempfile
+
 import pytest
 
 
@@ -25,3 +29,14 @@ def fresh_names(monkeypatch):
 
     keras.utils.clear_session(free_memory=False)  # which would take most of a second each time
     monkeypatch.setattr(reducer, "_numbers", itertools.count())
+
+
+@pytest.fixture
+def folder():
+    """A folder that all ranks know."""
+    import hvdtrain.keras as hvd
+
+    path = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, 0)
+    yield pathlib.Path(path) / "checkpoints"
+    if hvd.rank() == 0:
+        shutil.rmtree(path, ignore_errors=True)

@@ -1,13 +1,10 @@
 """Ranks that train by themselves between two averages of their weights, against NumPy and plain Keras."""
 
-import pathlib
-import shutil
-import tempfile
-
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from twins import StopAt, StoppedError
 
 import hvdtrain.keras as hvd
 from hvdtrain import runtime
@@ -113,7 +110,7 @@ def test_within_a_host_each_step_is_common(engine, monkeypatch):
 
 def test_all_ranks_on_one_host_is_said(engine, capfd):
     if engine.size == 1:
-        pytest.skip("nobody else is there")
+        pytest.skip("needs several ranks")
     assert_values(hvd.LocalSGD(SGD(RATE), 3, between="hosts"), 4, every=3, groups=[range(hvd.size())])
     assert ("all ranks are on one host" in capfd.readouterr().err) is (hvd.rank() == 0)
 
@@ -132,7 +129,7 @@ def test_changes_can_be_compressed(engine):
 
 def test_variables_of_each_rank_stay_its_own(engine):
     if engine.size == 1:
-        pytest.skip("nobody else is there")
+        pytest.skip("needs several ranks")
     variables = [keras.Variable(np.ones(3), name=name) for name in ("common", "own")]
     optimizer = hvd.LocalSGD(SGD(RATE), every=2)
     optimizer.build(variables)
@@ -208,7 +205,7 @@ class Seen(keras.callbacks.Callback):
 @pytest.mark.parametrize("loss_scale", [False, True], ids=["", "with a loss scale"])
 def test_callbacks_and_validation_see_the_average(engine, loss_scale):
     if engine.size == 1:
-        pytest.skip("nobody else is there")
+        pytest.skip("needs several ranks")
     inner = keras.optimizers.LossScaleOptimizer(SGD(RATE)) if loss_scale else SGD(RATE)
     seen, model = Seen(), compiled(hvd.LocalSGD(inner, every=4))
     history = fit(model, [seen, keras.callbacks.EarlyStopping("val_loss", patience=1)])
@@ -218,30 +215,6 @@ def test_callbacks_and_validation_see_the_average(engine, loss_scale):
     assert all(other[1:] == of_all[0][1:] for other in of_all)
     evaluated = hvd.evaluate(model, *data(20), batch_size=8, verbose=0)
     assert evaluated == pytest.approx(history.history["val_loss"][-1], rel=1e-9)
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAt(keras.callbacks.Callback):
-    def __init__(self, step):
-        super().__init__()
-        self.left = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
-
-
-@pytest.fixture
-def folder():
-    """A folder that all ranks know."""
-    path = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, 0)
-    yield pathlib.Path(path) / "checkpoints"
-    if hvd.rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.mark.parametrize(

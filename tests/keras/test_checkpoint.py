@@ -4,16 +4,14 @@ import collections
 import functools
 import json
 import os
-import pathlib
-import shutil
 import signal
-import tempfile
 import threading
 
 import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from twins import StopAt, StoppedError
 
 import hvdtrain.keras as hvd
 from hvdtrain import stop_request
@@ -22,23 +20,6 @@ from hvdtrain.stop_request import Preempted
 pytestmark = pytest.mark.ranks
 
 ROWS, BATCH, EPOCHS = 92, 8, 3  # 12 steps an epoch, the last one with 4 rows
-
-
-class StoppedError(Exception):
-    pass
-
-
-class StopAt(keras.callbacks.Callback):
-    """Ends the training as an error would, before the end of a step counted over all epochs."""
-
-    def __init__(self, step):
-        super().__init__()
-        self.left = step
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.left -= 1
-        if self.left == 0:
-            raise StoppedError
 
 
 class Learns(keras.callbacks.Callback):
@@ -65,15 +46,6 @@ class Learns(keras.callbacks.Callback):
     def learned(self):
         assert self.alias is self.losses and len(self.losses) == int(self.count)
         return self.losses, self.kinds, dict(self.best)
-
-
-@pytest.fixture
-def folder():
-    """A folder that all ranks know."""
-    path = hvd.broadcast_object(tempfile.mkdtemp() if hvd.rank() == 0 else None, 0)
-    yield pathlib.Path(path) / "checkpoints"
-    if hvd.rank() == 0:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

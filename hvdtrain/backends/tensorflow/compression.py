@@ -5,7 +5,7 @@ from typing import Any
 import tensorflow as tf
 
 from hvdtrain.gradients.compression import ErrorFeedback, PowerSGD, Quantized, RandomK, Selective, TopK
-from hvdtrain.gradients.schemes import Compressor, NoneCompressor, Scheme
+from hvdtrain.gradients.schemes import Compressor, NoneCompressor, Scheme, is_compressor
 
 
 class _CastCompressor(Compressor):
@@ -96,7 +96,7 @@ class Compression:
 
 def check_compressor(compression: Any) -> None:
     """Raise TypeError if `compression` has not the two methods that a collective on any tensor can use."""
-    if not all(hasattr(compression, method) for method in ("compress", "decompress")):
+    if not is_compressor(compression):
         raise TypeError(
             "Here compression is hvd.Compression.none, fp16 or bf16, or a class with the methods compress and "
             "decompress; schemes such as topk are for the gradients of optimizers and tapes. Received: "

@@ -1,4 +1,4 @@
-"""Schemes that send less than the gradients; they compose, as in `ErrorFeedback(TopK(0.01))`."""
+"""Reduce gradients by sending less than all of them. Schemes compose: `ErrorFeedback(TopK(0.01))`."""
 
 from hvdtrain.gradients.compression.composition import ErrorFeedback, Selective
 from hvdtrain.gradients.compression.low_rank import PowerSGD

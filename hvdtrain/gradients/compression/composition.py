@@ -1,4 +1,4 @@
-"""Schemes that use another one: with error feedback, and for some gradients or steps only."""
+"""Combine schemes: add error feedback, or compress only some gradients or steps."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -41,7 +41,6 @@ class ErrorFeedback(Scheme):
             group,
             arrays=corrected,
             in_place=[True] * len(corrected),
-            out=[array if reuse else None for array, reuse in zip(group.arrays, group.in_place, strict=True)],
             wants_errors=True,
         )
         result = self.scheme.reduce(given, engine, state)

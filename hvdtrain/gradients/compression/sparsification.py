@@ -93,9 +93,9 @@ class RandomK(Scheme):
             _random(array.size, _count(self.ratio, array.size), key, state.count(f"draws/{key}"))
             for key, array in zip(group.keys, flat, strict=True)
         ]
-        # Ranks that are at different draws would add up different elements.
         if group.call:
             engine.agree(group.call)
+        # Ranks that are at different draws would add up different elements.
         draws = Call("random elements", tuple(str(state.shared[f"count/draws/{key}"]) for key in group.keys))
         sent = [array[indices] for array, indices in zip(flat, chosen, strict=True)]
         reduced = engine.grouped_allreduce(sent, group.op, draws, [True] * len(sent))

@@ -18,7 +18,7 @@ from hvdtrain.gradients.options import ReduceOptions
 from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy, Verification
-from hvdtrain.keras.optimizer.copying import copy_optimizer, save_as
+from hvdtrain.keras.optimizer.copying import copy_loss_scale, copy_with
 from hvdtrain.keras.optimizer.distributed import DistributedMixin, check_optimizer, make_distributed
 from hvdtrain.runtime.process_sets import global_process_set
 
@@ -111,19 +111,15 @@ def _averaged(
     check_optimizer(optimizer, name)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = _averaged(optimizer.inner_optimizer, outer, every, start_after, between, compression, name)
-        copy = copy_optimizer(optimizer, type(optimizer), inner_optimizer=inner)
-        for attribute in ("register_local_var", "process_set", "average_weights"):
-            object.__setattr__(copy, attribute, getattr(inner, attribute))
-        return copy
+        return copy_loss_scale(optimizer, inner, "register_local_var", "process_set", "average_weights")
     if optimizer.use_ema:
         raise ValueError(
             f"{name}: use_ema=True replaces the weights by moving averages of one rank's weights. Leave it out: "
             "the average over the ranks serves the same purpose."
         )
-    base = type(optimizer)
     # The ranks compare these names, and Horovod's core allows letters, digits and few signs in them.
     arguments = f"every-{every}.start_after-{start_after}.between-{between}"
-    options = ReduceOptions(f"{name}{base.__name__}.{arguments}", scale_local=False)
+    options = ReduceOptions(f"{name}{type(optimizer).__name__}.{arguments}", scale_local=False)
     sent = ReduceOptions(f"{name}.{arguments}", compression=compression, subject="changes of the weights")
     attributes = {
         "_hvdtrain_options": options,
@@ -137,9 +133,7 @@ def _averaged(
         ),
         "process_set": global_process_set,
     }
-    averaged = type(base.__name__, (_Averaged, base), attributes)
-    save_as(averaged, base)
-    return copy_optimizer(optimizer, averaged)
+    return copy_with(optimizer, _Averaged, attributes)
 
 
 def _of_this_host(engine: Engine) -> Engine:

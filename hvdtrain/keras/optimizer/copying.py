@@ -40,6 +40,22 @@ def copy_optimizer(optimizer: Any, kind: type, **changes: Any) -> Any:
     return copy
 
 
+def copy_with(optimizer: Any, mixin: type, attributes: dict[str, Any], **changes: Any) -> Any:
+    """Return a copy of an optimizer whose class has the same name, a mixin before its base, and more attributes."""
+    base = type(optimizer)
+    kind = type(base.__name__, (mixin, base), attributes)
+    _save_as(kind, base)
+    return copy_optimizer(optimizer, kind, **changes)
+
+
+def copy_loss_scale(optimizer: Any, inner: Any, *names: str) -> Any:
+    """Return a copy of a `LossScaleOptimizer` with another inner optimizer, and its attributes of these names."""
+    copy = copy_optimizer(optimizer, type(optimizer), inner_optimizer=inner)
+    for name in names:
+        object.__setattr__(copy, name, getattr(inner, name))
+    return copy
+
+
 def _copy_settings(optimizer: Any, copy: Any, changes: dict[str, Any]) -> None:
     """Copy what was set after construction, for example by `exclude_from_weight_decay`."""
     for name, value in vars(optimizer).items():
@@ -60,7 +76,7 @@ def _configuration(optimizer: Any) -> dict[str, Any]:
         object.__setattr__(optimizer, "_learning_rate", rate)
 
 
-def save_as(distributed: type, base: type) -> None:
+def _save_as(distributed: type, base: type) -> None:
     """Make Keras save the class of a distributed optimizer under the name of its base, so that Keras can load it.
 
     Only Keras' tables from class to name are changed, not those from name to class, so that a loaded optimizer

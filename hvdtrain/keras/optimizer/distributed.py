@@ -18,7 +18,7 @@ from hvdtrain.gradients.reducer import GradientReducer
 from hvdtrain.gradients.schemes import State
 from hvdtrain.gradients.trained_variables import registry
 from hvdtrain.gradients.verification import Policy, Verification
-from hvdtrain.keras.optimizer.copying import copy_optimizer, save_as
+from hvdtrain.keras.optimizer.copying import copy_loss_scale, copy_optimizer, copy_with
 from hvdtrain.runtime.process_sets import ProcessSet, engine_or_alone, global_process_set
 
 
@@ -190,21 +190,15 @@ def make_distributed(
     """Return a distributed copy; for a `LossScaleOptimizer`, a copy with a distributed inner optimizer."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = make_distributed(optimizer.inner_optimizer, options, process_set, steps, average)
-        copy = copy_optimizer(optimizer, type(optimizer), inner_optimizer=inner)
-        for name in ("register_local_var", "process_set"):
-            object.__setattr__(copy, name, getattr(inner, name))
-        return copy
-    base = type(optimizer)
+        return copy_loss_scale(optimizer, inner, "register_local_var", "process_set")
     attributes = {
         "_hvdtrain_options": options,
         "_hvdtrain_policy": Policy.from_environment(),
         "_hvdtrain_steps_summed": 1 if average else steps,
         "process_set": process_set,
     }
-    distributed = type(base.__name__, (DistributedMixin, base), attributes)
-    save_as(distributed, base)
     changes = {"gradient_accumulation_steps": steps} if steps > 1 else {}
-    return copy_optimizer(optimizer, distributed, **changes)
+    return copy_with(optimizer, DistributedMixin, attributes, **changes)
 
 
 def is_distributed(optimizer: Any) -> bool:
