@@ -106,9 +106,12 @@ class VariablesState(ObjectState):
         _assign(self._variables().shared, shared)
 
     def _load_own(self, own: Any) -> None:
-        values, self._saved_metrics, self.progress, schemes = own
+        values, self._saved_metrics, self.progress, *schemes = (
+            own  # commits of an earlier version have no schemes
+        )
         _assign(self._variables().own, values)
-        self._set_schemes(schemes)
+        if schemes:
+            self._set_schemes(*schemes)
 
 
 class TensorFlowState(VariablesState):

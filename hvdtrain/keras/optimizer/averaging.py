@@ -40,7 +40,7 @@ def LocalSGD(  # noqa: N802 - named like an optimizer
     on its rank.
 
     In `model.fit` the weights are also averaged at the end of each epoch, before validation, so that callbacks,
-    files and metrics are those of the average, and all ranks end with the same weights. In a loop of your own
+    files and metrics are those of the average, and all ranks end with the same weights. In your own training loop
     call `optimizer.average_weights()` before you evaluate or save.
 
     Args:
@@ -53,7 +53,7 @@ def LocalSGD(  # noqa: N802 - named like an optimizer
         compression: How the change of the weights since the last average is sent; see `hvd.DistributedOptimizer`.
 
     Returns:
-        An optimizer for `model.compile`, or for `apply_gradients` and `apply` in a loop of your own.
+        An optimizer for `model.compile`, or for `apply_gradients` and `apply` in your own training loop.
 
     Raises:
         ValueError: If `hvd.init()` was not called, or an argument has no such value.
